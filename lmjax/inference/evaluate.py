@@ -1,0 +1,43 @@
+"""Held-out loss of a run, on the validation split of its own data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from lmjax import sharding
+from lmjax.data import tokenized_corpus
+from lmjax.inference.run import TrainedModel
+from lmjax.train import make_eval_step
+from lmjax.train.evaluate import held_out_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss over the whole validation split.
+
+    Attributes:
+      step: training step of the parameters.
+      tokens: how many were predicted.
+      eval_loss: mean cross entropy, nats per token.
+      perplexity: exp(eval_loss).
+      bits_per_byte: cross entropy per byte of text, comparable between tokenizers.
+    """
+
+    step: int
+    tokens: int
+    eval_loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
+    """Evaluates a model on the whole validation split that its run held out."""
+    config = dataclasses.replace(model.config, mesh=sharding.MeshConfig()).resolved()
+    corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
+    mesh = sharding.make_mesh(config.mesh)
+    loss = held_out_loss(make_eval_step(config, mesh), model.params, corpus, config, mesh)
+    tokens = len(corpus.validation) - 1
+    bits = loss * tokens / math.log(2) / corpus.validation_bytes
+    return Evaluation(model.step, tokens, loss, math.exp(loss), bits)

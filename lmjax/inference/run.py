@@ -1,0 +1,76 @@
+"""Opening a run directory to use what it has learned."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax import sharding
+from lmjax.data import Tokenizer, load_tokenizer
+from lmjax.model import Sites, apply
+from lmjax.precision import exact
+from lmjax.train import Config, InputError, abstract_state, read_config
+from lmjax.train.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A run's newest parameters with all that is needed to call them.
+
+    Attributes:
+      config: the run's resolved config; its policy decides the formats here as in training.
+      params: the parameters, in their stored formats.
+      step: the training step they come from.
+      tokenizer: the run's own copy.
+    """
+
+    config: Config
+    params: Any
+    step: int
+    tokenizer: Tokenizer
+
+    @property
+    def sites(self) -> Sites:
+        """The formats of every site."""
+        return self.config.sites
+
+    def logits_function(self) -> Any:
+        """The compiled `(params, int32[B, T]) -> logits [B, T, V]`."""
+        config, sites = self.config.model, self.sites
+        return exact.jit(lambda params, tokens: apply(params, tokens, config=config, sites=sites))
+
+
+def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedModel:
+    """The model of a run directory, from its newest checkpoint.
+
+    Args:
+      workdir: the run directory.
+      precision: a policy to compute with instead of the run's; parameters stay as stored.
+
+    Raises:
+      InputError: there is no run, or it has no checkpoint yet.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+        raise InputError(f"{workdir} has no checkpoint yet; train it first")
+    checkpoints = Checkpoints(folder, config.checkpoint.keep)
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            raise InputError(f"{workdir} has no complete checkpoint yet; train it further")
+        mesh = sharding.make_mesh(sharding.MeshConfig())
+        params = checkpoints.restore(step, abstract_state(config, mesh)).state.params
+    finally:
+        checkpoints.close()
+    if precision is not None:
+        try:
+            config = dataclasses.replace(config, precision=precision)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    return TrainedModel(config, jax.device_get(params), step, load_tokenizer(workdir / "tokenizer"))

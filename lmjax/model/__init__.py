@@ -1,0 +1,35 @@
+"""The Transformer: the only room that knows Flax, which it uses to build and name parameters."""
+
+from lmjax.model.config import ModelConfig, gpt2, llama_1b
+from lmjax.model.decoder import (
+    Params,
+    apply,
+    block_groups,
+    initial_params,
+    param_site,
+    parameter_count,
+    resolve_sites,
+    site_paths,
+    structure,
+)
+from lmjax.model.layers import Constrain, Sites
+from lmjax.model.loss import log_probabilities, token_losses
+
+__all__ = [
+    "Constrain",
+    "ModelConfig",
+    "Params",
+    "Sites",
+    "apply",
+    "block_groups",
+    "gpt2",
+    "initial_params",
+    "llama_1b",
+    "log_probabilities",
+    "param_site",
+    "parameter_count",
+    "resolve_sites",
+    "site_paths",
+    "structure",
+    "token_losses",
+]

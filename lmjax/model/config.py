@@ -1,0 +1,144 @@
+"""What a Transformer is made of, as one frozen dataclass, and the published families by name.
+
+Knows nothing but Python.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer. One code path; the fields tell GPT-2 from Llama."""
+
+    vocab_size: int = 256
+    """Rows of the embedding table; at least as many as the tokenizer has tokens."""
+    max_positions: int = 256
+    """Longest context; with learned positions, the rows of their table."""
+    width: int = 128
+    """Size of the residual stream."""
+    layers: int = 4
+    """Number of blocks."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 0
+    """Key and value heads, shared by groups of query heads; 0: as many as heads."""
+    head_width: int = 0
+    """Size of one head; 0: width / heads."""
+    mlp_width: int = 0
+    """Hidden size of the MLP; 0: four times the width."""
+    positions: Literal["learned", "rope"] = "learned"
+    """Learned absolute positions, or rotary embeddings (Su et al. 2021)."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance before the square root."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """GELU, tanh form (Hendrycks and Gimpel 2016), or a SiLU-gated MLP (Shazeer 2020)."""
+    bias: bool = True
+    """Biases in the linear layers and the LayerNorms."""
+    tied: bool = True
+    """The head reuses the embedding table."""
+    qk_norm: bool = False
+    """RMSNorm on queries and keys, per head (Henry et al. 2020)."""
+    dropout: float = 0.0
+    """Rate for embeddings, attention weights and what each half block adds."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the loss (PaLM, section 5); 1e-4 is usual."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; divided by sqrt(2 layers) where a block ends."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or everything."""
+    unroll: int = 1
+    """Blocks per iteration of the scan over layers: more compile time, less overhead."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be built."""
+        for name in ("vocab_size", "max_positions", "width", "layers", "heads", "unroll"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if not self.head_width and self.width % self.heads:
+            raise ValueError(
+                f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
+                f"choose heads among {_divisors(self.width)}, or set model.head-width"
+            )
+        if self.heads % self.kv_head_count:
+            raise ValueError(
+                f"model.kv_heads is {self.kv_heads}, which does not divide model.heads "
+                f"{self.heads}; choose kv-heads among {_divisors(self.heads)}"
+            )
+        if self.positions == "rope" and self.head_size % 2:
+            raise ValueError(
+                f"rotary positions turn pairs, but a head is {self.head_size} wide; make "
+                "model.head-width even"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
+        for name in ("z_loss", "init_std", "norm_epsilon"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must not be negative")
+
+
+    # The fields that 0 leaves open are derived here and not filled in, so that
+    # `dataclasses.replace(config, width=...)` keeps deriving them.
+
+    @property
+    def head_size(self) -> int:
+        """Size of one head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def kv_head_count(self) -> int:
+        """Number of key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden size of the MLP."""
+        return self.mlp_width or 4 * self.width
+
+    def resolved(self) -> ModelConfig:
+        """The same model with every derived field written out: what a run records."""
+        return replace(
+            self,
+            head_width=self.head_size,
+            kv_heads=self.kv_head_count,
+            mlp_width=self.mlp_size,
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def gpt2(**changes: Any) -> ModelConfig:
+    """GPT-2 small (Radford et al. 2019): 124,439,808 parameters."""
+    small = ModelConfig(vocab_size=50257, max_positions=1024, width=768, layers=12, heads=12)
+    return replace(small, **changes)
+
+
+def llama_1b(**changes: Any) -> ModelConfig:
+    """Llama 3.2 1B (Meta 2024): 1,235,814,400 parameters.
+
+    Without the rescaling of rotary frequencies that the release uses to reach 128k tokens of
+    context.
+    """
+    one_billion = ModelConfig(
+        vocab_size=128256,
+        max_positions=8192,
+        width=2048,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        mlp_width=8192,
+        positions="rope",
+        rope_base=500000.0,
+        norm="rms",
+        activation="swiglu",
+        bias=False,
+    )
+    return replace(one_billion, **changes)

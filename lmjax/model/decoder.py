@@ -1,0 +1,235 @@
+"""The decoder: embedding, scanned blocks, final norm, head.
+
+`structure` builds the module once to learn the names and shapes of its parameters; from there on
+parameters are a plain nested dict of arrays and `apply` is a pure function of them. The blocks'
+parameters are stacked along a leading axis, and consecutive blocks whose sites have the same
+formats are scanned together: depth costs no compile time, whatever the policy.
+
+Knows Flax, JAX and policies; no mesh, no optimizer, no data.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmjax.model.config import ModelConfig
+from lmjax.model.layers import (
+    Block,
+    Constrain,
+    Dense,
+    Embedding,
+    Norm,
+    Sites,
+    block_sites,
+    rotary_angles,
+    within,
+    dropout,
+)
+from lmjax.precision import paths
+from lmjax.precision.matmul import einsum
+from lmjax.precision.policy import Policy, PolicyError, SitePolicy
+
+Params = dict[str, Any]
+"""Nested dict of arrays: `params["blocks"]["attention"]["query"]["kernel"]` is `[layers, D, KGH]`."""
+
+
+class Decoder(nnx.Module):
+    """A decoder-only Transformer's parameters, by name."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        c = config
+        embed_key, position_key, block_key, head_key = jax.random.split(key, 4)
+        self.embed = Embedding(
+            embed_key, c.vocab_size, c.width, axes=("vocab", "embed"), std=c.init_std
+        )
+        self.positions = (
+            Embedding(
+                position_key, c.max_positions, c.width, axes=("positions", "embed"), std=c.init_std
+            )
+            if c.positions == "learned"
+            else None
+        )
+        self.blocks = _stacked(lambda k: Block(k, c), jax.random.split(block_key, c.layers))
+        self.norm = Norm(c.width, c)
+        self.head = (
+            None
+            if c.tied
+            else Dense(
+                head_key, c.width, c.vocab_size, axes=("embed", "vocab"), std=c.init_std, bias=False
+            )
+        )
+
+
+def apply(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    sites: Sites,
+    key: jax.Array | None = None,
+    constrain: Constrain = lambda x, axes: x,
+) -> jax.Array:
+    """The logits of every next token.
+
+    Args:
+      params: as `initial_params` gives them.
+      tokens: `int32[B, T]`, T at most `config.max_positions` for learned positions.
+      config: the model.
+      sites: the formats of every site, from `resolve_sites`.
+      key: random key of dropout; None switches dropout off.
+      constrain: places an activation, given the logical names of its axes.
+
+    Returns:
+      `[B, T, vocab_size]`, in the output format of the site `head`.
+    """
+    length = tokens.shape[1]
+    if config.positions == "learned" and length > config.max_positions:
+        raise ValueError(f"{length} tokens, but the model has {config.max_positions} positions")
+    model = nnx.merge(structure(config)[0], params)
+    embed_key, block_key = (None, None) if key is None else jax.random.split(key)
+    x = model.embed(tokens, sites["embed"])
+    if model.positions is not None:
+        indices = jnp.arange(length, dtype=jnp.int32)
+        x = x + sites["embed"].to_output(model.positions(indices, sites["positions"]))
+    x = dropout(x, config.dropout, embed_key)
+    x = _scan_blocks(model.blocks, x, config, sites, block_key, constrain)
+    x = model.norm(x, sites["norm"])
+    site = sites["head"]
+    if model.head is not None:
+        return model.head(x, site)
+    return site.to_output(einsum("btd,vd->btv", x, model.embed.table[...], site))
+
+
+def _scan_blocks(
+    blocks: Block, x: jax.Array, config: ModelConfig, sites: Sites, key: jax.Array | None,
+    constrain: Constrain,
+) -> jax.Array:
+    graphdef, stacked = nnx.split(blocks)
+    keys = None if key is None else jax.random.split(key, config.layers)
+    for first, last in block_groups(config, sites):
+        group = within(sites, f"blocks/{first}")
+        angles = None
+        if config.positions == "rope":
+            angles = rotary_angles(config, x.shape[1], group["attention/rope"])
+
+        def body(x: jax.Array, layer: Any, group: Sites = group, angles: Any = angles) -> Any:
+            layer_params, layer_key = layer
+            x = constrain(x, ("batch", "length", "embed"))
+            return nnx.merge(graphdef, layer_params)(x, group, angles, layer_key), None
+
+        x = group["residual"].to_output(group["residual"].to_compute(x))
+        layers = jax.tree.map(lambda leaf, f=first, s=last: leaf[f:s], (stacked, keys))
+        x, _ = jax.lax.scan(_rematerialised(body, config), x, layers, unroll=config.unroll)
+    return constrain(x, ("batch", "length", "embed"))
+
+
+def _rematerialised(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+    if config.remat == "none":
+        return body
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    return jax.checkpoint(body, policy=saved[config.remat], prevent_cse=False)
+
+
+def block_groups(config: ModelConfig, sites: Sites) -> Iterator[tuple[int, int]]:
+    """Runs `(first, last + 1)` of consecutive blocks whose sites have the same formats."""
+    formats = [within(sites, f"blocks/{index}") for index in range(config.layers)]
+    first = 0
+    for _, run in itertools.groupby(formats):
+        size = len(list(run))
+        yield first, first + size
+        first += size
+
+
+def site_paths(config: ModelConfig) -> list[str]:
+    """Every site of the model, in the order of computation: where a policy can say something."""
+    inside = block_sites(config)
+    return [
+        "embed",
+        *(["positions"] if config.positions == "learned" else []),
+        *(f"blocks/{index}/{site}" for index in range(config.layers) for site in inside),
+        "norm",
+        "head",
+        "loss",
+    ]
+
+
+def resolve_sites(config: ModelConfig, policy: Policy) -> dict[str, SitePolicy]:
+    """The formats of every site of a model under a policy.
+
+    Raises:
+      PolicyError: a rule matches no site, or stores the parameters of some blocks unlike others'.
+    """
+    sites = policy.resolve_all(site_paths(config), depth=config.layers)
+    for site in block_sites(config):
+        stored = {sites[f"blocks/{index}/{site}"].params for index in range(config.layers)}
+        if len(stored) > 1:
+            raise PolicyError(
+                f"the parameters of all blocks are stored in one array, but p of {site} differs "
+                "between blocks; give every block the same p",
+                text=policy.text or str(policy),
+            )
+    return sites
+
+
+@functools.cache
+def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
+    """What the model's parameters are, without computing any.
+
+    Returns:
+      Flax's graph definition; the parameters as `jax.ShapeDtypeStruct`s (f32); the logical axis
+      names of each, as a tree of tuples, `layers` first for the stacked blocks.
+    """
+    abstract = nnx.eval_shape(lambda: Decoder(jax.random.key(0), config))
+    graphdef, state = nnx.split(abstract)
+    axes = {
+        keys: (("layers",) if keys[0] == "blocks" else ()) + param.get_metadata()["axes"]
+        for keys, param in nnx.to_flat_state(state)
+    }
+    return graphdef, nnx.to_pure_dict(state), _nested(axes)
+
+
+def _nested(flat: dict[tuple[str, ...], Any]) -> Params:
+    nested: Params = {}
+    for keys, value in flat.items():
+        level = nested
+        for key in keys[:-1]:
+            level = level.setdefault(key, {})
+        level[keys[-1]] = value
+    return nested
+
+
+def initial_params(key: jax.Array, config: ModelConfig, sites: Sites) -> Params:
+    """Fresh parameters, drawn in f32 and stored in the format that each site's policy names."""
+    params = nnx.to_pure_dict(nnx.split(Decoder(key, config))[1])
+
+    def store(keys: Any, leaf: jax.Array) -> jax.Array:
+        return param_site(paths.path_string(keys), sites).jmp.cast_to_param(leaf)
+
+    return jax.tree_util.tree_map_with_path(store, params)
+
+
+def param_site(path: str, sites: Sites) -> SitePolicy:
+    """The site that a parameter belongs to: `blocks/mlp/up/kernel` belongs to `blocks/*/mlp/up`."""
+    site = path.rsplit("/", 1)[0]
+    return sites[site.replace("blocks/", "blocks/0/", 1)]
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of values in all parameters; a tied head counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(structure(config)[1]))
+
+
+def _stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
+    """As many modules as there are keys, their parameters stacked along a new leading axis."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(keys[0])))
+    return nnx.merge(graphdef, jax.vmap(lambda key: nnx.split(make(key))[1])(keys))

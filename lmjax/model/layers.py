@@ -1,0 +1,250 @@
+"""The parts of a Transformer block.
+
+A layer is a Flax nnx module for one reason: building and naming parameters. Each parameter carries
+`axes`, the logical name of each of its dimensions, from which `lmjax.sharding` derives where it
+lives. Calling a layer is a pure function of its parameters, its input and the formats of its sites.
+
+Shapes: B batch, T query positions, S key positions, D width, K key/value heads, G query heads per
+key/value head, H head width. Knows Flax, JAX and policies; no mesh, no optimizer, no data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmjax.model.config import ModelConfig
+from lmjax.precision.matmul import einsum
+from lmjax.precision.policy import SitePolicy
+
+Sites = Mapping[str, SitePolicy]
+Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
+
+
+def within(sites: Sites, prefix: str) -> dict[str, SitePolicy]:
+    """The sites below `prefix`, by the rest of their path."""
+    start = prefix + "/"
+    return {path.removeprefix(start): s for path, s in sites.items() if path.startswith(start)}
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
+    """A parameter drawn from N(0, std^2), in f32; the policy's storage format comes later."""
+    return nnx.Param(std * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A parameter filled with one number, in f32."""
+    return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
+
+
+class Dense(nnx.Module):
+    """`x @ kernel + bias`, in the compute format of its site."""
+
+    def __init__(
+        self, key: jax.Array, fan_in: int, fan_out: int, *, axes: tuple[str, str], std: float,
+        bias: bool,
+    ):
+        self.kernel = normal(key, (fan_in, fan_out), std, axes)
+        self.bias = constant(0.0, (fan_out,), axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array, site: SitePolicy) -> jax.Array:
+        """`[B, T, fan_in]` to `[B, T, fan_out]`."""
+        y = einsum("btk,kn->btn", x, self.kernel[...], site)
+        if self.bias is not None:
+            y = y + site.to_compute(self.bias[...])
+        return site.to_output(y)
+
+
+class Embedding(nnx.Module):
+    """A table with one row per token or position."""
+
+    def __init__(self, key: jax.Array, rows: int, width: int, *, axes: tuple[str, str], std: float):
+        self.table = normal(key, (rows, width), std, axes)
+
+    def __call__(self, indices: jax.Array, site: SitePolicy) -> jax.Array:
+        """`int32[...]` to `[..., D]`.
+
+        Rows are gathered first and cast afterwards, so that the gradients of a token that occurs
+        many times are summed in the format of the table and not in the compute format.
+        """
+        return site.to_output(site.to_compute(self.table[...][indices]))
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the last dimension.
+
+    Statistics, normalisation, scale and bias are one site, rounded once at its end.
+    """
+
+    def __init__(self, width: int, config: ModelConfig, *, kind: str | None = None):
+        self.kind = kind or config.norm
+        self.epsilon = config.norm_epsilon
+        self.scale = constant(1.0, (width,), ("norm",))
+        biased = self.kind == "layer" and config.bias
+        self.bias = constant(0.0, (width,), ("norm",)) if biased else None
+
+    def __call__(self, x: jax.Array, site: SitePolicy) -> jax.Array:
+        """`[..., D]` to `[..., D]`."""
+        x = site.to_compute(x)
+        if self.kind == "layer":
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        y = x * jax.lax.rsqrt(mean_square + self.epsilon) * site.to_compute(self.scale[...])
+        if self.bias is not None:
+            y = y + site.to_compute(self.bias[...])
+        return site.to_output(y)
+
+
+def rotary_angles(config: ModelConfig, length: int, site: SitePolicy) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position times frequency, `[T, H/2]` each (Su et al. 2021, eq. 15)."""
+    half = config.head_size // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) / half
+    frequencies = site.to_compute(jnp.float32(config.rope_base) ** -exponents)
+    positions = site.to_compute(jnp.arange(length, dtype=jnp.float32))
+    angles = positions[:, None] * frequencies[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], site: SitePolicy) -> jax.Array:
+    """Turns the pairs (i, i + H/2) of `[B, T, heads, H]` by the angles of their position."""
+    cos, sin = (a[None, :, None, :] for a in angles)
+    first, second = jnp.split(site.to_compute(x), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return site.to_output(jnp.concatenate(turned, axis=-1))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes elements at `rate` and rescales the rest; without a key, the identity."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+class Attention(nnx.Module):
+    """Causal multi-head attention with grouped key/value heads, from pre-norm to output."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        keys = iter(jax.random.split(key, 4))
+        c = config
+        queries, keys_values = c.heads * c.head_size, c.kv_head_count * c.head_size
+        inward = dict(axes=("embed", "heads"), std=c.init_std, bias=c.bias)
+        self.config = config
+        self.norm = Norm(c.width, c)
+        self.query = Dense(next(keys), c.width, queries, **inward)
+        self.key = Dense(next(keys), c.width, keys_values, **inward)
+        self.value = Dense(next(keys), c.width, keys_values, **inward)
+        self.out = Dense(
+            next(keys), queries, c.width, axes=("heads", "embed"), bias=c.bias,
+            std=c.init_std / math.sqrt(2 * c.layers),
+        )
+        self.query_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
+        self.key_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
+
+    def __call__(
+        self, x: jax.Array, sites: Sites, angles: tuple[jax.Array, jax.Array] | None,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """`[B, T, D]` to `[B, T, D]`."""
+        c = self.config
+        batch, length, _ = x.shape
+        x = self.norm(x, sites["norm"])
+        q = self.query(x, sites["query"]).reshape(batch, length, c.heads, c.head_size)
+        k = self.key(x, sites["key"]).reshape(batch, length, c.kv_head_count, c.head_size)
+        v = self.value(x, sites["value"]).reshape(batch, length, c.kv_head_count, c.head_size)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q, sites["query_norm"]), self.key_norm(k, sites["key_norm"])
+        if angles is not None:
+            q, k = rotate(q, angles, sites["rope"]), rotate(k, angles, sites["rope"])
+        q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
+        weights = dropout(self.weights(q, k, sites), c.dropout, key)
+        y = einsum("bkgts,bskh->btkgh", weights, v, sites["combine"])
+        y = sites["combine"].to_output(y).reshape(batch, length, c.heads * c.head_size)
+        return self.out(y, sites["out"])
+
+    def weights(self, q: jax.Array, k: jax.Array, sites: Sites) -> jax.Array:
+        """Attention weights `[B, K, G, T, S]` of `q [B, T, K, G, H]` over `k [B, S, K, H]`.
+
+        The factor 1/sqrt(H) is split: its power of two goes to the queries, where it is exact in
+        every format and keeps f16 scores in range; the rest is applied in the softmax's format.
+        """
+        power = 2.0 ** -math.floor(math.log2(self.config.head_size) / 2)
+        rest = 1.0 / (math.sqrt(self.config.head_size) * power)
+        scores = einsum("btkgh,bskh->bkgts", q * power, k, sites["scores"])
+        softmax = sites["softmax"]
+        scores = softmax.to_compute(sites["scores"].to_output(scores)) * rest
+        positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+        causal = positions[:, None] >= positions[None, :]
+        # Selected, not added: a large negative number added to a score can overflow f16.
+        scores = jnp.where(causal, scores, jnp.finfo(scores.dtype).min)
+        return softmax.to_output(jax.nn.softmax(scores, axis=-1))
+
+
+class Mlp(nnx.Module):
+    """Two linear layers around a GELU, or three around a gated SiLU, from pre-norm to output."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        keys = iter(jax.random.split(key, 3))
+        c = config
+        inward = dict(axes=("embed", "mlp"), std=c.init_std, bias=c.bias)
+        self.norm = Norm(c.width, c)
+        self.up = Dense(next(keys), c.width, c.mlp_size, **inward)
+        self.down = Dense(
+            next(keys), c.mlp_size, c.width, axes=("mlp", "embed"), bias=c.bias,
+            std=c.init_std / math.sqrt(2 * c.layers),
+        )
+        gated = c.activation == "swiglu"
+        self.gate = Dense(next(keys), c.width, c.mlp_size, **inward) if gated else None
+
+    def __call__(self, x: jax.Array, sites: Sites) -> jax.Array:
+        """`[B, T, D]` to `[B, T, D]`."""
+        site = sites["activation"]
+        x = self.norm(x, sites["norm"])
+        hidden = site.to_compute(self.up(x, sites["up"]))
+        if self.gate is None:
+            hidden = jax.nn.gelu(hidden, approximate=True)
+        else:
+            hidden = jax.nn.silu(site.to_compute(self.gate(x, sites["gate"]))) * hidden
+        return self.down(site.to_output(hidden), sites["down"])
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        attention_key, mlp_key = jax.random.split(key)
+        self.rate = config.dropout
+        self.attention = Attention(attention_key, config)
+        self.mlp = Mlp(mlp_key, config)
+
+    def __call__(
+        self, x: jax.Array, sites: Sites, angles: tuple[jax.Array, jax.Array] | None,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream."""
+        residual = sites["residual"]
+        inside, after, last = (None,) * 3 if key is None else jax.random.split(key, 3)
+        x = residual.to_compute(x)
+        y = self.attention(x, within(sites, "attention"), angles, inside)
+        x = x + residual.to_compute(dropout(y, self.rate, after))
+        y = self.mlp(x, within(sites, "mlp"))
+        x = x + residual.to_compute(dropout(y, self.rate, last))
+        return residual.to_output(x)
+
+
+def block_sites(config: ModelConfig) -> list[str]:
+    """The sites inside one block: where precision can be chosen, in the order of computation."""
+    attention = ["norm", "query", "key", "value"]
+    attention += ["query_norm", "key_norm"] if config.qk_norm else []
+    attention += ["rope"] if config.positions == "rope" else []
+    attention += ["scores", "softmax", "combine", "out"]
+    mlp = ["norm", "up", *(["gate"] if config.activation == "swiglu" else []), "activation", "down"]
+    return [
+        "residual",
+        *(f"attention/{site}" for site in attention),
+        *(f"mlp/{site}" for site in mlp),
+    ]

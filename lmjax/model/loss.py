@@ -1,0 +1,43 @@
+"""The training objective: next-token cross entropy with an optional z-loss.
+
+Knows JAX and policies.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.precision.policy import SitePolicy
+
+
+class TokenLosses(NamedTuple):
+    """Per token: `cross_entropy` in nats, and `z`, the squared log-partition; `[B, T]` each."""
+
+    cross_entropy: jax.Array
+    z: jax.Array
+
+
+def token_losses(logits: jax.Array, targets: jax.Array, site: SitePolicy) -> TokenLosses:
+    """Negative log-probability of each target, and the z-loss term.
+
+    Args:
+      logits: `[B, T, V]`, in whatever format the head hands on.
+      targets: `int32[B, T]`.
+      site: formats of the site `loss`; everything here happens in its compute format.
+
+    Returns:
+      `-log softmax(logits)[target]` and `log(sum(exp(logits)))^2` (PaLM, Chowdhery et al. 2022,
+      section 5).
+    """
+    logits = site.to_compute(logits)
+    log_partition = jax.nn.logsumexp(logits, axis=-1)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return TokenLosses(log_partition - target_logits, jnp.square(log_partition))
+
+
+def log_probabilities(logits: jax.Array, targets: jax.Array, site: SitePolicy) -> jax.Array:
+    """`[B, T]`: log-probability of each target in nats, in the compute format of site `loss`."""
+    return -token_losses(logits, targets, site).cross_entropy

@@ -1,0 +1,174 @@
+"""From an optimizer config to one optax transformation, its arithmetic in f32 throughout.
+
+Order, outermost first: loss scale (finite test, skip) -> clip -> direction -> weight decay ->
+learning rate. Gradients arrive unscaled, in f32 and summed over micro-batches.
+
+Knows JAX, optax and paths of parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmjax.loss_scale import LossScaleConfig, with_loss_scale
+from lmjax.precision import paths
+from lmjax.precision.exact import at_least_f32
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), Lion (Chen et al. 2023), Muon (Jordan et al. 2024)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate. For muon, that of the weight matrices."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay, stable then linear decay (warmup-stable-decay), constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    final_fraction: float = 0.1
+    """Learning rate of the last step, as a share of the peak (cosine and wsd)."""
+    decay_fraction: float = 0.2
+    """Share of all steps that wsd spends decaying."""
+    b1: float = 0.9
+    """Decay of the first moment; momentum of muon."""
+    b2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, times the learning rate. With muon, of its matrices alone."""
+    no_decay: tuple[str, ...] = ("**/bias", "**/scale")
+    """Parameters that are not decayed, by path."""
+    adam_learning_rate: float = 1e-3
+    """Muon only: peak learning rate of what is no weight matrix of a block."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradients; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        """Refuses values outside the range where the formulas mean anything."""
+        for name in ("learning_rate", "adam_learning_rate", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        for name in ("final_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1]")
+        for name in ("weight_decay", "clip_norm", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be >= 0")
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, steps: int, peak: float | None = None
+) -> optax.Schedule:
+    """The learning rate as a function of the number of steps taken; skipped steps do not count.
+
+    Args:
+      config: shape of the schedule.
+      steps: planned length of the run.
+      peak: learning rate after the warm-up; by default `config.learning_rate`.
+    """
+    peak = config.learning_rate if peak is None else peak
+    warmup = min(config.warmup_steps, steps)
+    final = peak * config.final_fraction
+    rest = max(steps - warmup, 1)
+    # The first step already moves: the ramp is (step + 1) / warmup, not step / warmup.
+    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = min(max(round(config.decay_fraction * steps), 1), rest)
+        stable = optax.constant_schedule(peak)
+        fall = optax.linear_schedule(peak, final, decay)
+        after = optax.join_schedules([stable, fall], [rest - decay])
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+
+def make_optimizer(
+    config: OptimizerConfig, loss_scale: LossScaleConfig, steps: int
+) -> optax.GradientTransformation:
+    """The whole chain; its state is a `LossScaleState` with everything else inside.
+
+    Args:
+      config: optimizer and schedule.
+      loss_scale: with its kind resolved.
+      steps: planned length of the run, for the schedule.
+
+    Returns:
+      A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
+      before they reach it, so moments and decay never see a narrow format: eps = 1e-8 is 0 in f16.
+    """
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    chain = optax.chain(*clip, _direction(config, steps))
+    return with_loss_scale(_in_f32(chain), loss_scale)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """Parameters plus updates: added in the wider format, rounded once to the stored one."""
+    return jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
+
+
+def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    schedule = learning_rate_schedule(config, steps)
+    decayed = lambda params: _by_path(lambda p, _: not paths.matches_any(config.no_decay, p), params)
+    if config.name == "muon":
+        return optax.contrib.muon(
+            schedule,
+            beta=config.b1,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            mu_dtype=jnp.float32,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=0.0,  # optax cannot mask it, and it would reach biases and norms
+            adam_learning_rate=learning_rate_schedule(config, steps, config.adam_learning_rate),
+            muon_weight_dimension_numbers=_block_matrices,
+            consistent_rms=0.2,  # Moonlight (Liu et al. 2025): updates as large as AdamW's
+        )
+    if config.name == "lion":
+        scale = optax.scale_by_lion(config.b1, config.b2, mu_dtype=jnp.float32)
+    else:
+        scale = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
+    return optax.chain(
+        scale,
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _block_matrices(params: Any) -> Any:
+    """Muon's weights: the kernels inside blocks, stacked `[layers, in, out]`, one matrix each."""
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return _by_path(
+        lambda path, _: dimensions if paths.matches("blocks/**/kernel", path) else None, params
+    )
+
+
+def _by_path(choose: Any, params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: choose(paths.path_string(keys), leaf), params
+    )
+
+
+def _in_f32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows the inner transformation parameters in at least f32, so that its moments are too."""
+
+    def widen(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.astype(at_least_f32(p.dtype)), params)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(gradients, state, widen(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)

@@ -1,0 +1,13 @@
+"""What a number is, and where each is used."""
+
+from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.policy import Policy, PolicyError, SitePolicy, parse_policy
+
+__all__ = [
+    "Format",
+    "Policy",
+    "PolicyError",
+    "SitePolicy",
+    "parse_format",
+    "parse_policy",
+]

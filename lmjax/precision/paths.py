@@ -1,0 +1,57 @@
+"""Slash-separated paths and the patterns that name sets of them.
+
+Parameters, sites of a policy and optimizer masks are all addressed by the same patterns, so that a
+user learns one notation. Knows nothing but strings and JAX's key paths.
+
+A pattern is a path whose components may hold shell wildcards (`*`, `?`, `[...]`); the component
+`**` stands for any number of components, none included: `**/norm` matches `norm` and
+`blocks/3/attention/norm`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether `pattern` names exactly this `path`."""
+    return _matches(pattern.split("/"), path.split("/"))
+
+
+def matches_any(patterns: Sequence[str], path: str) -> bool:
+    """Whether at least one of the patterns names exactly this path."""
+    return any(matches(pattern, path) for pattern in patterns)
+
+
+def _matches(pattern: Sequence[str], path: Sequence[str]) -> bool:
+    if not pattern:
+        return not path
+    first, rest = pattern[0], pattern[1:]
+    if first == "**":
+        return any(_matches(rest, path[skipped:]) for skipped in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], first) and _matches(rest, path[1:])
+
+
+def ancestors(path: str) -> list[str]:
+    """The paths above `path`, nearest first: `a/b/c` gives `a/b`, `a`."""
+    parts = path.split("/")
+    return ["/".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by path, in path order.
+
+    >>> flatten({"b": 2, "a": {"x": 1}})
+    {'a/x': 1, 'b': 2}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return dict(sorted((path_string(keys), leaf) for keys, leaf in leaves))
+
+
+def path_string(keys: Sequence[Any]) -> str:
+    """A JAX key path as a slash-separated string."""
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")

@@ -1,0 +1,155 @@
+"""Scale factors as configuration: which numbers share one, how it is stored, how it is found.
+
+A narrow format covers a few binades. A `Quantizer` says how a tensor is moved into them, and
+`parse_quantizer` reads one from a few characters. The block formats of the OCP Microscaling (MX)
+specification v1.0, and NVFP4, are quantizers with a name. `scaling.py` does the arithmetic.
+
+Knows `formats`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from lmjax.precision.formats import Encoding, Format, parse_format
+
+Groups = Literal["none", "tensor", "channel", "block"]
+
+F32: Final = parse_format("f32")
+E8M0: Final = parse_format("e8m0")
+E4M3: Final = parse_format("e4m3")
+
+DEFAULT_HISTORY: Final = 16
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How a tensor is brought into a narrow format; hashable.
+
+    Attributes:
+      format: what the elements are rounded to.
+      groups: which elements share a factor. `none`: no factor, a plain cast. `tensor`: all of them.
+        `channel`: those along the axis that a dot product sums over, so that each output channel
+        (or token) has its own. `block`: `block` consecutive ones along that axis; the last block
+        may be shorter.
+      block: elements in a block; 0 without blocks.
+      scale: what factors are stored in. f32: `amax / largest`, so that the largest element becomes
+        the largest value. e4m3: the same, rounded. e8m0: `2**(floor(log2(amax)) - emax)` as in the
+        MX specification (section 6.3), under which elements near the end of a binade saturate.
+      tensor_scale: whether the factors are themselves divided by one f32 factor for the whole
+        tensor, `amax / (largest * largest factor)`; for factors in e4m3.
+      affine: whether elements are `round(x / scale) + zero_point`, which spends no codes on values
+        that do not occur; for integers. Zero stays exact.
+      history: number of past maxima from which the factor is predicted (see `DelayedScale`);
+        0 takes it from the tensor itself.
+    """
+
+    format: Format
+    groups: Groups = "none"
+    block: int = 0
+    scale: Format = F32
+    tensor_scale: bool = False
+    affine: bool = False
+    history: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.format.signed:
+            raise ValueError(
+                f"{self.format} has no negative numbers; it is for factors, not elements"
+            )
+        if (self.groups == "block") != (self.block > 0):
+            raise ValueError(f"block={self.block} with groups={self.groups!r}: use blockN, N >= 1")
+        if self.scale not in (F32, E8M0, E4M3):
+            raise ValueError(f"factors in {self.scale} are not supported; use f32, e8m0 or e4m3")
+        if self.groups == "none" and replace(self, groups="tensor") != Quantizer(
+            self.format, "tensor"
+        ):
+            raise ValueError("without groups there are no factors to describe; add @tensor")
+        if self.tensor_scale and (self.scale != E4M3 or self.groups == "tensor"):
+            raise ValueError("a factor for the factors needs e4m3 factors of channels or blocks")
+        if self.affine and not (self.format.is_integer and self.scale == F32):
+            raise ValueError("a zero point needs integer elements and f32 factors")
+        if self.history < 0 or (
+            self.history and (self.groups != "tensor" or self.affine or self.scale == E4M3)
+        ):
+            raise ValueError(
+                "a delayed factor is one f32 or e8m0 for the tensor, without zero point"
+            )
+
+    def __str__(self) -> str:
+        """The canonical name: `parse_quantizer(str(quantizer)) == quantizer`."""
+        for name, named in _NAMED.items():
+            if self == named:
+                return name
+        parts = [f"{self.format}" if self.groups == "none" else f"{self.format}@{self.groups}"]
+        parts[0] += str(self.block) if self.block else ""
+        if self.scale != F32:
+            parts.append(f"{self.scale}@tensor" if self.tensor_scale else f"{self.scale}")
+        if self.affine:
+            parts.append("affine")
+        if self.history:
+            parts.append(f"delayed{self.history}")
+        return ".".join(parts)
+
+
+def _mx(element: Format) -> Quantizer:
+    return Quantizer(element, "block", block=32, scale=E8M0)
+
+
+# The elements of MXINT8 are int8 with an implied factor 2**-6 (MX v1.0, section 5.3.4).
+_MXINT8_ELEMENT: Final = Format("int8q6", 0, 7, 0, Encoding.INTEGER)
+
+_NAMED: Final = {
+    "mxfp8": _mx(E4M3),
+    "mxfp8_e5m2": _mx(parse_format("e5m2")),
+    "mxfp6": _mx(parse_format("e3m2")),
+    "mxfp6_e2m3": _mx(parse_format("e2m3")),
+    "mxfp4": _mx(parse_format("e2m1")),
+    "mxint8": _mx(_MXINT8_ELEMENT),
+    "nvfp4": Quantizer(parse_format("e2m1"), "block", block=16, scale=E4M3, tensor_scale=True),
+}
+
+_ALIASES: Final = {"mxfp8_e4m3": "mxfp8", "mxfp6_e3m2": "mxfp6", "mxfp4_e2m1": "mxfp4"}
+
+
+def parse_quantizer(text: str) -> Quantizer:
+    """The quantizer called `text`.
+
+    `FORMAT[@tensor|@channel|@blockN][.OPTION]...` with the options `e8m0`, `e4m3` (what factors are
+    stored in), `e4m3@tensor` (and one f32 factor for those), `affine`, `delayed` or `delayedN`. Or
+    a name: `mxfp8` (e4m3 elements), `mxfp8_e5m2`, `mxfp6` (e3m2 elements), `mxfp6_e2m3`, `mxfp4`,
+    `mxint8`, `nvfp4`.
+
+    Raises:
+      ValueError: says what is wrong and what is accepted.
+    """
+    name = _ALIASES.get(text, text)
+    if name in _NAMED:
+        return _NAMED[name]
+    match = re.fullmatch(r"(\w+)(?:@(tensor|channel|block)(\d*))?((?:\.[\w@]+)*)", text)
+    if match is None or (match[3] and match[2] != "block"):
+        raise ValueError(
+            f"cannot read {text!r} as a quantizer; write FORMAT, FORMAT@tensor, FORMAT@channel or "
+            f"FORMAT@blockN, or one of {', '.join(_NAMED)}"
+        )
+    settings: dict[str, Any] = {"groups": match[2] or "none", "block": int(match[3] or 0)}
+    for option in match[4].split(".")[1:]:
+        settings |= _parse_option(option, text)
+    return Quantizer(parse_format(match[1]), **settings)
+
+
+def _parse_option(option: str, text: str) -> dict[str, Any]:
+    if option in ("f32", "e8m0", "e4m3"):
+        return {"scale": parse_format(option)}
+    if option == "e4m3@tensor":
+        return {"scale": E4M3, "tensor_scale": True}
+    if option == "affine":
+        return {"affine": True}
+    if delayed := re.fullmatch(r"delayed(\d*)", option):
+        return {"history": int(delayed[1] or DEFAULT_HISTORY)}
+    raise ValueError(
+        f"unknown option {option!r} in {text!r}; "
+        "use e8m0, e4m3, e4m3@tensor, affine, delayed or delayedN"
+    )

@@ -1,0 +1,343 @@
+"""Scale factors for narrow formats: numbers in groups, and one factor for each group.
+
+Three rules hold for every `Quantizer`.
+
+*A failure stays visible.* NaN or infinity in a group makes its factor NaN, and with it the group.
+
+*Powers of two are exact.* Multiplying by an e8m0 factor is done on the exponent, subnormal factors
+and subnormal results included.
+
+*Other factors are applied by multiplying with the reciprocal*, `x * (1 / scale)`, each rounded to
+float32. XLA rewrites some divisions by broadcast values that way and not others, so a division
+would round differently from one program to the next. For the same reason a factor is
+`amax * (1 / largest)`.
+
+Knows jax, numpy, `formats`, `bits`, `rounding` and `quantizer`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.precision.bits import floor_log2, largest_magnitude, widen
+from lmjax.precision.formats import Format, integer
+from lmjax.precision.quantizer import E4M3, E8M0, Quantizer
+from lmjax.precision.rounding import Rounding, ldexp, quantize
+
+# Factors stay where neither they nor their reciprocals are subnormal, which XLA on CPU takes for 0.
+_SMALLEST_FACTOR: Final = np.float32(2.0**-126)
+_LARGEST_FACTOR: Final = np.float32(2.0**126)
+# Times the smallest e4m3, 2**-9, this is still normal.
+_SMALLEST_TENSOR_FACTOR: Final = np.float32(2.0**-117)
+
+
+class Quantized(NamedTuple):
+    """Elements and what is needed to read them.
+
+    Attributes:
+      values: shape of the tensor; values of the element format in float32 (float64 for float64).
+      scale: float32 factors, values of `Quantizer.scale`: shape [] for a tensor; the tensor's shape
+        with length 1 (channel) or the number of blocks at the grouped axis.
+      zero_point: like `scale`, or None if not affine.
+      tensor_scale: float32 [], or None.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    tensor_scale: jax.Array | None = None
+
+
+def quantize_with_scale(
+    x: jax.Array,
+    quantizer: Quantizer,
+    *,
+    axis: int = -1,
+    rounding: Rounding = "nearest_even",
+    key: jax.Array | None = None,
+    scale: jax.Array | None = None,
+) -> Quantized:
+    """Finds the factors of `x` and rounds `x / factor` to the element format, saturating.
+
+    A group of zeros gets the smallest factor and stays zero. Groups whose factor rounds to zero
+    (e4m3) become zero.
+
+    Args:
+      x: float array of any shape; one dimension at least for channels and blocks.
+      quantizer: format and groups; its groups must not be `none`.
+      axis: the axis that groups run along.
+      rounding: how elements are rounded; factors are always rounded to nearest.
+      key: random key for stochastic rounding.
+      scale: float32 [], a factor for the whole tensor to be used instead of finding one (delayed
+        scaling). Infinities in `x` then become NaN, as saturating would hide them.
+
+    Raises:
+      ValueError: the quantizer has no factors, or delayed scaling got none.
+    """
+    _check_scaled(quantizer, scale)
+    grouping = _Grouping.of(x, quantizer, axis)
+    groups = grouping.split(widen(x))
+    zero_point = tensor_scale = None
+    if quantizer.tensor_scale:
+        tensor_scale = _tensor_factor(largest_magnitude(x), quantizer)
+    if quantizer.affine:
+        scale, zero_point = _affine_parameters(groups, grouping, quantizer)
+    elif scale is None:
+        amax = largest_magnitude(groups, grouping.reduced)
+        scale = scale_from_maximum(amax, quantizer, tensor_scale)
+
+    scaled = _divide(groups, grouping.spread(_factor(scale, tensor_scale)), quantizer)
+    if zero_point is None:
+        values = quantize(scaled, quantizer.format, rounding, key)
+    else:
+        values = _shift(scaled, grouping.spread(zero_point), quantizer.format, rounding, key)
+    values = jnp.where(jnp.isfinite(groups), values, jnp.nan)
+    return Quantized(grouping.merge(values), scale, zero_point, tensor_scale)
+
+
+def dequantize(
+    quantized: Quantized, quantizer: Quantizer, *, axis: int = -1, dtype: Any = jnp.float32
+) -> jax.Array:
+    """`(values - zero_point) * scale * tensor_scale`.
+
+    Exact for e8m0 factors but for the rounding to `dtype`; one rounding more for the others.
+
+    Args:
+      quantized: what `quantize_with_scale` returned.
+      quantizer: the same quantizer.
+      axis: the same axis.
+      dtype: dtype of the result.
+    """
+    grouping = _Grouping.of(quantized.values, quantizer, axis)
+    groups = grouping.split(quantized.values)
+    if quantized.zero_point is not None:
+        groups = groups - grouping.spread(quantized.zero_point).astype(groups.dtype)
+    factor = grouping.spread(_factor(quantized.scale, quantized.tensor_scale))
+    return grouping.merge(_multiply(groups, factor, quantizer)).astype(dtype)
+
+
+def fake_quantize(
+    x: jax.Array,
+    quantizer: Quantizer,
+    *,
+    axis: int = -1,
+    rounding: Rounding = "nearest_even",
+    key: jax.Array | None = None,
+    scale: jax.Array | None = None,
+) -> jax.Array:
+    """Quantizes and dequantizes: `x` with the errors of the format, in its own shape and dtype.
+
+    The derivative with respect to `x` is the identity. Arguments and errors are those of
+    `quantize_with_scale`; a quantizer without factors is a plain `quantize`.
+    """
+    if quantizer.groups == "none":
+        return quantize(x, quantizer.format, rounding, key)
+    return _fake_quantize(x, key, scale, quantizer, axis, rounding)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _fake_quantize(
+    x: jax.Array,
+    key: jax.Array | None,
+    scale: jax.Array | None,
+    quantizer: Quantizer,
+    axis: int,
+    rounding: Rounding,
+) -> jax.Array:
+    quantized = quantize_with_scale(
+        x, quantizer, axis=axis, rounding=rounding, key=key, scale=scale
+    )
+    return dequantize(quantized, quantizer, axis=axis, dtype=x.dtype)
+
+
+@_fake_quantize.defjvp
+def _straight_through(
+    quantizer: Quantizer,
+    axis: int,
+    rounding: Rounding,
+    primals: tuple[jax.Array, jax.Array | None, jax.Array | None],
+    tangents: tuple[jax.Array, Any, Any],
+) -> tuple[jax.Array, jax.Array]:
+    return _fake_quantize(*primals, quantizer, axis, rounding), tangents[0]
+
+
+def scale_from_maximum(
+    amax: jax.Array, quantizer: Quantizer, tensor_scale: jax.Array | None = None
+) -> jax.Array:
+    """The factor of a group whose largest magnitude is `amax`.
+
+    Args:
+      amax: float array of any shape, one maximum a group.
+      quantizer: says how; its `groups` do not matter here.
+      tensor_scale: float32 [], the factor of the factors.
+
+    Returns:
+      float32 of the shape of `amax`; NaN where `amax` is not finite.
+    """
+    if quantizer.scale == E8M0:
+        exponent = floor_log2(amax) - np.int32(quantizer.format.largest_exponent)
+        exponent = jnp.clip(exponent, np.int32(-127), np.int32(127))
+        scale = ldexp(jnp.ones(amax.shape, jnp.float32), exponent)
+    else:
+        scale = amax.astype(jnp.float32) * np.float32(1.0 / quantizer.format.largest_finite)
+        if tensor_scale is not None:
+            scale = scale * (np.float32(1.0) / tensor_scale)
+        if quantizer.scale == E4M3:
+            scale = quantize(scale, E4M3)
+        else:
+            scale = jnp.clip(scale, _SMALLEST_FACTOR, _LARGEST_FACTOR)
+    return jnp.where(jnp.isfinite(amax), scale, np.float32(np.nan))
+
+
+class DelayedScale(NamedTuple):
+    """State of a factor that is predicted from past maxima, so that finding it costs no pass.
+
+    Attributes:
+      history: float32 [H], the last maxima, newest first; 0 where there was none yet.
+      scale: float32 [], the factor for the next tensor.
+    """
+
+    history: jax.Array
+    scale: jax.Array
+
+
+def init_delayed_scale(quantizer: Quantizer) -> DelayedScale:
+    """The state before the first tensor: factor one.
+
+    Raises:
+      ValueError: the quantizer is not a delayed one.
+    """
+    if not quantizer.history:
+        raise ValueError(f"{quantizer} takes its factor from the tensor itself; add .delayed")
+    return DelayedScale(
+        history=jnp.zeros((quantizer.history,), jnp.float32), scale=jnp.ones((), jnp.float32)
+    )
+
+
+def update_delayed_scale(
+    state: DelayedScale, amax: jax.Array, quantizer: Quantizer
+) -> DelayedScale:
+    """Takes a tensor's maximum into the history, and the factor from the largest one there.
+
+    A maximum that is not finite is left out: a skipped step must leave no trace. While only zeros
+    have been seen, the factor stays.
+
+    Args:
+      state: state used for the tensor.
+      amax: float [], its `largest_magnitude`.
+      quantizer: says how to find the factor.
+    """
+    amax = amax.astype(jnp.float32)
+    pushed = jnp.concatenate([amax[None], state.history[:-1]])
+    history = jnp.where(jnp.isfinite(amax), pushed, state.history)
+    largest = jnp.max(history)
+    scale = scale_from_maximum(largest, quantizer)
+    return DelayedScale(history, jnp.where(largest > 0, scale, state.scale))
+
+
+@dataclass(frozen=True)
+class _Grouping:
+    """How a tensor of a given shape falls into groups; `axis` is None where it is one group."""
+
+    shape: tuple[int, ...]
+    axis: int | None
+    size: int
+
+    @classmethod
+    def of(cls, x: jax.Array, quantizer: Quantizer, axis: int) -> _Grouping:
+        if quantizer.groups == "tensor":
+            return cls(x.shape, None, x.size)
+        axis = range(x.ndim)[axis]
+        length = x.shape[axis]
+        return cls(x.shape, axis, min(quantizer.block or length, length))
+
+    @property
+    def reduced(self) -> int | None:
+        """The axis of the groups' elements after `split`."""
+        return None if self.axis is None else self.axis + 1
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[..., length, ...] -> [..., groups, size, ...], the last group filled up with zeros."""
+        if self.axis is None:
+            return x
+        missing = -self.shape[self.axis] % self.size
+        if missing:
+            padding = [(0, missing if axis == self.axis else 0) for axis in range(x.ndim)]
+            x = jnp.pad(x, padding)
+        return x.reshape(*x.shape[: self.axis], -1, self.size, *x.shape[self.axis + 1 :])
+
+    def merge(self, groups: jax.Array) -> jax.Array:
+        """Undoes `split`."""
+        if self.axis is None:
+            return groups
+        before, after = self.shape[: self.axis], self.shape[self.axis + 1 :]
+        padded = groups.reshape(*before, -1, *after)
+        return jax.lax.slice_in_dim(padded, 0, self.shape[self.axis], axis=self.axis)
+
+    def spread(self, factor: jax.Array) -> jax.Array:
+        """Factors, one a group, in a shape that broadcasts against `split`."""
+        return factor if self.reduced is None else jnp.expand_dims(factor, self.reduced)
+
+
+def _check_scaled(quantizer: Quantizer, scale: jax.Array | None) -> None:
+    if quantizer.groups == "none":
+        raise ValueError(f"{quantizer} has no factors; use quantize, or add @tensor")
+    if bool(quantizer.history) != (scale is not None):
+        raise ValueError("pass scale=state.scale if the quantizer is a delayed one, and only then")
+
+
+def _tensor_factor(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
+    largest = quantizer.format.largest_finite * quantizer.scale.largest_finite
+    factor = amax.astype(jnp.float32) * np.float32(1.0 / largest)
+    factor = jnp.clip(factor, _SMALLEST_TENSOR_FACTOR, _LARGEST_FACTOR)
+    return jnp.where(jnp.isfinite(amax), factor, np.float32(np.nan))
+
+
+def _affine_parameters(
+    groups: jax.Array, grouping: _Grouping, quantizer: Quantizer
+) -> tuple[jax.Array, jax.Array]:
+    """Factor and zero point that map [min(x, 0), max(x, 0)] onto the whole range of the integer."""
+    first, last = quantizer.format.smallest_finite, quantizer.format.largest_finite
+    low = jnp.min(groups, axis=grouping.reduced, initial=0.0).astype(jnp.float32)
+    high = jnp.max(groups, axis=grouping.reduced, initial=0.0).astype(jnp.float32)
+    scale = jnp.clip(
+        (high - low) * np.float32(1.0 / (last - first)), _SMALLEST_FACTOR, _LARGEST_FACTOR
+    )
+    # Rounded before it is subtracted: a fused multiply-subtract would round differently.
+    steps = quantize(low * (np.float32(1.0) / scale), integer(quantizer.format.bits + 1))
+    zero_point = jnp.clip(np.float32(first) - steps, np.float32(first), np.float32(last))
+    finite = jnp.isfinite(low) & jnp.isfinite(high)
+    return jnp.where(finite, scale, np.float32(np.nan)), zero_point
+
+
+def _shift(
+    scaled: jax.Array, zero_point: jax.Array, format: Format, rounding: Rounding, key: Any
+) -> jax.Array:
+    """`round(scaled) + zero_point`, clamped to the format."""
+    rounded = quantize(scaled, integer(format.bits + 1), rounding, key)
+    shifted = rounded + zero_point.astype(scaled.dtype)
+    return jnp.clip(shifted, format.smallest_finite, format.largest_finite)
+
+
+def _factor(scale: jax.Array, tensor_scale: jax.Array | None) -> jax.Array:
+    return scale if tensor_scale is None else scale * tensor_scale
+
+
+def _divide(groups: jax.Array, factor: jax.Array, quantizer: Quantizer) -> jax.Array:
+    if quantizer.scale == E8M0:
+        return jnp.where(jnp.isnan(factor), jnp.nan, ldexp(groups, -floor_log2(factor)))
+    reciprocal = jnp.where(factor == 0, np.float32(0.0), np.float32(1.0) / factor)
+    return groups * reciprocal.astype(groups.dtype)
+
+
+def _multiply(groups: jax.Array, factor: jax.Array, quantizer: Quantizer) -> jax.Array:
+    if quantizer.scale == E8M0:
+        return jnp.where(jnp.isnan(factor), jnp.nan, ldexp(groups, floor_log2(factor)))
+    return groups * factor.astype(groups.dtype)

@@ -1,0 +1,188 @@
+"""Where every array lives: the only file that knows the axes of a device mesh.
+
+The rest of lmjax names the dimensions of its arrays logically (`embed`, `heads`, `batch`); `RULES`
+says which mesh axis divides each. A dimension that its mesh axes do not divide evenly is kept whole.
+
+Knows JAX only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str, tuple[str, ...]] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": ("sequence",),
+    # parameters: the residual stream is cut by fsdp, what branches off it by tensor
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+"""Mesh axes that divide a logical axis; an axis that is not listed (layers, norm, positions) is
+kept whole."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the device mesh; -1 is what is left of the devices."""
+
+    data: int = -1
+    """Batches are divided; parameters are whole on every device."""
+    fsdp: int = 1
+    """Batches, parameters and optimizer state are divided (fully sharded data parallelism)."""
+    tensor: int = 1
+    """Heads, MLP and vocabulary are divided."""
+    sequence: int = 1
+    """Positions of the context are divided."""
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that no number of devices fits."""
+        sizes = [getattr(self, f.name) for f in fields(self)]
+        if any(size < 1 and size != -1 for size in sizes):
+            raise ValueError("mesh sizes must be at least 1, or -1 for what is left")
+        if sizes.count(-1) > 1:
+            raise ValueError("only one of mesh.data, fsdp, tensor and sequence may be -1")
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of every mesh axis on a number of devices.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    shape = {f.name: getattr(config, f.name) for f in fields(config)}
+    known = math.prod(size for size in shape.values() if size != -1)
+    if -1 in shape.values():
+        if devices % known:
+            raise ValueError(
+                f"the mesh sizes {_described(shape)} do not divide {devices} devices; "
+                "change --mesh.data, --mesh.fsdp, --mesh.tensor or --mesh.sequence"
+            )
+        shape = {name: devices // known if size == -1 else size for name, size in shape.items()}
+    elif known != devices:
+        raise ValueError(
+            f"the mesh sizes {_described(shape)} ask for {known} devices, but there are {devices}; "
+            "set one of them to -1 for what is left"
+        )
+    return shape
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or over the given ones."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    return Mesh(
+        np.asarray(devices).reshape(tuple(shape.values())),
+        tuple(shape),
+        axis_types=(AxisType.Auto,) * len(shape),
+    )
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """A mesh of devices that need not exist, to trace and plan programs on."""
+    shape = mesh_shape(config, devices)
+    types = (AxisType.Auto,) * len(shape)
+    return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=types)
+
+
+def named_sharding(
+    mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]
+) -> NamedSharding:
+    """Where an array with these logical axes lives."""
+    return NamedSharding(mesh, _spec(mesh, axes, shape))
+
+
+def _spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+    dimensions = []
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axes = RULES.get(axis, ())
+        parts = math.prod(mesh.shape[name] for name in mesh_axes)
+        dimensions.append(mesh_axes if mesh_axes and size % parts == 0 else None)
+    return PartitionSpec(*dimensions)
+
+
+def param_shardings(mesh: Mesh | AbstractMesh, axes: Any, params: Any) -> Any:
+    """Where each parameter lives.
+
+    Args:
+      axes: logical axis names of each parameter, a tree of tuples.
+      params: arrays or their shapes, a tree with the same keys.
+    """
+    return jax.tree.map(
+        lambda param, names: named_sharding(mesh, names, param.shape), params, axes
+    )
+
+
+def state_shardings(mesh: Mesh | AbstractMesh, shardings: Any, state: Any) -> Any:
+    """Where each array of a train state lives: what mirrors the parameters lives where they do.
+
+    Optimizers keep trees with the structure of the parameters (moments), with some parameters left
+    out (masked), beside counters and scales. A leaf whose key path ends in that of a parameter and
+    whose rank is the same is cut like it; everything else is whole on every device.
+
+    Args:
+      shardings: as `param_shardings` gives them.
+      state: arrays or their shapes, any tree.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shardings)
+    by_path = {tuple(_names(keys)): sharding for keys, sharding in leaves}
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(keys: Any, leaf: Any) -> NamedSharding:
+        names = tuple(_names(keys))
+        for start in range(len(names)):
+            sharding = by_path.get(names[start:])
+            if sharding is not None and len(sharding.spec) == leaf.ndim:
+                return sharding
+        return whole
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedSharding:
+    """Where a batch `[B, T]` lives.
+
+    Raises:
+      ValueError: the batch cannot be divided among the devices.
+    """
+    parts = math.prod(mesh.shape[name] for name in RULES["batch"])
+    if shape[0] % parts:
+        raise ValueError(
+            f"a batch of {shape[0]} rows cannot be divided among {parts} devices (mesh.data x "
+            "mesh.fsdp); choose a batch size that is a multiple"
+        )
+    return named_sharding(mesh, ("batch", "length"), shape)
+
+
+def constrain(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Pins an activation to where its logical axes say it lives."""
+    if mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
+
+
+def global_batch(mesh: Mesh, rows: dict[str, np.ndarray], processes: int) -> dict[str, jax.Array]:
+    """This process's rows of a batch, as arrays over the whole mesh."""
+
+    def place(part: np.ndarray) -> jax.Array:
+        shape = (part.shape[0] * processes, *part.shape[1:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), part, shape)
+
+    return {name: place(part) for name, part in rows.items()}
+
+
+def _names(keys: Any) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys]
+
+
+def _described(shape: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in shape.items())

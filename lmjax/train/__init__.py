@@ -1,0 +1,23 @@
+"""Training: config, state, step, loop. `make_train_step` and `train` are the way in."""
+
+from lmjax.train.config import CheckpointConfig, Config, EvaluationConfig
+from lmjax.train.loop import Outcome, TrainingFailed, train
+from lmjax.train.run_directory import InputError, read_config
+from lmjax.train.state import TrainState, abstract_state, create_state
+from lmjax.train.step import make_eval_step, make_train_step
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "EvaluationConfig",
+    "InputError",
+    "Outcome",
+    "TrainState",
+    "TrainingFailed",
+    "abstract_state",
+    "create_state",
+    "make_eval_step",
+    "make_train_step",
+    "read_config",
+    "train",
+]

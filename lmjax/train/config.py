@@ -1,0 +1,176 @@
+"""One experiment as one frozen dataclass tree: everything that decides what a run computes.
+
+Each part stands beside the code that reads it; this file only joins them and resolves what one part
+leaves to another. Two runs with equal resolved configs compute the same numbers; the mesh is part
+of the tree for convenience but not of a run's identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmjax.data import DataConfig
+from lmjax.loss_scale import LossScaleConfig, resolve_kind
+from lmjax.model import ModelConfig, Sites, resolve_sites
+from lmjax.optimizer import OptimizerConfig
+from lmjax.precision.policy import parse_policy
+from lmjax.sharding import MeshConfig
+
+NOT_IDENTITY = ("mesh", "data.cache_dir")
+"""Parts of the config that a resumed run may change: where it runs is recorded, not identity."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and on how much held-out text a run is evaluated."""
+
+    every: int = 250
+    """Steps between evaluations; 0: only at the end."""
+    batches: int = 0
+    """Batches of an evaluation during training, spread over the split; 0: the whole split."""
+    batch_size: int = 0
+    """Rows of an evaluation batch; 0: as in training."""
+
+    def __post_init__(self) -> None:
+        """Refuses negative numbers."""
+        _refuse_below("evaluation", self, 0, "every", "batches", "batch_size")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = 500
+    """Steps between checkpoints; one more is written at the end and when the run is stopped."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        """Refuses to keep none."""
+        _refuse_below("checkpoint", self, 1, "every", "keep")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    precision: str = "p=f32,c=bf16,o=f32"
+    """The policy: which number format every tensor has; see the README."""
+    steps: int = 1000
+    """Planned length in optimizer steps; it sets the learning-rate schedule."""
+    seed: int = 0
+    """Decides initial parameters, order of the data and dropout."""
+    context: int = 256
+    """Tokens of context that the model is trained on."""
+    batch_size: int = 16
+    """Sequences in a step, over all devices and micro-batches."""
+    micro_batches: int = 1
+    """Parts that a batch is cut into; their gradients are summed in f32."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses parts that do not fit each other."""
+        _refuse_below("", self, 1, "steps", "context", "batch_size", "micro_batches", "log_every")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if self.model.positions == "learned" and self.context > self.model.max_positions:
+            raise ValueError(
+                f"context is {self.context}, but the model learns only {self.model.max_positions} "
+                "positions; lower --context or raise --model.max-positions"
+            )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} "
+                "micro-batches; choose numbers that divide"
+            )
+        resolve_sites(self.model, parse_policy(self.precision))
+
+    @property
+    def sites(self) -> Sites:
+        """The formats of every site of the model under this policy."""
+        return resolve_sites(self.model, parse_policy(self.precision))
+
+    def resolved(self) -> Config:
+        """The same run with nothing left to be derived: what `config.json` records."""
+        exponents = [
+            number_format.exponent_bits
+            for site in self.sites.values()
+            for number_format in (site.params, site.compute)
+        ]
+        kind = resolve_kind(self.loss_scale.kind, min(exponents))
+        rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
+        return dataclasses.replace(
+            self,
+            precision=str(parse_policy(self.precision)),
+            model=self.model.resolved(),
+            loss_scale=dataclasses.replace(self.loss_scale, kind=kind),
+            evaluation=dataclasses.replace(self.evaluation, batch_size=rows),
+        )
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested dicts, lists, strings and numbers."""
+    return dataclasses.asdict(config)
+
+
+def from_json(values: dict[str, Any]) -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+      ValueError: a field is unknown here, because another version of lmjax wrote it.
+    """
+    return _read(Config(), values, "")
+
+
+def _read(default: Any, values: dict[str, Any], prefix: str) -> Any:
+    known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            "unknown config field " + ", ".join(prefix + name for name in unknown)
+            + "; another version of lmjax wrote it"
+        )
+    read = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(known[name]):
+            value = _read(known[name], value, f"{prefix}{name}.")
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(default, **read)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two runs differ, by dotted name; `NOT_IDENTITY` does not count."""
+    old_flat, new_flat = _flat(to_json(old)), _flat(to_json(new))
+    return {
+        name: (old_flat.get(name), new_flat.get(name))
+        for name in {**old_flat, **new_flat}
+        if old_flat.get(name) != new_flat.get(name)
+        and not any(name == part or name.startswith(part + ".") for part in NOT_IDENTITY)
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _refuse_below(part: str, config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            dotted = f"{part}.{name}" if part else name
+            raise ValueError(f"{dotted} is {getattr(config, name)}; it must be at least {least}")

@@ -1,0 +1,47 @@
+"""Held-out loss of a set of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lmjax import sharding
+from lmjax.data import TokenizedCorpus, validation_batches
+from lmjax.train.config import Config
+
+
+def held_out_loss(
+    eval_step: Callable[[Any, Any], Any],
+    params: Any,
+    corpus: TokenizedCorpus,
+    config: Config,
+    mesh: sharding.Mesh,
+    *,
+    batches: int = 0,
+) -> float:
+    """Mean cross entropy in nats per token over the validation split.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      params: the parameters.
+      corpus: the tokens.
+      config: resolved; gives context and rows of a batch.
+      mesh: where to compute.
+      batches: how many, spread evenly over the split; 0: the whole split, each token once.
+    """
+    nats = tokens = 0.0
+    for rows in validation_batches(
+        corpus,
+        length=config.context,
+        batch_size=config.evaluation.batch_size,
+        max_batches=batches,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ):
+        batch = sharding.global_batch(mesh, rows, jax.process_count())
+        batch_nats, batch_tokens = eval_step(params, batch)
+        # Summed in Python floats: f32 would lose the small end of a long sum.
+        nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
+    return nats / tokens

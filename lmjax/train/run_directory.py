@@ -1,0 +1,138 @@
+"""The files of a run directory other than metrics and checkpoints.
+
+    config.json       the fully resolved config: what the run computes
+    environment.json  versions, devices, XLA flags, git revision: where it was computed
+    result.json       once the planned steps are done
+    tokenizer/        a copy, so that the run can generate text on its own
+    checkpoints/      see checkpoint.py
+    metrics.jsonl, tensorboard/, curves.png   see metrics.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax.precision import paths
+from lmjax.precision.exact import COMPILER_OPTIONS
+from lmjax.train.config import Config, differences, from_json, to_json
+from lmjax.train.metrics import replace_text
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy", "lmjax")
+
+
+class InputError(ValueError):
+    """Bad input from the user: nothing was written, and the message says what to do."""
+
+
+def open_run(workdir: Path, config: Config) -> None:
+    """Makes a directory ready for this run, or finds it ready from an earlier start.
+
+    Raises:
+      InputError: it cannot be written, or holds another run; nothing is written then.
+    """
+    path = workdir / "config.json"
+    try:
+        if path.exists():
+            _refuse_another_run(workdir, read_config(workdir), config)
+        elif workdir.is_dir() and any(workdir.iterdir()):
+            raise InputError(
+                f"{workdir} is not empty and holds no run; choose another --workdir or empty it"
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            replace_text(path, json.dumps(to_json(config), indent=2) + "\n")
+        replace_text(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(
+            f"cannot write the run directory {workdir}: {error.strerror}; choose another --workdir"
+        ) from error
+
+
+def read_config(workdir: Path) -> Config:
+    """The resolved config of a run directory.
+
+    Raises:
+      InputError: there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, NotADirectoryError) as error:
+        raise InputError(
+            f"{workdir} is no run directory: {path.name} cannot be read ({error.strerror})"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged or of another version: {error}") from error
+
+
+def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
+    changed = differences(old, new)
+    if changed:
+        fields = "; ".join(f"{name} is {was!r} there, {now!r} now" for name, (was, now) in
+                           changed.items())
+        raise InputError(
+            f"{workdir} holds another run ({fields}); choose another --workdir, repeat the old "
+            "values to go on with that run, or delete the directory"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, XLA flags and git revision of this process."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "compiler_options": COMPILER_OPTIONS,
+        "jax_enable_x64": jax.config.jax_enable_x64,
+        "git_revision": _git_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """The revision of the source tree that lmjax was imported from, `+` if it was changed since."""
+    source = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(source), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def parameters_sha256(params: Any) -> str:
+    """A digest of path, dtype, shape and bytes of every parameter, in path order.
+
+    It depends on the values alone and not on how they are divided among devices.
+    """
+    digest = hashlib.sha256()
+    for path, leaf in paths.flatten(params).items():
+        array = np.asarray(leaf)
+        digest.update(f"{path} {array.dtype.name} {list(array.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""The train state: one pytree of plain arrays, which is also what a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.loss_scale import LossScaleState
+from lmjax.model import Params, initial_params, structure
+from lmjax.optimizer import make_optimizer
+from lmjax.precision import exact
+from lmjax.sharding import Mesh, param_shardings, state_shardings
+from lmjax.train.config import Config
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes.
+
+    Attributes:
+      step: int32[], steps attempted; skipped ones count.
+      params: the parameters, each in its stored format.
+      opt_state: the loss scale, with the optimizer's state inside.
+      key: uint32[2], data of a threefry key; dropout folds the step into it.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: LossScaleState
+    key: jax.Array
+
+
+def initial_state(config: Config) -> TrainState:
+    """A fresh state; a pure function of the config and so of its seed. Call it under jit."""
+    init_key, dropout_key = jax.random.split(jax.random.key(config.seed, impl="threefry2x32"))
+    params = initial_params(init_key, config.model, config.sites)
+    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=jax.random.key_data(dropout_key),
+    )
+
+
+def abstract_state(config: Config, mesh: Any) -> TrainState:
+    """Shapes, dtypes and shardings of the state on a mesh, which may be abstract."""
+    shapes = jax.eval_shape(lambda: initial_state(config))
+    _, abstract_params, axes = structure(config.model)
+    shardings = state_shardings(mesh, param_shardings(mesh, axes, abstract_params), shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def create_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, each array made on the devices where it lives."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return exact.jit(lambda: initial_state(config), out_shardings=shardings)()

@@ -1,0 +1,150 @@
+"""The train step: one pure function, one path for every policy.
+
+    params -> compute format -> logits -> loss in f32 -> times the loss scale -> backward
+    -> unscale in f32 -> sum over micro-batches in f32 -> finite everywhere? -> clip -> optimizer
+    -> parameters, rounded to their stored format
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmjax import loss_scale, sharding
+from lmjax.model import apply, token_losses
+from lmjax.optimizer import apply_updates, learning_rate_schedule, make_optimizer
+from lmjax.precision import exact
+from lmjax.precision.exact import at_least_f32
+from lmjax.train.config import Config
+from lmjax.train.state import TrainState, abstract_state
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(config: Config, mesh: Any = None) -> TrainStep:
+    """The compiled train step of a run.
+
+    Args:
+      config: the run.
+      mesh: where it happens; by default the mesh that the config asks for, on all devices. An
+        abstract mesh gives a step that can be traced and lowered but not executed.
+
+    Returns:
+      `step(state, batch) -> state, metrics`. It donates the state it is given. A batch holds
+      `inputs` and `targets`, `int32[batch_size, context]`. Metrics are f32[] arrays: `loss` in nats
+      per token (with the z-loss, if any), `grad_norm` before clipping, `learning_rate` and
+      `loss_scale` as this step used them, `skipped_steps` in all and `consecutive_skips`.
+    """
+    config = config.resolved()
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return exact.jit(train_step(config, mesh), donate_argnums=0, out_shardings=(shardings, None))
+
+
+def train_step(config: Config, mesh: Any) -> TrainStep:
+    """The step before compilation; see `make_train_step`."""
+    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    scaled_loss = make_scaled_loss(config, mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        scale = loss_scale.current(state.opt_state)
+        dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def micro_step(total: Any, part: Any) -> tuple[Any, jax.Array]:
+            index, micro_batch = part
+            key = jax.random.fold_in(dropout_key, index)
+            scaled, loss = jax.grad(scaled_loss, has_aux=True)(state.params, micro_batch, key, scale)
+            gradients = loss_scale.unscale(scaled, scale)
+            return jax.tree.map(lambda t, g: t + g / config.micro_batches, total, gradients), loss
+
+        gradients, losses = _over_micro_batches(micro_step, state.params, batch, config)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {
+            "loss": jnp.mean(losses),
+            "grad_norm": optax.tree.norm(gradients),
+            "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
+            "loss_scale": scale,
+            "skipped_steps": opt_state.skipped_steps,
+            "consecutive_skips": opt_state.consecutive_skips,
+        }
+        params = apply_updates(state.params, updates)
+        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    return step
+
+
+def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The loss of a micro-batch times the loss scale, and beside it the loss itself.
+
+    Traced under strict dtype promotion: an accidental upcast is an error here, not a slower run.
+    """
+    sites = config.sites
+    dropout = config.model.dropout > 0
+
+    def scaled_loss(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
+        with jax.numpy_dtype_promotion("strict"):
+            logits = apply(
+                params,
+                batch["inputs"],
+                config=config.model,
+                sites=sites,
+                key=key if dropout else None,
+                constrain=lambda x, axes: sharding.constrain(mesh, x, axes),
+            )
+            losses = token_losses(logits, batch["targets"], sites["loss"])
+            loss = jnp.mean(losses.cross_entropy) + config.model.z_loss * jnp.mean(losses.z)
+            loss = loss.astype(at_least_f32(loss.dtype))
+            return loss * scale.astype(loss.dtype), loss
+
+    return scaled_loss
+
+
+def _over_micro_batches(
+    micro_step: Callable[[Any, Any], tuple[Any, jax.Array]], params: Any, batch: Batch, config: Config
+) -> tuple[Any, jax.Array]:
+    """Gradients averaged over the parts of a batch in f32, and the loss of each part.
+
+    An infinity or a NaN of one part survives the sum, so testing the sum tests every part.
+    """
+    zeros = jax.tree.map(
+        lambda p: jnp.zeros(p.shape, at_least_f32(p.dtype)), params
+    )
+    count = config.micro_batches
+    # Strided parts keep every device's rows on that device, wherever the batch is cut.
+    parts = jax.tree.map(
+        lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch
+    )
+    indices = jnp.arange(count, dtype=jnp.int32)
+    return jax.lax.scan(micro_step, zeros, (indices, parts))
+
+
+def make_eval_step(config: Config, mesh: Any = None) -> Callable[[Any, Batch], Any]:
+    """The compiled evaluation of one batch.
+
+    Returns:
+      `step(params, batch) -> (nats, tokens)`, f32[] each: the summed cross entropy of the tokens
+      that count and their number. A batch holds `inputs`, `targets` and `weights`, `[B, T]`.
+    """
+    config = config.resolved()
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    sites = config.sites
+
+    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with jax.numpy_dtype_promotion("strict"):
+            constrain = lambda x, axes: sharding.constrain(mesh, x, axes)
+            logits = apply(
+                params, batch["inputs"], config=config.model, sites=sites, constrain=constrain
+            )
+            nats = token_losses(logits, batch["targets"], sites["loss"]).cross_entropy
+            nats = nats.astype(at_least_f32(nats.dtype))
+            weights = batch["weights"].astype(nats.dtype)
+            return jnp.sum(nats * weights), jnp.sum(weights)
+
+    return exact.jit(eval_step)

