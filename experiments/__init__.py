@@ -1,1 +1,1 @@
-"""One module an experiment: `config()` returns what to run, `python -m experiments.NAME` runs it."""
+"""One module an experiment: `config()` returns what `python -m experiments.NAME` runs."""

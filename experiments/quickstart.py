@@ -1,23 +1,36 @@
-"""First contact: a small language model on Shakespeare, in mixed precision.
+"""First contact: a small language model on Shakespeare, in f16 with dynamic loss scaling.
 
-    python -m experiments.quickstart
+Command:   python -m experiments.quickstart
+Hardware:  2 CPU cores
+Time:      TIME
+Expected:  EXPECTED
+
+Parameters are stored in f32 and everything else is computed in f16, whose range is too small for
+most gradients: the progress bar shows the loss scale that lifts them, as it grows and backs off.
+The text is cut into 1024 byte-pair tokens, trained on the text itself.
 """
 
 from lmjax.cli import run_experiment
+from lmjax.data import DataConfig
+from lmjax.loss_scale import LossScaleConfig
 from lmjax.model import ModelConfig
 from lmjax.optimizer import OptimizerConfig
 from lmjax.train import CheckpointConfig, Config, EvaluationConfig
 
 
 def config() -> Config:
-    """Four blocks of width 128 on bytes: parameters in f32, everything else in bf16."""
+    """Four blocks of width 128, a context of 128 tokens: 0.95 million parameters."""
     return Config(
-        precision="p=f32,c=bf16,o=f32",
-        steps=600,
+        precision="p=f32,c=f16,o=f32",
+        steps=800,
         context=128,
         batch_size=16,
-        model=ModelConfig(vocab_size=256, max_positions=128, width=128, layers=4, heads=4),
+        model=ModelConfig(
+            vocab_size=1024, max_positions=128, width=128, layers=4, heads=4, unroll=4
+        ),
+        data=DataConfig(dataset="shakespeare", tokenizer="bpe", vocab_size=1024),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
+        loss_scale=LossScaleConfig(growth_interval=50),
         evaluation=EvaluationConfig(every=200),
         checkpoint=CheckpointConfig(every=200),
     )

@@ -63,9 +63,7 @@ def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
     sys.exit(_guarded(lambda: _run_experiment(module, config, sys.argv[1:])))
 
 
-def _run_experiment(
-    module: str, config: Callable[[], Config], arguments: Sequence[str]
-) -> int:
+def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequence[str]) -> int:
     default = Launch(config=config(), workdir=Path("runs") / module.rpartition(".")[2])
     launch = _parse(
         lambda: tyro.cli(
@@ -86,7 +84,9 @@ def _run_experiment(
     console.print(
         f"held-out loss {outcome.result['eval_loss']:.4f} nats per token after {outcome.step} steps"
         f" ({outcome.result['train_seconds']:.1f} s of training); everything is in "
-        f"{outcome.workdir}", markup=False, soft_wrap=True,
+        f"{outcome.workdir}",
+        markup=False,
+        soft_wrap=True,
     )
     return DONE
 
@@ -180,8 +180,9 @@ def score(
         ]
         _print_json({**summary, "per_token": tokens})
         return DONE
-    rows = zip(map(repr, result.tokens), map("{:.4f}".format, result.log_probabilities),
-               strict=True)
+    rows = zip(
+        map(repr, result.tokens), map("{:.4f}".format, result.log_probabilities), strict=True
+    )
     _print_table(("token", "log-probability (nats)"), rows)
     print(
         f"total {result.total:.4f} nats over {len(result.tokens)} tokens, "
@@ -245,9 +246,7 @@ def sites(
 
 
 def _site_row(site: SitePolicy) -> dict[str, str]:
-    return {
-        "params": site.params.name, "compute": site.compute.name, "output": site.output.name
-    }
+    return {"params": site.params.name, "compute": site.compute.name, "output": site.output.name}
 
 
 def load_experiment(name: str) -> Config:
@@ -286,8 +285,12 @@ def _one_line(boxed: str) -> str:
     lines = [re.sub(r"^[╭│╰]\s?|\s?[╮│╯]$", "", line).strip() for line in boxed.splitlines()]
     kept = [line for line in lines if line and not set(line) <= set("─ ")]
     text = " ".join(line for line in kept if "─" not in line)
-    for noise in (r"For full helptext, (run|see) .*", r"Argument helptext: .*",
-                  r"^Error parsing config\S*: ", r"^Error parsing (?=--)"):
+    for noise in (
+        r"For full helptext, (run|see) .*",
+        r"Argument helptext: .*",
+        r"^Error parsing config\S*: ",
+        r"^Error parsing (?=--)",
+    ):
         text = re.sub(noise, "", text)
     return text.strip() or "bad flags"
 

@@ -158,7 +158,7 @@ def current(state: LossScaleState) -> jax.Array:
 
 
 def unscale(gradients: Any, scale: jax.Array) -> Any:
-    """Gradients of the scaled loss, widened to f32 (f64 stays) and only then divided by the scale."""
+    """Gradients of the scaled loss, widened to f32 (f64 stays) and then divided by the scale."""
 
     def one(gradient: jax.Array) -> jax.Array:
         wide = at_least_f32(gradient.dtype)

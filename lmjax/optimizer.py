@@ -121,7 +121,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     schedule = learning_rate_schedule(config, steps)
-    decayed = lambda params: _by_path(lambda p, _: not paths.matches_any(config.no_decay, p), params)
+    decayed = lambda params: _by_path(
+        lambda p, _: not paths.matches_any(config.no_decay, p), params
+    )
     if config.name == "muon":
         return optax.contrib.muon(
             schedule,

@@ -1,7 +1,8 @@
 """Where every array lives: the only file that knows the axes of a device mesh.
 
 The rest of lmjax names the dimensions of its arrays logically (`embed`, `heads`, `batch`); `RULES`
-says which mesh axis divides each. A dimension that its mesh axes do not divide evenly is kept whole.
+says which mesh axis divides each. A dimension that its mesh axes do not divide evenly is kept
+whole.
 
 Knows JAX only.
 """
@@ -117,9 +118,7 @@ def param_shardings(mesh: Mesh | AbstractMesh, axes: Any, params: Any) -> Any:
       axes: logical axis names of each parameter, a tree of tuples.
       params: arrays or their shapes, a tree with the same keys.
     """
-    return jax.tree.map(
-        lambda param, names: named_sharding(mesh, names, param.shape), params, axes
-    )
+    return jax.tree.map(lambda param, names: named_sharding(mesh, names, param.shape), params, axes)
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, shardings: Any, state: Any) -> Any:
@@ -181,7 +180,9 @@ def global_batch(mesh: Mesh, rows: dict[str, np.ndarray], processes: int) -> dic
 
 
 def _names(keys: Any) -> list[str]:
-    return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys]
+    return [
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys
+    ]
 
 
 def _described(shape: dict[str, int]) -> str:

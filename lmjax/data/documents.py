@@ -1,7 +1,9 @@
 """Documents as TFDS stores them, and their division into training and validation text.
 
-TFDS is imported inside functions, here and nowhere else: it takes a second or more to import and
-an existing token cache is opened without it. Nothing here downloads, except `download_and_prepare`.
+TFDS, and `builders.py` which needs it, are imported inside functions here and nowhere else: an
+existing token cache opens in milliseconds, and should not wait for an import that it does not use.
+Nothing here downloads, except `download_and_prepare`. May import the room's config, errors,
+sources and store.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ from typing import Any, Protocol
 from lmjax.data.config import DataConfig, TfdsName
 from lmjax.data.errors import DataError
 from lmjax.data.sources import Document, Source
-from lmjax.data.store import discard, published_directory, seal, sealed_content
+from lmjax.data.store import (
+    discard,
+    published_directory,
+    remove_leftovers,
+    seal,
+    sealed_content,
+)
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VALIDATION_SPLITS = ("validation", "test")
@@ -48,6 +56,8 @@ def stored_source(
     """
     from lmjax.data.builders import BUILDERS, SPLIT
 
+    # Also where the dataset is there already and nothing gets built.
+    remove_leftovers(directory.parent)
     with contextlib.ExitStack() as stack:
         if directory.is_dir() and sealed_content(directory) is None:
             discard(directory)

@@ -39,7 +39,7 @@ def published_directory(target: Path) -> Iterator[Path]:
     built from the same key, so either will do.
     """
     made = _make_parents(target.parent)
-    _remove_leftovers(target.parent)
+    remove_leftovers(target.parent)
     temporary, lock = _locked_temporary(target.parent)
     try:
         yield temporary
@@ -67,6 +67,19 @@ def discard(directory: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         os.rename(directory, grave / directory.name)
     shutil.rmtree(grave, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes the temporaries in `parent` that no living process holds.
+
+    A lock, not a process id, tells: ids repeat, and mean nothing in another container or on
+    another host of a shared cache. Where a lock cannot be had, nothing is removed.
+    """
+    for path in parent.glob(f"{_TEMPORARY}*"):
+        lock = _lock(path, wait=False)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
 
 
 def seal(directory: Path, content: Mapping[str, Any]) -> None:
@@ -150,19 +163,6 @@ def _locked_temporary(parent: Path) -> tuple[Path, int | None]:
         if path.exists():
             return path, lock
         if lock is not None:
-            os.close(lock)
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Removes temporaries that no living process holds.
-
-    A lock, not a process id, tells: ids repeat, and mean nothing in another container or on
-    another host of a shared cache. Where a lock cannot be had, nothing is removed.
-    """
-    for path in parent.glob(f"{_TEMPORARY}*"):
-        lock = _lock(path, wait=False)
-        if lock is not None:
-            shutil.rmtree(path, ignore_errors=True)
             os.close(lock)
 
 

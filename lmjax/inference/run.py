@@ -73,4 +73,6 @@ def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedM
             config = dataclasses.replace(config, precision=precision)
         except ValueError as error:
             raise InputError(str(error)) from error
-    return TrainedModel(config, jax.device_get(params), step, load_tokenizer(workdir / "tokenizer"))
+    return TrainedModel(
+        config, jax.device_get(params), step, load_tokenizer(workdir / "tokenizer.json")
+    )

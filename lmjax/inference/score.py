@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from lmjax.inference.run import TrainedModel
-from lmjax.model import apply, log_probabilities
+from lmjax.model import Params, apply, log_probabilities
 from lmjax.precision import exact
 
 
@@ -52,8 +53,8 @@ def score(model: TrainedModel, text: str) -> Score:
     stream = np.concatenate([[model.tokenizer.end_of_document], ids]).astype(np.int32)
     config, sites, context = model.config.model, model.sites, model.config.context
 
-    def window_scores(params: object, inputs: np.ndarray, targets: np.ndarray) -> object:
-        logits = apply(params, inputs, config=config, sites=sites)  # type: ignore[arg-type]
+    def window_scores(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = apply(params, inputs, config=config, sites=sites)
         return log_probabilities(logits, targets, sites["loss"])
 
     compiled = exact.jit(window_scores)

@@ -82,7 +82,6 @@ class ModelConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must not be negative")
 
-
     # The fields that 0 leaves open are derived here and not filled in, so that
     # `dataclasses.replace(config, width=...)` keeps deriving them.
 

@@ -28,16 +28,16 @@ from lmjax.model.layers import (
     Norm,
     Sites,
     block_sites,
+    dropout,
     rotary_angles,
     within,
-    dropout,
 )
 from lmjax.precision import paths
 from lmjax.precision.matmul import einsum
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 
 Params = dict[str, Any]
-"""Nested dict of arrays: `params["blocks"]["attention"]["query"]["kernel"]` is `[layers, D, KGH]`."""
+"""Nested dict of arrays; those below `blocks` have a leading axis of length `layers`."""
 
 
 class Decoder(nnx.Module):
@@ -108,7 +108,11 @@ def apply(
 
 
 def _scan_blocks(
-    blocks: Block, x: jax.Array, config: ModelConfig, sites: Sites, key: jax.Array | None,
+    blocks: Block,
+    x: jax.Array,
+    config: ModelConfig,
+    sites: Sites,
+    key: jax.Array | None,
     constrain: Constrain,
 ) -> jax.Array:
     graphdef, stacked = nnx.split(blocks)
@@ -198,7 +202,7 @@ def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
     return graphdef, nnx.to_pure_dict(state), _nested(axes)
 
 
-def _nested(flat: dict[tuple[str, ...], Any]) -> Params:
+def _nested(flat: dict[Any, Any]) -> Params:
     nested: Params = {}
     for keys, value in flat.items():
         level = nested

@@ -10,6 +10,7 @@ key/value head, H head width. Knows Flax, JAX and policies; no mesh, no optimize
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -45,7 +46,13 @@ class Dense(nnx.Module):
     """`x @ kernel + bias`, in the compute format of its site."""
 
     def __init__(
-        self, key: jax.Array, fan_in: int, fan_out: int, *, axes: tuple[str, str], std: float,
+        self,
+        key: jax.Array,
+        fan_in: int,
+        fan_out: int,
+        *,
+        axes: tuple[str, str],
+        std: float,
         bias: bool,
     ):
         self.kernel = normal(key, (fan_in, fan_out), std, axes)
@@ -99,7 +106,9 @@ class Norm(nnx.Module):
         return site.to_output(y)
 
 
-def rotary_angles(config: ModelConfig, length: int, site: SitePolicy) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    config: ModelConfig, length: int, site: SitePolicy
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of position times frequency, `[T, H/2]` each (Su et al. 2021, eq. 15)."""
     half = config.head_size // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / half
@@ -132,21 +141,30 @@ class Attention(nnx.Module):
         keys = iter(jax.random.split(key, 4))
         c = config
         queries, keys_values = c.heads * c.head_size, c.kv_head_count * c.head_size
-        inward = dict(axes=("embed", "heads"), std=c.init_std, bias=c.bias)
+        inward = functools.partial(
+            Dense, fan_in=c.width, axes=("embed", "heads"), std=c.init_std, bias=c.bias
+        )
         self.config = config
         self.norm = Norm(c.width, c)
-        self.query = Dense(next(keys), c.width, queries, **inward)
-        self.key = Dense(next(keys), c.width, keys_values, **inward)
-        self.value = Dense(next(keys), c.width, keys_values, **inward)
+        self.query = inward(next(keys), fan_out=queries)
+        self.key = inward(next(keys), fan_out=keys_values)
+        self.value = inward(next(keys), fan_out=keys_values)
         self.out = Dense(
-            next(keys), queries, c.width, axes=("heads", "embed"), bias=c.bias,
+            next(keys),
+            queries,
+            c.width,
+            axes=("heads", "embed"),
+            bias=c.bias,
             std=c.init_std / math.sqrt(2 * c.layers),
         )
         self.query_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
         self.key_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, sites: Sites, angles: tuple[jax.Array, jax.Array] | None,
+        self,
+        x: jax.Array,
+        sites: Sites,
+        angles: tuple[jax.Array, jax.Array] | None,
         key: jax.Array | None,
     ) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`."""
@@ -190,15 +208,26 @@ class Mlp(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         keys = iter(jax.random.split(key, 3))
         c = config
-        inward = dict(axes=("embed", "mlp"), std=c.init_std, bias=c.bias)
+        inward = functools.partial(
+            Dense,
+            fan_in=c.width,
+            fan_out=c.mlp_size,
+            axes=("embed", "mlp"),
+            std=c.init_std,
+            bias=c.bias,
+        )
         self.norm = Norm(c.width, c)
-        self.up = Dense(next(keys), c.width, c.mlp_size, **inward)
+        self.up = inward(next(keys))
         self.down = Dense(
-            next(keys), c.mlp_size, c.width, axes=("mlp", "embed"), bias=c.bias,
+            next(keys),
+            c.mlp_size,
+            c.width,
+            axes=("mlp", "embed"),
+            bias=c.bias,
             std=c.init_std / math.sqrt(2 * c.layers),
         )
         gated = c.activation == "swiglu"
-        self.gate = Dense(next(keys), c.width, c.mlp_size, **inward) if gated else None
+        self.gate = inward(next(keys)) if gated else None
 
     def __call__(self, x: jax.Array, sites: Sites) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`."""
@@ -222,7 +251,10 @@ class Block(nnx.Module):
         self.mlp = Mlp(mlp_key, config)
 
     def __call__(
-        self, x: jax.Array, sites: Sites, angles: tuple[jax.Array, jax.Array] | None,
+        self,
+        x: jax.Array,
+        sites: Sites,
+        angles: tuple[jax.Array, jax.Array] | None,
         key: jax.Array | None,
     ) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream."""

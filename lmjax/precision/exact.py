@@ -22,7 +22,7 @@ COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class ExcessPrecisionError(RuntimeError):
-    """The backend drops roundings although it was told not to: no precision result would be true."""
+    """The backend drops roundings although told not to: no precision result would be true."""
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

@@ -5,8 +5,9 @@ leaves to chance: the format of both operands, the format products are accumulat
 two for the gradients. Left to autodiff, a bf16 product with f32 accumulation has f32 cotangents and
 so runs its backward products in f32.
 
-    forward     y  = round_c( sum_acc( round_c(x) * round_c(w) ) )
-    backward    dx = round_c( sum_acc( g * round_c(w) ) ),   dw = round_c( sum_acc( round_c(x) * g ) )
+    forward    y   = round_c( sum_acc( round_c(x) * round_c(w) ) )
+    backward   dx  = round_c( sum_acc( g * round_c(w) ) )
+               dw  = round_c( sum_acc( round_c(x) * g ) )
 
 with c the site's compute format, acc the accumulator and g the cotangent of y, which arrives in c.
 
@@ -50,7 +51,9 @@ def _einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return _contract(spec, x, w)
 
 
-def _forward(spec: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(
+    spec: str, x: jax.Array, w: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _contract(spec, x, w), (x, w)
 
 

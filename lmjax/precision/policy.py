@@ -158,7 +158,9 @@ class Policy:
                 output = rule.settings.get("o", output)
         return SitePolicy(params, compute, output or compute)
 
-    def resolve_all(self, site_paths: Sequence[str], depth: int | None = None) -> dict[str, SitePolicy]:
+    def resolve_all(
+        self, site_paths: Sequence[str], depth: int | None = None
+    ) -> dict[str, SitePolicy]:
         """Resolves every site of a model, and refuses rules that reach none of them.
 
         Raises:
@@ -223,7 +225,8 @@ def _parse_rule(text: str, segment: str, start: int) -> Rule:
     if broken:
         raise PolicyError(
             f"'{stripped}' is no path pattern; write components separated by single slashes",
-            text=text, position=position + broken.start(),
+            text=text,
+            position=position + broken.start(),
         )
     settings = _parse_settings(text, assignments, start + len(pattern) + 1)
     return Rule(pattern=stripped, settings=settings, position=position)
@@ -238,17 +241,20 @@ def _parse_settings(text: str, segment: str, start: int) -> dict[str, Format]:
         if key is None:
             raise PolicyError(
                 f"unknown key '{name}'; the keys are " + ", ".join(_KEYS),
-                text=text, position=name_start,
+                text=text,
+                position=name_start,
             )
         if not equals:
-            raise PolicyError(f"expected '=' after '{name}'", text=text,
-                              position=name_start + len(name))
+            raise PolicyError(
+                f"expected '=' after '{name}'", text=text, position=name_start + len(name)
+            )
         value_start = part_start + part.index("=") + 1
         parsed = _parse_value(text, *_strip(value, value_start))
         if settings.get(key, parsed) != parsed:
             raise PolicyError(
                 f"'{name}' is given twice, as {settings[key].name} and as {parsed.name}; keep one",
-                text=text, position=name_start,
+                text=text,
+                position=name_start,
             )
         settings[key] = parsed
     return settings
@@ -263,17 +269,21 @@ def _parse_value(text: str, name: str, position: int, also: Sequence[str] | Mapp
         known = [*_NATIVE, "float64", "float32", "bfloat16", "float16", "full", "half", *also]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "write one of " + ", ".join(known)
-        raise PolicyError(f"unknown format '{name}'; {hint}", text=text, position=position) from error
+        raise PolicyError(
+            f"unknown format '{name}'; {hint}", text=text, position=position
+        ) from error
     if parsed.name not in _NATIVE:
         raise PolicyError(
             f"'{name}' can be quantized to but not yet stored or computed in; use one of "
-            + ", ".join(_NATIVE), text=text, position=position,
+            + ", ".join(_NATIVE),
+            text=text,
+            position=position,
         )
     return parsed
 
 
 def _reach(pattern: str, path: str, depth: int | None) -> tuple[bool, bool]:
-    """Whether the pattern names the site itself, and whether it names something that contains it."""
+    """Whether the pattern names the site itself, and whether it names what contains the site."""
     pattern = _absolute(pattern, depth)
     return (
         paths.matches(pattern, path),

@@ -137,7 +137,8 @@ def _read(default: Any, values: dict[str, Any], prefix: str) -> Any:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(
-            "unknown config field " + ", ".join(prefix + name for name in unknown)
+            "unknown config field "
+            + ", ".join(prefix + name for name in unknown)
             + "; another version of lmjax wrote it"
         )
     read = {}

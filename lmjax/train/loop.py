@@ -92,7 +92,7 @@ def train(
     config, corpus, mesh = _checked(config, progress)
     exact.check_canary(jax.default_backend())
     open_run(workdir, config)
-    corpus.tokenizer.save(workdir / "tokenizer")
+    corpus.tokenizer.save(workdir / "tokenizer.json")
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     try:
         run = _start(config, corpus, mesh, workdir, checkpoints)
@@ -126,12 +126,15 @@ def _checked(config: Config, progress: bool) -> tuple[Config, TokenizedCorpus, s
 
 def _refuse_f64_without_x64(config: Config) -> None:
     formats = {f.name for s in config.sites.values() for f in (s.params, s.compute, s.output)}
-    if "f64" in formats and not jax.config.jax_enable_x64:
+    if "f64" in formats and not jax.config.read("jax_enable_x64"):
         raise ValueError("f64 needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment")
 
 
 def _start(
-    config: Config, corpus: TokenizedCorpus, mesh: sharding.Mesh, workdir: Path,
+    config: Config,
+    corpus: TokenizedCorpus,
+    mesh: sharding.Mesh,
+    workdir: Path,
     checkpoints: Checkpoints,
 ) -> _Run:
     """The run at its newest checkpoint, or at step 0."""
@@ -180,7 +183,10 @@ def _loop(run: _Run, stop_after: int | None, progress: bool) -> bool:
             log.flush()
             if step % config.log_every == 0 or step == config.steps:
                 log.pending(step, metrics)
-            if config.evaluation.every and step % config.evaluation.every == 0 < config.steps - step:
+            if (
+                config.evaluation.every
+                and step % config.evaluation.every == 0 < config.steps - step
+            ):
                 log.flush()
                 _evaluate(run, eval_step, log, config.evaluation.batches)
             stopping = stop.received is not None or step == last

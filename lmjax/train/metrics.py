@@ -89,8 +89,12 @@ def draw_curves(rows: Iterable[Row], title: str, path: Path) -> None:
     loss_axes.plot(steps, losses, color="#b5412b", marker="o", markersize=4, label="held out")
     if steps:
         loss_axes.annotate(
-            f"{losses[-1]:.4f}", (steps[-1], losses[-1]), textcoords="offset points",
-            xytext=(-4, 10), ha="right", color="#b5412b",
+            f"{losses[-1]:.4f}",
+            (steps[-1], losses[-1]),
+            textcoords="offset points",
+            xytext=(-4, 10),
+            ha="right",
+            color="#b5412b",
         )
     loss_axes.set_ylabel("loss (nats per token)")
     loss_axes.set_title(title, fontsize=10, loc="left", wrap=True)

@@ -1,11 +1,11 @@
 """The files of a run directory other than metrics and checkpoints.
 
-    config.json       the fully resolved config: what the run computes
-    environment.json  versions, devices, XLA flags, git revision: where it was computed
-    result.json       once the planned steps are done
-    tokenizer/        a copy, so that the run can generate text on its own
-    checkpoints/      see checkpoint.py
-    metrics.jsonl, tensorboard/, curves.png   see metrics.py
+config.json       the fully resolved config: what the run computes
+environment.json  versions, devices, XLA flags, git revision: where it was computed
+result.json       once the planned steps are done
+tokenizer.json    a copy, so that the run can generate text on its own
+checkpoints/      see checkpoint.py
+metrics.jsonl, tensorboard/, curves.png   see metrics.py
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ def read_config(workdir: Path) -> Config:
 def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
     changed = differences(old, new)
     if changed:
-        fields = "; ".join(f"{name} is {was!r} there, {now!r} now" for name, (was, now) in
-                           changed.items())
+        fields = "; ".join(
+            f"{name} is {was!r} there, {now!r} now" for name, (was, now) in changed.items()
+        )
         raise InputError(
             f"{workdir} holds another run ({fields}); choose another --workdir, repeat the old "
             "values to go on with that run, or delete the directory"
@@ -98,7 +99,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "compiler_options": COMPILER_OPTIONS,
-        "jax_enable_x64": jax.config.jax_enable_x64,
+        "jax_enable_x64": jax.config.read("jax_enable_x64"),
         "git_revision": _git_revision(),
     }
 

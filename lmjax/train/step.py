@@ -1,8 +1,8 @@
 """The train step: one pure function, one path for every policy.
 
-    params -> compute format -> logits -> loss in f32 -> times the loss scale -> backward
-    -> unscale in f32 -> sum over micro-batches in f32 -> finite everywhere? -> clip -> optimizer
-    -> parameters, rounded to their stored format
+params -> compute format -> logits -> loss in f32 -> times the loss scale -> backward
+-> unscale in f32 -> sum over micro-batches in f32 -> finite everywhere? -> clip -> optimizer
+-> parameters, rounded to their stored format
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(config: Config, mesh: Any = None) -> TrainStep:
+def make_train_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
     """The compiled train step of a run.
 
     Args:
@@ -60,7 +60,9 @@ def train_step(config: Config, mesh: Any) -> TrainStep:
         def micro_step(total: Any, part: Any) -> tuple[Any, jax.Array]:
             index, micro_batch = part
             key = jax.random.fold_in(dropout_key, index)
-            scaled, loss = jax.grad(scaled_loss, has_aux=True)(state.params, micro_batch, key, scale)
+            scaled, loss = jax.grad(scaled_loss, has_aux=True)(
+                state.params, micro_batch, key, scale
+            )
             gradients = loss_scale.unscale(scaled, scale)
             return jax.tree.map(lambda t, g: t + g / config.micro_batches, total, gradients), loss
 
@@ -107,15 +109,16 @@ def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array
 
 
 def _over_micro_batches(
-    micro_step: Callable[[Any, Any], tuple[Any, jax.Array]], params: Any, batch: Batch, config: Config
+    micro_step: Callable[[Any, Any], tuple[Any, jax.Array]],
+    params: Any,
+    batch: Batch,
+    config: Config,
 ) -> tuple[Any, jax.Array]:
     """Gradients averaged over the parts of a batch in f32, and the loss of each part.
 
     An infinity or a NaN of one part survives the sum, so testing the sum tests every part.
     """
-    zeros = jax.tree.map(
-        lambda p: jnp.zeros(p.shape, at_least_f32(p.dtype)), params
-    )
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, at_least_f32(p.dtype)), params)
     count = config.micro_batches
     # Strided parts keep every device's rows on that device, wherever the batch is cut.
     parts = jax.tree.map(
@@ -125,7 +128,7 @@ def _over_micro_batches(
     return jax.lax.scan(micro_step, zeros, (indices, parts))
 
 
-def make_eval_step(config: Config, mesh: Any = None) -> Callable[[Any, Batch], Any]:
+def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
     """The compiled evaluation of one batch.
 
     Returns:
