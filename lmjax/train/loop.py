@@ -17,6 +17,7 @@ import jax
 
 from lmjax import sharding
 from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
+from lmjax.model import parameter_count
 from lmjax.precision import exact
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
@@ -172,8 +173,7 @@ def _loop(run: _Run, stop_after: int | None, progress: bool) -> bool:
     train_step = make_train_step(config, run.mesh).lower(run.state, batch).compile()
     writer = MetricsWriter(run.workdir, first)
     with Reporter(first, config.steps, enabled=progress) as report, StopRequest() as stop:
-        if first:
-            report.note(f"resuming {run.workdir} at step {first}")
+        report.note(_introduction(run))
         log = _Log(writer, report, run, first)
         for step in range(first + 1, last + 1):
             run.state, metrics = train_step(run.state, batch)
@@ -203,6 +203,17 @@ def _loop(run: _Run, stop_after: int | None, progress: bool) -> bool:
             report.note(f"stopped by {why} at step {step}; run the same command again to go on")
     writer.close()
     return step >= config.steps
+
+
+def _introduction(run: _Run) -> str:
+    """What is about to be computed, in a line."""
+    start = f"resuming {run.workdir} at step {run.step}" if run.step else f"starting {run.workdir}"
+    devices = jax.devices()
+    return (
+        f"{start}: {parameter_count(run.config.model):,} parameters, {len(run.corpus.train):,} "
+        f"training tokens, {len(devices)} x {devices[0].device_kind}; policy "
+        f"{run.config.precision}, loss scale {run.config.loss_scale.kind}"
+    )
 
 
 class _Log:

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 Row = Mapping[str, Any]
 
 
-def strict_json(row: Row) -> str:
-    """One line of strict JSON; infinities and NaNs, which JSON lacks, become strings."""
-    return json.dumps({name: _finite_or_text(value) for name, value in row.items()})
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: infinities and NaNs, which JSON lacks, become strings that `float` reads."""
+    return json.dumps(_finite_or_text(value), indent=indent, allow_nan=False)
 
 
 def _finite_or_text(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite_or_text(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_text(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -41,7 +45,8 @@ class MetricsWriter:
     """Appends rows to `metrics.jsonl` and to TensorBoard event files.
 
     A resumed run repeats the steps since its checkpoint; rows of those steps, left by the process
-    that was stopped, are dropped first, so that each step stands in the file once.
+    that was stopped, are dropped first, so that each step stands in the file once. A context
+    manager: what goes wrong in it must not cost the rows written so far.
     """
 
     def __init__(self, workdir: Path, resumed_step: int):
@@ -51,9 +56,20 @@ class MetricsWriter:
         kept = [row for row in read_rows(path) if row["step"] <= resumed_step]
         replace_text(path, "".join(strict_json(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
-        )
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+
+    def __enter__(self) -> MetricsWriter:
+        """The writer itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the files."""
+        self.close()
 
     def write(self, row: Row) -> None:
         """Writes one row; `step` is required, everything else a number."""
@@ -70,44 +86,60 @@ class MetricsWriter:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that at every moment it holds either the old text or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes a file so that at every moment it holds either the old text or the new.
+
+    A process killed meanwhile leaves `partial(path)` behind, which the next one writes over.
+    """
+    temporary = partial(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
+def partial(path: Path) -> Path:
+    """Where the new text of a file is written before it replaces the old."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def draw_curves(rows: Iterable[Row], title: str, path: Path) -> None:
-    """Draws loss (training and held-out) and learning rate over the steps into a PNG."""
+    """Draws loss, learning rate and, where there is one, the loss scale over the steps, as a PNG."""
     from matplotlib.figure import Figure
 
     rows = list(rows)
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    steps, losses = _column(rows, "loss")
-    loss_axes.plot(steps, losses, color="#8fb3d9", linewidth=1, label="training")
+    scaled = any(row.get("loss_scale", 1.0) != 1.0 for row in rows)
+    figure = Figure(figsize=(8, 7 if scaled else 6), layout="constrained")
+    panels = figure.subplots(2 + scaled, 1, sharex=True, height_ratios=[3, 1, 1][: 2 + scaled])
+    _draw_loss(panels[0], rows)
+    panels[0].set_title(title, fontsize=10, loc="left", wrap=True)
+    panels[1].plot(*_column(rows, "learning_rate"), color="#4a4a4a", linewidth=1)
+    panels[1].set_ylabel("learning rate")
+    panels[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if scaled:
+        steps, scales = _column(rows, "loss_scale")
+        panels[2].step(steps, scales, color="#4a4a4a", linewidth=1, where="post")
+        panels[2].set_yscale("log", base=2)
+        panels[2].set_ylabel("loss scale")
+    panels[-1].set_xlabel("step")
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.2)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_loss(panel: Any, rows: list[Row]) -> None:
+    panel.plot(*_column(rows, "loss"), color="#8fb3d9", linewidth=1, label="training")
     steps, losses = _column(rows, "eval_loss")
-    loss_axes.plot(steps, losses, color="#b5412b", marker="o", markersize=4, label="held out")
+    panel.plot(steps, losses, color="#b5412b", marker="o", markersize=4, label="held out")
     if steps:
-        loss_axes.annotate(
+        panel.annotate(
             f"{losses[-1]:.4f}",
             (steps[-1], losses[-1]),
             textcoords="offset points",
-            xytext=(-4, 10),
+            xytext=(0, 16),
             ha="right",
             color="#b5412b",
         )
-    loss_axes.set_ylabel("loss (nats per token)")
-    loss_axes.set_title(title, fontsize=10, loc="left", wrap=True)
-    loss_axes.legend(frameon=False)
-    steps, rates = _column(rows, "learning_rate")
-    rate_axes.plot(steps, rates, color="#4a4a4a", linewidth=1)
-    rate_axes.set_ylabel("learning rate")
-    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    rate_axes.set_xlabel("step")
-    for axes in (loss_axes, rate_axes):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    figure.savefig(path, dpi=120)
+    panel.set_ylabel("loss (nats per token)")
+    panel.legend(frameon=False)
 
 
 def _column(rows: Iterable[Row], name: str) -> tuple[list[int], list[float]]:
