@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from lmjax.inference import score as score_text
 from lmjax.precision.policy import SitePolicy
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.checkpoint import CheckpointError
+from lmjax.train.metrics import strict_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
@@ -51,6 +51,11 @@ class Launch:
     """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
     sample: int = 200
     """Tokens of text generated for a look when the run is done; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuses a sample of negative length now, and not when the run is done."""
+        if self.sample < 0:
+            raise ValueError(f"sample is {self.sample}; it must not be negative")
 
 
 def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
@@ -81,9 +86,10 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
     if launch.sample:
         text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
         console.print(f"A sample:\n{text}", markup=False)
+    loss = float(outcome.result["eval_loss"])
     console.print(
-        f"held-out loss {outcome.result['eval_loss']:.4f} nats per token after {outcome.step} steps"
-        f" ({outcome.result['train_seconds']:.1f} s of training); everything is in "
+        f"held-out loss {loss:.4f} nats per token after {outcome.step} steps "
+        f"({outcome.result['train_seconds']:.1f} s of training); everything is in "
         f"{outcome.workdir}",
         markup=False,
         soft_wrap=True,
@@ -315,7 +321,7 @@ def _guarded(call: Callable[[], int]) -> int:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value))
+    print(strict_json(value))
 
 
 def _print_table(header: Sequence[str], rows: Any) -> None:

@@ -115,9 +115,10 @@ def with_loss_scale(
     initial = 1.0 if config.kind == "none" else config.initial
 
     def init(params: optax.Params) -> LossScaleState:
-        zero = jnp.zeros((), jnp.int32)
         scale = jnp.asarray(initial, jnp.float32)
-        return LossScaleState(scale, zero, zero, zero, inner.init(params))
+        # An array each: a buffer that stands in the state twice could not be donated.
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return LossScaleState(scale, zero(), zero(), zero(), inner.init(params))
 
     def update(
         gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None

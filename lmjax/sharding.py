@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, tuple[str, ...]] = {
-    # activations
+    # activations; their width stays whole, for fsdp already cuts their batch
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
     # parameters: the residual stream is cut by fsdp, what branches off it by tensor
@@ -28,8 +28,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-"""Mesh axes that divide a logical axis; an axis that is not listed (layers, norm, positions) is
-kept whole."""
+"""Mesh axes that divide a logical axis; an axis that is not listed (layers, norm, positions,
+width) is kept whole."""
 
 
 @dataclass(frozen=True)

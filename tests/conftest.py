@@ -156,7 +156,7 @@ def compiled_step(compile_fast: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def equations() -> Callable[..., list[Any]]:
-    """`equations(jaxpr, *primitives)`: all equations of those primitives, however deep they nest."""
+    """`equations(jaxpr, *primitives)`: all equations of those primitives, nested ones too."""
     from jax.extend import core
 
     def inner(value: Any) -> Iterator[Any]:

@@ -40,4 +40,6 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     loss = held_out_loss(make_eval_step(config, mesh), model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
     bits = loss * tokens / math.log(2) / corpus.validation_bytes
-    return Evaluation(model.step, tokens, loss, math.exp(loss), bits)
+    # Beyond exp(709) Python raises where IEEE 754 says infinity.
+    perplexity = math.exp(loss) if not loss > 709 else math.inf
+    return Evaluation(model.step, tokens, loss, perplexity, bits)

@@ -59,7 +59,7 @@ def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedM
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{workdir} has no checkpoint yet; train it first")
-    checkpoints = Checkpoints(folder, config.checkpoint.keep)
+    checkpoints = Checkpoints(folder)
     try:
         step = checkpoints.latest()
         if step is None:

@@ -61,6 +61,9 @@ class ModelConfig:
         for name in ("vocab_size", "max_positions", "width", "layers", "heads", "unroll"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("kv_heads", "head_width", "mlp_width", "z_loss", "init_std", "norm_epsilon"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must not be negative")
         if not self.head_width and self.width % self.heads:
             raise ValueError(
                 f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
@@ -78,9 +81,6 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
-        for name in ("z_loss", "init_std", "norm_epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must not be negative")
 
     # The fields that 0 leaves open are derived here and not filled in, so that
     # `dataclasses.replace(config, width=...)` keeps deriving them.

@@ -125,13 +125,13 @@ def _scan_blocks(
 
         def body(x: jax.Array, layer: Any, group: Sites = group, angles: Any = angles) -> Any:
             layer_params, layer_key = layer
-            x = constrain(x, ("batch", "length", "embed"))
+            x = constrain(x, ("batch", "length", "width"))
             return nnx.merge(graphdef, layer_params)(x, group, angles, layer_key), None
 
         x = group["residual"].to_output(group["residual"].to_compute(x))
         layers = jax.tree.map(lambda leaf, f=first, s=last: leaf[f:s], (stacked, keys))
         x, _ = jax.lax.scan(_rematerialised(body, config), x, layers, unroll=config.unroll)
-    return constrain(x, ("batch", "length", "embed"))
+    return constrain(x, ("batch", "length", "width"))
 
 
 def _rematerialised(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:

@@ -197,8 +197,10 @@ class Attention(nnx.Module):
         scores = softmax.to_compute(sites["scores"].to_output(scores)) * rest
         positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
         causal = positions[:, None] >= positions[None, :]
-        # Selected, not added: a large negative number added to a score can overflow f16.
-        scores = jnp.where(causal, scores, jnp.finfo(scores.dtype).min)
+        # Selected, not added: a large negative number added to a score can overflow f16. Infinite,
+        # not large: should all real scores of a row overflow, it becomes NaN and the step is
+        # skipped, where a finite mask would win and let the row attend to the future.
+        scores = jnp.where(causal, scores, -jnp.inf)
         return softmax.to_output(jax.nn.softmax(scores, axis=-1))
 
 

@@ -36,7 +36,7 @@ def split(x: jax.Array) -> tuple[Format, jax.Array, jax.Array]:
       magnitude.
     """
     work = F64 if x.dtype == np.float64 else F32
-    if x.dtype == jnp.bfloat16:  # not by a cast, which would flush subnormals on some backends
+    if x.dtype == jnp.bfloat16:  # not by a cast, which is free to flush subnormals
         bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << np.uint32(16)
     else:
         bits = lax.bitcast_convert_type(x.astype(work.dtype), unsigned(work))

@@ -31,13 +31,20 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, newest `keep` of them."""
+    """The checkpoints of one run directory, newest `keep` of them; without `keep`, only to read.
 
-    def __init__(self, directory: Path, keep: int):
+    The one that writes also removes what a killed process left unfinished. A reader touches
+    nothing: another process may be training.
+    """
+
+    def __init__(self, directory: Path, keep: int | None = None):
         # Orbax logs every save through absl at INFO; a run reports its saves itself.
         logging.getLogger("absl").setLevel(logging.WARNING)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
+            max_to_keep=keep,
+            create=keep is not None,
+            cleanup_tmp_directories=keep is not None,
+            enable_async_checkpointing=True,
         )
         handlers = {
             "state": ocp.StandardCheckpointHandler(),

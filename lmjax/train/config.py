@@ -132,7 +132,9 @@ def from_json(values: dict[str, Any]) -> Config:
     return _read(Config(), values, "")
 
 
-def _read(default: Any, values: dict[str, Any], prefix: str) -> Any:
+def _read(default: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the config'} must be an object, not {values!r}")
     known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
     unknown = sorted(set(values) - set(known))
     if unknown:

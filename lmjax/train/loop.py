@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,20 @@ from lmjax.precision import exact
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
 from lmjax.train.evaluate import held_out_loss
-from lmjax.train.metrics import MetricsWriter, draw_curves, read_rows, replace_text
+from lmjax.train.metrics import (
+    MetricsWriter,
+    draw_curves,
+    read_rows,
+    replace_text,
+    strict_json,
+)
 from lmjax.train.progress import Reporter
-from lmjax.train.run_directory import InputError, open_run, parameters_sha256
+from lmjax.train.run_directory import (
+    InputError,
+    open_run,
+    parameters_sha256,
+    record_environment,
+)
 from lmjax.train.signals import StopRequest
 from lmjax.train.state import TrainState, abstract_state, create_state
 from lmjax.train.step import make_eval_step, make_train_step
@@ -93,14 +105,16 @@ def train(
     config, corpus, mesh = _checked(config, progress)
     exact.check_canary(jax.default_backend())
     open_run(workdir, config)
-    corpus.tokenizer.save(workdir / "tokenizer.json")
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    try:
+    with (
+        closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep)) as checkpoints,
+        StopRequest() as stop,
+    ):
         run = _start(config, corpus, mesh, workdir, checkpoints)
-        finished = _loop(run, stop_after, progress)
-        result = _finish(run, progress) if finished else None
-    finally:
-        checkpoints.close()
+        if run.step < config.steps:
+            record_environment(workdir)
+            corpus.tokenizer.save(workdir / "tokenizer.json")
+        finished = _loop(run, stop, stop_after, progress)
+        result = _finish(run) if finished else None
     _draw(run)
     return Outcome(workdir, run.step, result)
 
@@ -162,8 +176,11 @@ def _start(
     return _Run(config, corpus, mesh, workdir, checkpoints, data, restored.state, seconds)
 
 
-def _loop(run: _Run, stop_after: int | None, progress: bool) -> bool:
-    """Steps until the run is done (True) or stopped with a checkpoint (False)."""
+def _loop(run: _Run, stop: StopRequest, stop_after: int | None, progress: bool) -> bool:
+    """Steps until the run is done (True) or stopped with a checkpoint (False).
+
+    A request to stop that came earlier, while the step was compiled, is met after one step.
+    """
     config, first = run.config, run.step
     last = min(config.steps, first + stop_after) if stop_after else config.steps
     if first >= last:
@@ -171,8 +188,10 @@ def _loop(run: _Run, stop_after: int | None, progress: bool) -> bool:
     eval_step = make_eval_step(config, run.mesh)
     batch = _next_batch(run)
     train_step = make_train_step(config, run.mesh).lower(run.state, batch).compile()
-    writer = MetricsWriter(run.workdir, first)
-    with Reporter(first, config.steps, enabled=progress) as report, StopRequest() as stop:
+    with (
+        MetricsWriter(run.workdir, first) as writer,
+        Reporter(first, config.steps, enabled=progress) as report,
+    ):
         report.note(_introduction(run))
         log = _Log(writer, report, run, first)
         for step in range(first + 1, last + 1):
@@ -192,16 +211,14 @@ def _loop(run: _Run, stop_after: int | None, progress: bool) -> bool:
             stopping = stop.received is not None or step == last
             if stopping or step % config.checkpoint.every == 0:
                 log.flush()
-                _save(run, log.train_seconds)
+                _save(run, log)
             if stopping:
                 break
             batch = _next_batch(run)
         run.checkpoints.wait()
-        run.train_seconds = log.train_seconds
         if step < config.steps:
             why = stop.received or f"--stop-after {stop_after}"
             report.note(f"stopped by {why} at step {step}; run the same command again to go on")
-    writer.close()
     return step >= config.steps
 
 
@@ -249,7 +266,8 @@ class _Log:
         }
         self.writer.write(row)
         self.report.metrics(row)
-        if skips >= self.config.loss_scale.max_consecutive_skips:
+        # A run too short for the limit has still failed when it skipped every step.
+        if skips >= min(self.config.loss_scale.max_consecutive_skips, self.config.steps):
             raise TrainingFailed(
                 f"the gradients of the last {skips} steps up to step {step} were not finite, at "
                 f"loss scale {values['loss_scale']:g}; nothing was learned from them. Lower the "
@@ -281,22 +299,30 @@ def _evaluate(run: _Run, eval_step: Any, log: _Log, batches: int) -> None:
     log.resume()
 
 
-def _save(run: _Run, train_seconds: float) -> None:
-    progress = {"train_seconds": train_seconds, "corpus": run.corpus.fingerprint}
+def _save(run: _Run, log: _Log) -> None:
+    # Saving waits for the step anyway; waiting first gives the step's time to the run.
+    jax.block_until_ready(run.state.params)
+    log.pause()
+    run.train_seconds = log.train_seconds
+    progress = {"train_seconds": run.train_seconds, "corpus": run.corpus.fingerprint}
     run.checkpoints.save(run.step, run.state, run.data.get_state(), progress)
 
 
-def _finish(run: _Run, progress: bool) -> dict[str, Any]:
-    """Evaluates on the whole validation split and writes `result.json`, unless that was done."""
+def _finish(run: _Run) -> dict[str, Any]:
+    """Evaluates on the whole validation split and writes `result.json`, unless that was done.
+
+    The row of that evaluation may be there already, from a process killed before the result was.
+    """
     path = run.workdir / "result.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     config = run.config
     eval_step = make_eval_step(config, run.mesh)
     loss = held_out_loss(eval_step, run.state.params, run.corpus, config, run.mesh)
-    writer = MetricsWriter(run.workdir, config.steps)
-    writer.write({"step": config.steps, "eval_loss": loss})
-    writer.close()
+    with MetricsWriter(run.workdir, config.steps) as writer:
+        row = {"step": config.steps, "eval_loss": loss}
+        if json.loads(strict_json(row)) not in read_rows(run.workdir / "metrics.jsonl"):
+            writer.write(row)
     result = {
         "steps": config.steps,
         "eval_loss": loss,
@@ -304,8 +330,9 @@ def _finish(run: _Run, progress: bool) -> dict[str, Any]:
         "train_seconds": run.train_seconds,
         "parameters_sha256": parameters_sha256(run.state.params),
     }
-    replace_text(path, json.dumps(result, indent=2) + "\n")
-    return result
+    text = strict_json(result, indent=2)
+    replace_text(path, text + "\n")
+    return json.loads(text)
 
 
 def _draw(run: _Run) -> None:

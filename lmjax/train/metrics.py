@@ -101,7 +101,7 @@ def partial(path: Path) -> Path:
 
 
 def draw_curves(rows: Iterable[Row], title: str, path: Path) -> None:
-    """Draws loss, learning rate and, where there is one, the loss scale over the steps, as a PNG."""
+    """Draws loss, learning rate and any loss scale other than 1 over the steps, as a PNG."""
     from matplotlib.figure import Figure
 
     rows = list(rows)

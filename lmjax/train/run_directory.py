@@ -25,7 +25,7 @@ import numpy as np
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.train.config import Config, differences, from_json, to_json
-from lmjax.train.metrics import replace_text
+from lmjax.train.metrics import partial, replace_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy", "lmjax")
 
@@ -35,7 +35,7 @@ class InputError(ValueError):
 
 
 def open_run(workdir: Path, config: Config) -> None:
-    """Makes a directory ready for this run, or finds it ready from an earlier start.
+    """Makes a directory for this run and records its config, or finds it from an earlier start.
 
     Raises:
       InputError: it cannot be written, or holds another run; nothing is written then.
@@ -44,14 +44,13 @@ def open_run(workdir: Path, config: Config) -> None:
     try:
         if path.exists():
             _refuse_another_run(workdir, read_config(workdir), config)
-        elif workdir.is_dir() and any(workdir.iterdir()):
+        elif workdir.is_dir() and set(workdir.iterdir()) - {partial(path)}:
             raise InputError(
                 f"{workdir} is not empty and holds no run; choose another --workdir or empty it"
             )
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             replace_text(path, json.dumps(to_json(config), indent=2) + "\n")
-        replace_text(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
     except OSError as error:
         raise InputError(
             f"cannot write the run directory {workdir}: {error.strerror}; choose another --workdir"
@@ -85,6 +84,11 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
             f"{workdir} holds another run ({fields}); choose another --workdir, repeat the old "
             "values to go on with that run, or delete the directory"
         )
+
+
+def record_environment(workdir: Path) -> None:
+    """Writes `environment.json`: where the steps from here on are computed."""
+    replace_text(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

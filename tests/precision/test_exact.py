@@ -60,16 +60,25 @@ def test_accumulation_is_never_narrower_than_f32(dtype: str, wide: str):
 
 
 def uses_of_jax_jit(source: str) -> list[int]:
-    """Lines on which a source compiles with `jax.jit` (or `pjit`) instead of `exact.jit`."""
+    """Lines on which a source compiles with `jax.jit` (or `pjit`) instead of `exact.jit`.
+
+    `jax.jit(..., inline=True)` is no program of its own: it dissolves into the program that calls
+    it, which is the one that has compiler options.
+    """
+    tree = ast.parse(source)
+    inlined = {
+        id(node)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and any(k.arg == "inline" for k in call.keywords)
+        for node in ast.walk(call)
+    }
     lines = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("jit", "pjit"):
-            if isinstance(node.value, ast.Name) and node.value.id in ("jax", "nnx"):
+            of_jax = isinstance(node.value, ast.Name) and node.value.id in ("jax", "nnx")
+            if of_jax and id(node) not in inlined:
                 lines.append(node.lineno)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in (
-            "jax",
-            "flax",
-        ):
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("jax", "flax")):
             lines += [node.lineno for name in node.names if name.name in ("jit", "pjit")]
     return lines
 

@@ -246,25 +246,30 @@ def test_the_canonical_string_parses_to_the_same_policy(text: str):
     again = parse_policy(str(policy))
     assert again == policy
     assert str(again) == str(policy)
-    assert again.resolve_all(["head", "blocks/0/mlp/up", "blocks/1/attention/softmax"][:0]) == {}
     for path in SITES:
         assert again.resolve(path, 3) == policy.resolve(path, 3)
 
 
 fragment = st.sampled_from(
-    ["p", "c", "o", "params", "=", ",", ";", ":", "/", "**", "*", "-1", "[", "]", "?", "f", "bf", "e",
-     "m", "int", "16", "32", "8", "0", " ", "\t", "\n", "half", "mixed_bf16", "blocks", "norm", "²"]
+    ["p", "c", "o", "params", "=", ",", ";", ":", "/", "**", "*", "-1", "[", "]", "?", "f", "bf",
+     "e", "m", "int", "16", "32", "8", "0", " ", "\t", "\n", "half", "mixed_bf16", "norm", "²"]
 )  # fmt: skip
+
+
+def refusal(text: str) -> PolicyError | None:
+    try:
+        policy = parse_policy(text)
+    except PolicyError as error:
+        return error
+    for path in SITES:
+        policy.resolve(path, 3)
+    return None
 
 
 @settings(max_examples=400)
 @given(st.lists(fragment, max_size=12).map("".join) | st.text(max_size=12))
 def test_any_text_parses_or_is_a_policy_error_inside_the_text(text: str):
-    try:
-        policy = parse_policy(text)
-    except PolicyError as error:
+    error = refusal(text)
+    if error is not None:
         assert error.position is not None
         assert 0 <= error.position <= len(text)
-    else:
-        for path in SITES:
-            policy.resolve(path, 3)

@@ -205,16 +205,13 @@ def test_same_bits_eagerly_and_compiled(name: str) -> None:
     expected = np.asarray(fake_quantize(x * 3.0, quantizer))
     np.testing.assert_array_equal(np.asarray(jax.jit(function)(x)), expected)
     if quantizer.groups != "tensor" and not quantizer.tensor_scale:
-        np.testing.assert_array_equal(np.asarray(jax.vmap(function)(x)), expected)
-        rows = jax.lax.scan(lambda carry, row: (carry, function(row)), 0, x)[1]
+        rows = jax.lax.scan(lambda carry, rows: (carry, jax.vmap(function)(rows)), 0, x[None])[1][0]
         np.testing.assert_array_equal(np.asarray(rows), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["e4m3@tensor", "e5m2@channel", "int8@channel"])
 def test_f32_factors_follow_the_written_arithmetic(name: str) -> None:
     quantizer = parse_quantizer(name)
-    if quantizer.scale.name != "f32" or quantizer.affine or quantizer.groups == "block":
-        pytest.skip("worked out by hand above")
     x = np.random.default_rng(0).normal(size=(6, 40)).astype(np.float32)
     axis = None if quantizer.groups == "tensor" else -1
     amax = np.max(np.abs(x), axis=axis, keepdims=True)
@@ -225,8 +222,8 @@ def test_f32_factors_follow_the_written_arithmetic(name: str) -> None:
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("name", ["e4m3@tensor", "int8@channel", "int4@block16.affine", "nvfp4"])
+@pytest.mark.parametrize("axis", [0, 1])
 def test_groups_run_along_the_axis(name: str, axis: int) -> None:
     quantizer = parse_quantizer(name)
     x = jax.random.normal(jax.random.key(0), (37, 5, 50), jnp.float32)
@@ -247,7 +244,7 @@ def test_blocks_do_not_see_each_other_and_the_last_may_be_short() -> None:
     np.testing.assert_array_equal(np.asarray(longer_than_the_axis), np.asarray(channel))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["e4m3@tensor", "int8@channel.affine", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_tensors_are_quantized_in_float32(name: str, dtype: Any) -> None:
     quantizer = parse_quantizer(name)
@@ -260,7 +257,7 @@ def test_narrow_tensors_are_quantized_in_float32(name: str, dtype: Any) -> None:
 
 def test_float64_keeps_its_precision() -> None:
     with jax.enable_x64(True):
-        # Above the tie of 1 and 1.125 by less than float32 can tell; the largest makes the factor 1.
+        # Above the tie of 1 and 1.125 by less than float32 can tell; 256 makes the factor 1.
         x = jnp.asarray([256.0, 1.0625 + 2.0**-40], jnp.float64)
         actual = fake_quantize(x, parse_quantizer("e4m3@tensor.e8m0"))
         assert actual.dtype == jnp.float64
@@ -279,14 +276,14 @@ def test_derivative_is_the_identity(name: str) -> None:
     np.testing.assert_array_equal(np.asarray(jax.grad(loss)(x)), np.asarray(weights))
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "int8@tensor", "int8@channel.affine", "nvfp4"])
+@pytest.mark.parametrize("name", ["mxfp4", "int8@tensor", "nvfp4"])
 def test_stochastic_elements_are_unbiased(name: str) -> None:
     quantizer, draws = parse_quantizer(name), 4000
     row = np.linspace(-2.9, 2.9, 32).astype(np.float32)
     row[0] = 3.0  # the largest is on the grid of every one of these
     x = jnp.broadcast_to(jnp.asarray(row), (draws, 32))
-    drawn = fake_quantize(x, quantizer, rounding="stochastic", key=jax.random.key(4))
-    drawn = np.asarray(drawn, np.float64)
+    rounded = fake_quantize(x, quantizer, rounding="stochastic", key=jax.random.key(4))
+    drawn = np.asarray(rounded, np.float64)
     error = drawn.mean(0) - row
     bound = 4 * drawn.std(0) / np.sqrt(draws) + 1e-6
     # int8 factors are float32 products; one rounding of x / scale is within the added 1e-6.
@@ -323,9 +320,9 @@ def test_zeros_leave_the_first_delayed_factor_alone() -> None:
 
 def test_delayed_factor_saturates_but_shows_infinity() -> None:
     quantizer = parse_quantizer("e4m3@tensor.delayed")
-    x = jnp.asarray([1000.0, 100.0, INF, NAN], jnp.float32)
+    x = jnp.asarray([1000.0, 101.0, INF, NAN], jnp.float32)
     actual = fake_quantize(x, quantizer, scale=jnp.float32(0.5))
-    assert actual[:2].tolist() == [224.0, 104.0]  # 100 / 0.5 lies between 192 and 208
+    assert actual[:2].tolist() == [224.0, 104.0]  # 101 / 0.5 lies between 192 and 208
     assert np.isnan(np.asarray(actual[2:])).all()
 
 
@@ -361,10 +358,10 @@ def test_block_formats_are_ordinary_quantizers() -> None:
         ("e4m9x@tensor", "unknown number format"),
         ("e4m3@tensor.sideways", "unknown option 'sideways'"),
         ("e4m3.e8m0", "add @tensor"),
-        ("e8m0@tensor", "factors only"),
+        ("e8m0@tensor", "for factors"),
         ("e4m3@tensor.affine", "zero point needs integer"),
         ("int8@tensor.e8m0.affine", "zero point needs integer"),
-        ("e4m3@channel.delayed", "per tensor"),
+        ("e4m3@channel.delayed", "for the tensor"),
         ("e4m3@tensor.e4m3@tensor", "factor for the factors"),
         ("", "cannot read"),
     ],
@@ -386,3 +383,22 @@ def test_misuse_is_refused() -> None:
         init_delayed_scale(parse_quantizer("e4m3@tensor"))
     with pytest.raises(ValueError, match="use f32, e8m0 or e4m3"):
         Quantizer(parse_quantizer("e4m3").format, "tensor", scale=parse_quantizer("bf16").format)
+
+
+@pytest.mark.parametrize("name", ["e4m3@tensor", "mxfp8", "nvfp4", "int8@block16.affine"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nothing_is_promoted_or_broadcast_by_accident(name: str, dtype: Any) -> None:
+    x = jax.random.normal(jax.random.key(0), (3, 20), jnp.float32).astype(dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        actual = fake_quantize(
+            x, parse_quantizer(name), rounding="stochastic", key=jax.random.key(1)
+        )
+    assert actual.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["e4m3@tensor", "int8@tensor", "int8@tensor.affine"])
+def test_zero_tensors_get_the_smallest_normal_factor(name: str) -> None:
+    quantizer = parse_quantizer(name)
+    zeros = jnp.zeros((8,), jnp.float32)
+    assert float(quantize_with_scale(zeros, quantizer).scale) == 2.0**-126
+    assert fake_quantize(zeros, quantizer).tolist() == [0.0] * 8

@@ -1,0 +1,87 @@
+"""Every experiment describes itself and has a train step that eight devices could run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import experiments
+from lmjax import sharding
+from lmjax.train import Config, abstract_state, make_train_step
+from lmjax.train.config import from_json, to_json
+
+NAMES = sorted(
+    module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg
+)
+LABELS = ("Command", "Hardware", "Time", "Expected")
+MESHES = {
+    "gpt2_124m": sharding.MeshConfig(data=2, fsdp=2, tensor=2),
+    "llama_1b": sharding.MeshConfig(data=1, fsdp=4, tensor=2),
+}
+
+
+def experiment(name: str) -> Any:
+    """The module of an experiment."""
+    return importlib.import_module(f"experiments.{name}")
+
+
+def labelled(docstring: str) -> dict[str, str]:
+    """What a docstring says under each of `LABELS`."""
+    pattern = rf"^({'|'.join(LABELS)}):\s+(.*(?:\n[ \t]+\S.*)*)"
+    return dict(re.findall(pattern, docstring, re.MULTILINE))
+
+
+def test_the_experiments_are_found() -> None:
+    assert {"quickstart", "char_shakespeare", "gpt2_124m", "llama_1b"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docstring_says_command_hardware_time_and_expectation(name: str) -> None:
+    said = labelled(experiment(name).__doc__ or "")
+    assert set(said) == set(LABELS)
+    assert f"python -m experiments.{name}" in said["Command"]
+    # Numbers, or why there are none; a placeholder in capitals is neither.
+    for label in ("Time", "Expected"):
+        assert re.search(r"\d|not measured", said[label]), said[label]
+    assert not [text for text in said.values() if re.fullmatch(r"[A-Z]+", text.strip())]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_module_runs_its_own_config(name: str) -> None:
+    """`python -m` runs the module as `__main__`; what it then calls is read from the source."""
+    module = experiment(name)
+    with open(module.__file__, encoding="utf-8") as file:
+        last = ast.unparse(ast.parse(file.read()).body[-1])
+    assert last.startswith("if __name__ == '__main__':")
+    assert "run_experiment(__spec__.name, config)" in last
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_complete_and_survives_json(name: str) -> None:
+    config = experiment(name).config()
+    assert isinstance(config, Config)
+    assert from_json(to_json(config.resolved())) == config.resolved()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_lowers_for_eight_devices(name: str) -> None:
+    config = experiment(name).config().resolved()
+    mesh = sharding.abstract_mesh(MESHES.get(name, sharding.MeshConfig(fsdp=2, tensor=2)), 8)
+    shape = (config.batch_size, config.context)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
+    state = abstract_state(config, mesh)
+    traced = make_train_step(config, mesh).trace(state, {"inputs": tokens, "targets": tokens})
+    new_state, metrics = traced.out_info
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+    text = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "num_partitions = 8" in text

@@ -1,0 +1,105 @@
+"""Scanned, unrolled, grouped or recomputed: the same numbers by another schedule."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.model import apply, block_groups, decoder, param_site, resolve_sites, structure
+from lmjax.precision import paths
+from lmjax.precision.policy import PolicyError, parse_policy
+
+
+def forward(config: Any, **options: Any) -> Any:
+    return functools.partial(apply, config=config.model, sites=config.sites, **options)
+
+
+def groups(config: Any) -> list[tuple[int, int]]:
+    return list(block_groups(config.model, config.sites))
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("mixed_bf16", [(0, 5)]),
+        ("mixed_bf16; blocks/0: c=f32", [(0, 1), (1, 5)]),
+        ("mixed_bf16; blocks/-1: c=f32; blocks/0: c=f32", [(0, 1), (1, 4), (4, 5)]),
+        ("mixed_bf16; blocks/2/attention/softmax: c=bf16", [(0, 2), (2, 3), (3, 5)]),
+        ("mixed_bf16; blocks/[02]: c=f16", [(0, 1), (1, 2), (2, 3), (3, 5)]),
+        ("mixed_bf16; blocks/*: c=f32", [(0, 5)]),
+        ("f32; blocks/3: c=f32", [(0, 5)]),
+    ],
+)
+def test_consecutive_blocks_of_equal_formats_are_one_group(policy, expected, tiny):
+    assert groups(tiny(policy, model={"layers": 5})) == expected
+
+
+def test_each_group_is_traced_once_in_its_own_formats(tiny, draw_params, draw_batch, equations):
+    config = tiny("mixed_bf16; blocks/0: c=f32", model={"layers": 4})
+    jaxpr = jax.make_jaxpr(forward(config))(draw_params(config), draw_batch(config)["inputs"])
+    found = [
+        (scan.params["length"], {d.invars[0].aval.dtype.name for d in dots})
+        for scan in equations(jaxpr, "scan")
+        if (dots := equations(scan.params["jaxpr"], "dot_general"))
+    ]
+    assert found == [(1, {"float32"}), (3, {"bfloat16"})]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_scanned_unrolled_and_grouped_blocks_give_the_same_numbers(
+    family, tiny, draw_params, draw_batch, compile_fast, monkeypatch
+):
+    config = tiny(family=family, model={"layers": 3})
+    params, tokens = draw_params(config, std=0.2), draw_batch(config)["inputs"]
+    scanned = compile_fast(forward(config))(params, tokens)
+    unrolled = compile_fast(forward(tiny(family=family, model={"layers": 3, "unroll": 3})))
+    np.testing.assert_allclose(unrolled(params, tokens), scanned, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(decoder, "block_groups", lambda *_: iter([(0, 1), (1, 3)]))
+    grouped = compile_fast(forward(config))(params, tokens)
+    np.testing.assert_allclose(grouped, scanned, rtol=1e-5, atol=1e-5)
+    swapped = jax.tree.map(lambda leaf: leaf[::-1], params["blocks"])
+    other = compile_fast(forward(config))(params | {"blocks": swapped}, tokens)
+    assert np.abs(other - scanned).max() > 1e-2, "the order of blocks matters"
+
+
+def test_blocks_stored_in_different_formats_are_refused(tiny):
+    with pytest.raises(PolicyError, match="give every block the same p"):
+        tiny("f32; blocks/0: p=bf16")
+
+
+def test_recomputation_changes_memory_and_not_gradients(
+    tiny, draw_params, draw_batch, compile_fast
+):
+    stored, gradients = {}, {}
+    for remat in ("none", "dots", "full"):
+        config = tiny(model={"remat": remat})
+        params, tokens = draw_params(config, std=0.2), draw_batch(config)["inputs"]
+        loss = lambda p, config=config, tokens=tokens: jnp.sum(
+            jnp.square(forward(config)(p, tokens))
+        )
+        residuals = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+        stored[remat] = sum(r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals))
+        gradients[remat] = compile_fast(jax.grad(loss))(params)
+    assert stored["dots"] < 0.5 * stored["none"]
+    assert stored["full"] < 0.6 * stored["dots"]
+    for remat in ("dots", "full"):
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+        jax.tree.map(close, gradients[remat], gradients["none"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_every_parameter_belongs_to_a_site_and_has_axes(family, tiny):
+    config = tiny(family=family)
+    _, shapes, axes = structure(config.model)
+    sites = resolve_sites(config.model, parse_policy("f32"))
+    named = paths.flatten(jax.tree.map(lambda _, a: "/".join(a), shapes, axes))
+    for path, shape in paths.flatten(shapes).items():
+        assert param_site(path, sites)
+        names = named[path].split("/")
+        assert len(names) == shape.ndim
+        assert (names[0] == "layers") == path.startswith("blocks/")

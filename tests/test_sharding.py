@@ -1,0 +1,162 @@
+"""Everything has a place on any mesh, and the place changes no number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+import lmjax
+from lmjax import sharding
+from lmjax.model import ModelConfig, structure
+from lmjax.precision import paths
+from lmjax.sharding import MeshConfig, mesh_shape
+from lmjax.train import abstract_state
+
+SIZES = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+def test_minus_one_takes_what_is_left():
+    assert mesh_shape(MeshConfig(), 8) == {"data": 8, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert mesh_shape(MeshConfig(data=2, tensor=-1), 8)["tensor"] == 4
+    assert mesh_shape(SIZES, 8)["fsdp"] == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": -1, "fsdp": -1}, "only one"),
+        ({"data": 0}, "at least 1"),
+        ({"tensor": -2}, "at least 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        MeshConfig(**sizes)
+
+
+def test_sizes_that_do_not_fit_the_devices_are_refused():
+    with pytest.raises(ValueError, match="do not divide 8 devices"):
+        mesh_shape(MeshConfig(tensor=3), 8)
+    with pytest.raises(ValueError, match="ask for 4 devices, but there are 8"):
+        mesh_shape(MeshConfig(data=2, fsdp=2), 8)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_and_its_moments_are_divided_alike(family: str, name: str, tiny):
+    config = tiny(family=family, optimizer={"name": name}).resolved()
+    mesh = sharding.abstract_mesh(SIZES, 8)
+    state = abstract_state(config, mesh)
+    _, _, axes = structure(config.model)
+    named = paths.flatten(jax.tree.map(lambda p, a: "/".join(a), state.params, axes))
+    specs = {path: p.sharding.spec for path, p in paths.flatten(state.params).items()}
+    for path, spec in specs.items():
+        expected = [sharding.RULES.get(axis) for axis in named[path].split("/")]
+        assert spec == PartitionSpec(*expected), path
+    divided = {path for path, spec in specs.items() if any(spec)}
+    assert all(path in divided for path in specs if path.endswith(("kernel", "table")))
+
+    inner = paths.flatten(state.opt_state.inner)
+    moments = 0
+    for path, leaf in inner.items():
+        owners = [p for p in specs if path.endswith("/" + p)]
+        if owners and leaf.ndim:
+            assert leaf.sharding.spec == specs[max(owners, key=len)], path
+            moments += 1
+    assert moments >= len(specs)
+    for leaf in (*state.opt_state[:4], state.step, state.key):
+        assert leaf.sharding.spec == PartitionSpec(), "the loss scale is whole on every device"
+
+
+def test_a_dimension_that_does_not_divide_is_kept_whole():
+    mesh = sharding.abstract_mesh(SIZES, 8)
+    assert sharding.named_sharding(mesh, ("embed", "mlp"), (6, 7)).spec == PartitionSpec(
+        ("fsdp",), None
+    )
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    mesh = sharding.abstract_mesh(SIZES, 8)
+    spec = sharding.batch_sharding(mesh, (8, 16)).spec
+    assert spec == PartitionSpec(("data", "fsdp"), ("sequence",))
+    with pytest.raises(ValueError, match="6 rows cannot be divided among 4"):
+        sharding.batch_sharding(mesh, (6, 16))
+
+
+def test_a_parameter_called_scale_does_not_confuse_the_state():
+    mesh = sharding.abstract_mesh(SIZES, 8)
+    shardings = {"scale": sharding.named_sharding(mesh, ("embed",), (4,))}
+    state = {"scale": jnp.zeros(()), "mu": {"scale": jnp.zeros(4)}, "count": jnp.zeros(())}
+    placed = sharding.state_shardings(mesh, shardings, state)
+    assert placed["mu"]["scale"].spec == PartitionSpec(("fsdp",))
+    assert placed["scale"].spec == placed["count"].spec == PartitionSpec()
+
+
+def trained(sizes: dict[str, int], devices: int) -> dict:
+    """Three steps of a tiny model on a mesh: its losses, and digests of its initial parameters."""
+    from lmjax.optimizer import OptimizerConfig
+    from lmjax.train import Config, create_state, make_train_step
+    from lmjax.train.run_directory import parameters_sha256
+
+    config = Config(
+        precision="f32",
+        steps=10,
+        context=16,
+        batch_size=8,
+        mesh=MeshConfig(**sizes),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
+        model=ModelConfig(
+            vocab_size=64, width=16, layers=2, heads=4, kv_heads=2, positions="rope", norm="rms",
+            activation="swiglu", tied=False, qk_norm=True,
+        ),
+    ).resolved()  # fmt: skip
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64, jnp.int32)
+    shape = sharding.batch_sharding(mesh, (8, 16))
+    batch = jax.device_put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, shape)
+    state, step = create_state(config, mesh), make_train_step(config, mesh)
+    digest = parameters_sha256(state.params)
+    held = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)}
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    after = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)}
+    return {"digest": digest, "losses": losses, "stable": held == after, "cut": len(held) > 1}
+
+
+def test_eight_devices_compute_what_one_computes():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(Path(lmjax.__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, *others = json.loads(done.stdout.splitlines()[-1])
+    for other in others:
+        assert other["digest"] == one["digest"], "initial parameters do not depend on the mesh"
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert other["stable"], "a step leaves parameters where they were"
+        assert other["cut"]
+    assert one["losses"][2] < one["losses"][0]
+
+
+if __name__ == "__main__":
+    meshes = [({}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8), ({"tensor": 2, "sequence": 2}, 8)]
+    print(json.dumps([trained(sizes, devices) for sizes, devices in meshes]))

@@ -1,0 +1,61 @@
+"""What a person sees: lines where there is no terminal, nothing when nothing is wanted."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmjax.train import progress
+from lmjax.train.progress import Reporter
+
+ROW = {
+    "step": 10,
+    "loss": 2.34567,
+    "tokens_per_second": 12345.6,
+    "loss_scale": 1.0,
+    "skipped_steps": 0,
+}
+
+
+def test_lines_with_loss_and_speed_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Reporter(0, 100) as report:
+        report.advance(10)
+        report.metrics(ROW)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "step 10/100  loss 2.3457  12,346 tokens/s" in err
+    assert "scale" not in err
+
+
+def test_loss_scale_and_skipped_steps_when_there_are_any(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Reporter(0, 100) as report:
+        report.metrics(ROW | {"loss_scale": 2.0**15, "skipped_steps": 3})
+    assert "scale 2^15  3 skipped" in capsys.readouterr().err
+
+
+def test_lines_come_seconds_apart(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([100.0, 105.0, 110.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now, 200.0))
+    report = Reporter(0, 100)
+    for step in (1, 2, 3):
+        report.metrics(ROW | {"step": step})
+    shown = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["1/100", "3/100"]
+
+
+def test_markup_in_a_note_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Reporter(0, 100).note("wrote runs/[red]x[/red]")
+    assert capsys.readouterr().err == "wrote runs/[red]x[/red]\n"
+
+
+def test_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(0, 100, enabled=False) as report:
+        report.advance(10)
+        report.metrics(ROW)
+        report.note("done")
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,192 @@
+"""The files of a run directory, and what keeps two runs out of the same one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_helpers import ROOT, strict_loads, tiny
+
+from lmjax.train.config import from_json, to_json
+from lmjax.train.run_directory import (
+    InputError,
+    environment,
+    open_run,
+    parameters_sha256,
+    read_config,
+)
+
+
+@pytest.fixture
+def config() -> Any:
+    """A resolved config whose files nobody reads."""
+    return tiny(Path("anywhere"), "mixed_f16").resolved()
+
+
+def test_config_is_resolved_and_reads_back(config: Any, tmp_path: Path) -> None:
+    open_run(tmp_path / "run", config)
+    text = (tmp_path / "run" / "config.json").read_text()
+    assert '"auto"' not in text
+    recorded = strict_loads(text)
+    assert recorded["loss_scale"]["kind"] == "dynamic"
+    assert recorded["model"]["mlp_width"] == 4 * config.model.width
+    assert recorded["precision"] == "p=f32,c=f16,o=f32"
+    assert read_config(tmp_path / "run") == config
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert config.resolved() == config
+
+
+DAMAGED = {
+    "no JSON": "{",
+    "not UTF-8": b"\xff",
+    "no object": "[]",
+    "a part is no object": '{"model": "large"}',
+    "unknown field": '{"presicion": "f32"}',
+    "wrong type": '{"steps": "many"}',
+    "refused value": '{"precision": "c=f33"}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_config_is_an_input_error(damage: str, tmp_path: Path) -> None:
+    content = DAMAGED[damage]
+    encoded = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "config.json").write_bytes(encoded)
+    with pytest.raises(InputError, match=r"config\.json is damaged or of another version"):
+        read_config(tmp_path)
+
+
+def test_another_run_is_refused_by_field(config: Any, tmp_path: Path) -> None:
+    open_run(tmp_path, config)
+    before = (tmp_path / "config.json").read_bytes()
+    other = dataclasses.replace(
+        config, seed=5, optimizer=dataclasses.replace(config.optimizer, b2=0.5)
+    )
+    with pytest.raises(InputError) as error:
+        open_run(tmp_path, other)
+    for part in ("seed is 0 there, 5 now", "optimizer.b2 is 0.99 there, 0.5 now", "--workdir"):
+        assert part in str(error.value)
+    assert "precision" not in str(error.value)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_directory_with_other_files_is_refused(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        open_run(tmp_path, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_start_killed_while_it_wrote_its_first_file_can_be_repeated(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(Path, "replace", kill)
+    with pytest.raises(Killed):
+        open_run(tmp_path, config)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir())
+    open_run(tmp_path, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/run"])
+def test_an_unwritable_place_is_an_input_error(place: str, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write the run directory"):
+        open_run(tmp_path / place, config)
+
+
+def test_environment_says_where() -> None:
+    recorded = environment()
+    assert strict_loads(json.dumps(recorded)) == recorded
+    assert set(recorded) == {
+        "python",
+        "packages",
+        "backend",
+        "devices",
+        "processes",
+        "machine",
+        "cpu_count",
+        "xla_flags",
+        "compiler_options",
+        "jax_enable_x64",
+        "git_revision",
+    }
+    assert recorded["packages"]["jax"] == jax.__version__
+    assert len(recorded["devices"]) == jax.device_count()
+    assert recorded["compiler_options"]["xla_allow_excess_precision"] is False
+
+
+def params() -> dict[str, Any]:
+    """Two parameters in two formats."""
+    return {
+        "kernel": jnp.arange(64, dtype=jnp.float32).reshape(8, 8) / 7,
+        "norm": {"scale": jnp.ones((8,), jnp.bfloat16)},
+    }
+
+
+def flipped_bit() -> dict[str, Any]:
+    changed = params()
+    bits = np.array(changed["kernel"]).view(np.uint32)
+    bits[3, 5] ^= 1
+    return changed | {"kernel": jnp.asarray(bits.view(np.float32))}
+
+
+def test_the_digest_sees_bits_dtypes_shapes_and_names() -> None:
+    original, kernel = params(), params()["kernel"]
+    variants = {
+        "same": original,
+        "order of keys": {"norm": original["norm"], "kernel": kernel},
+        "one bit": flipped_bit(),
+        "dtype, same bytes": original | {"kernel": jnp.asarray(np.array(kernel).view(np.int32))},
+        "shape, same bytes": original | {"kernel": kernel.reshape(4, 16)},
+        "name": {"kernels": kernel, "norm": original["norm"]},
+        "minus zero": original | {"kernel": kernel.at[0, 0].set(-0.0)},
+    }
+    digests = {name: parameters_sha256(tree) for name, tree in variants.items()}
+    assert digests.pop("order of keys") == digests["same"]
+    assert len(set(digests.values())) == len(digests)
+
+
+def test_the_digest_does_not_depend_on_the_mesh() -> None:
+    """Eight devices need a process that was told so before it started JAX."""
+    program = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from lmjax.sharding import MeshConfig, make_mesh
+from lmjax.train.run_directory import parameters_sha256
+assert jax.device_count() == 8
+for sizes in (dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=8)):
+    mesh = make_mesh(MeshConfig(**sizes))
+    params = {
+        "kernel": jnp.arange(64, dtype=jnp.float32).reshape(8, 8) / 7,
+        "norm": {"scale": jnp.ones((8,), jnp.bfloat16)},
+    }
+    params = jax.device_put(params, {
+        "kernel": NamedSharding(mesh, P("fsdp", "tensor")),
+        "norm": {"scale": NamedSharding(mesh, P())},
+    })
+    print(parameters_sha256(params))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [parameters_sha256(params())] * 3
