@@ -33,7 +33,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     final_fraction: float = 0.1
-    """Learning rate of the last step, as a share of the peak (cosine and wsd)."""
+    """Where the decay of cosine and wsd ends after the last step, as a share of the peak."""
     decay_fraction: float = 0.2
     """Share of all steps that wsd spends decaying."""
     b1: float = 0.9

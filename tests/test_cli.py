@@ -271,13 +271,18 @@ def test_non_finite_results_are_strict_json(
     assert printed_json(capsys)["perplexity"] == "inf"
 
 
-def test_the_table_shows_tokens_as_they_are(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Text in square brackets would be markup to the library that draws tables."""
+def test_the_table_of_a_score(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert lmjax("score", str(run), "--text", "[b]") == cli.DONE
+    assert lmjax("score", str(run), "--text", "dog") == cli.DONE
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["'['", "'b'", "']'"]
+    assert [line.split()[0] for line in out.splitlines()[1:4]] == ["'d'", "'o'", "'g'"]
     assert "over 3 tokens" in out
+
+
+def test_square_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """A token may look like the markup of the library that draws tables."""
+    cli._print_table(("token", "value"), [("'[b]'", "1.0")])
+    assert "'[b]'" in capsys.readouterr().out
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_helpers import result, tiny
@@ -33,6 +34,28 @@ def workdir(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(workdir: Path) -> TrainedModel:
     return load_model(workdir)
+
+
+class Scripted:
+    """Logits of a model that says x three times and ends the document, whatever it reads."""
+
+    def __init__(self, end: int):
+        self.windows: list[list[int]] = []
+        self._end = end
+
+    def logits(self, params: Any, tokens: np.ndarray) -> jax.Array:
+        """f32[1, T, 256], and a note of what was read."""
+        self.windows.append(tokens[0].tolist())
+        said = self._end if len(self.windows) > 3 else ord("x")
+        return jnp.where(jnp.arange(256) == said, 0.0, -jnp.inf) + jnp.zeros((*tokens.shape, 1))
+
+
+@pytest.fixture
+def scripted(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    """Puts a script in the place of the parameters."""
+    script = Scripted(model.tokenizer.end_of_document)
+    monkeypatch.setattr(TrainedModel, "logits_function", lambda _: script.logits)
+    return script
 
 
 # --- The model ---
@@ -100,6 +123,17 @@ def test_temperature_0_takes_the_likeliest_token_at_every_step(model: TrainedMod
     assert text == generate(model, prompt, tokens=6, temperature=1.0, top_k=1, seed=3)
 
 
+def test_a_prompt_longer_than_the_context_is_read_from_its_last_tokens(
+    scripted: Scripted, model: TrainedModel
+) -> None:
+    prompt = "the quick brown fox"
+    generate(model, prompt, tokens=2)
+    assert [bytes(window).decode() for window in scripted.windows] == [
+        prompt[-CONTEXT:],
+        prompt[-CONTEXT + 1 :] + "x",
+    ]
+
+
 def test_a_short_prompt_is_not_changed_by_padding(model: TrainedModel) -> None:
     ids = [model.tokenizer.end_of_document, *map(int, model.tokenizer.encode("the qu"))]
     alone = model.logits_function()(model.params, np.asarray([ids], np.int32))[0, -1]
@@ -107,27 +141,9 @@ def test_a_short_prompt_is_not_changed_by_padding(model: TrainedModel) -> None:
     assert generate(model, "the qu", tokens=1, temperature=0.0) == likeliest
 
 
-@pytest.fixture
-def ending(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> TrainedModel:
-    """A model that ends the document after its third token, whatever it reads."""
-    end = model.tokenizer.end_of_document
-    drawn: list[int] = []
-
-    def logits_function(self: TrainedModel) -> Callable[..., Any]:
-        def logits(params: Any, tokens: Any) -> Any:
-            drawn.append(1)
-            values = np.full((1, CONTEXT, 256), -np.inf, np.float32)
-            values[..., end if len(drawn) > 3 else ord("x")] = 0.0
-            return jax.numpy.asarray(values)
-
-        return logits
-
-    monkeypatch.setattr(TrainedModel, "logits_function", logits_function)
-    return model
-
-
-def test_stops_where_the_document_ends(ending: TrainedModel) -> None:
-    assert generate(ending, "", tokens=50) == "xxx"
+def test_stops_where_the_document_ends(scripted: Scripted, model: TrainedModel) -> None:
+    assert generate(model, "", tokens=50) == "xxx"
+    assert len(scripted.windows) == 4
 
 
 def test_no_more_tokens_than_asked_for(model: TrainedModel) -> None:
