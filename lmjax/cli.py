@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib
 import io
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from lmjax.inference import evaluate as evaluate_run
 from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
 from lmjax.inference import score as score_text
+from lmjax.precision.formats import format_table
 from lmjax.precision.policy import SitePolicy
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.checkpoint import CheckpointError
@@ -105,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "evaluate": evaluate,
         "prepare": prepare,
         "sites": sites,
+        "formats": formats,
     }
     deferred = {name: _deferred(verb) for name, verb in verbs.items()}
 
@@ -207,7 +210,8 @@ def evaluate(
       precision: Policy to compute with, if not the run's own.
       json: Print JSON.
     """
-    result = evaluate_run(load_model(run, precision=precision), progress=not json)
+    model = load_model(run, precision=precision)
+    result = _bad_input(evaluate_run, model, progress=not json)
     if json:
         _print_json(dataclasses.asdict(result))
     else:
@@ -253,6 +257,51 @@ def sites(
 
 def _site_row(site: SitePolicy) -> dict[str, str]:
     return {"params": site.params.name, "compute": site.compute.name, "output": site.output.name}
+
+
+def formats(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    plot: Path | None = None,
+    json: bool = False,
+) -> int:
+    """The number formats: bits, range, special values, and whether JAX has them natively.
+
+    Args:
+      names: Which ones, such as e4m3 or e5m7 or int8; by default those with a name.
+      plot: Draw their number lines into this PNG.
+      json: Print JSON.
+    """
+    rows = _bad_input(format_table, names or None)
+    if plot is not None:
+        from lmjax.numerics.format_plot import DEFAULT_FORMATS, draw_number_lines
+
+        _bad_input(draw_number_lines, _writable(plot), names or DEFAULT_FORMATS)
+    if json:
+        _print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        header = ("name", "bits", "layout", "bias", "largest", "normal", "subnormal", "inf", "NaN")
+        _print_table((*header, "native"), (map(_cell, dataclasses.astuple(row)) for row in rows))
+    return DONE
+
+
+def _writable(path: Path) -> Path:
+    """The path itself, if a file can be written there."""
+    try:
+        with path.open("ab"):
+            return path
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _cell(value: object) -> str:
+    """A value as a table shows it: powers of two and other floats short, yes and no in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        mantissa, exponent = math.frexp(value)
+        return f"2^{exponent - 1}" if mantissa == 0.5 and abs(value) < 1 else f"{value:.5g}"
+    return "" if value is None else str(value)
 
 
 def load_experiment(name: str) -> Config:
@@ -325,7 +374,11 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(header: Sequence[str], rows: Any) -> None:
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in header:
+        table.add_column(title, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table, markup=False)
+    # Nothing is cut off where the width is unknown, in a file or a pipe.
+    width = None if sys.stdout.isatty() else 1000
+    Console(highlight=False, width=width).print(table, markup=False)

@@ -322,3 +322,20 @@ def test_a_damaged_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     assert lmjax("generate", str(tmp_path)) == cli.BAD_INPUT
     assert "has no checkpoint yet" in complaint(capsys)
+
+
+def test_formats_prints_a_table_and_draws_the_number_lines(tmp_path, capsys):
+    picture = tmp_path / "formats.png"
+    assert cli.formats(("e4m3", "bf16"), plot=picture, json=True) == cli.DONE
+    e4m3, bf16 = strict_loads(capsys.readouterr().out)
+    assert (e4m3["largest"], e4m3["infinity"], bf16["bits"]) == (448.0, False, 16)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli.formats(("e4m3",)) == cli.DONE
+    assert "448" in capsys.readouterr().out
+
+
+def test_formats_refuses_what_is_none(tmp_path):
+    with pytest.raises(cli.InputError, match="e9m9"):
+        cli.formats(("e9m9",))
+    with pytest.raises(cli.InputError, match="cannot write"):
+        cli.formats(("e4m3",), plot=tmp_path / "missing" / "x.png")

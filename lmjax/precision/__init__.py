@@ -2,6 +2,7 @@
 
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy, parse_policy
+from lmjax.precision.rounding import quantize
 
 __all__ = [
     "Format",
@@ -10,4 +11,5 @@ __all__ = [
     "SitePolicy",
     "parse_format",
     "parse_policy",
+    "quantize",
 ]

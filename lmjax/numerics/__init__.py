@@ -1,0 +1,1 @@
+"""Looking at numbers: pictures of formats, and what tensors do in them."""
