@@ -18,6 +18,7 @@ import optax
 from lmjax.loss_scale import LossScaleConfig, with_loss_scale
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
+from lmjax.storage import ParamSites, with_stored_moments
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def learning_rate_schedule(
 
 
 def make_optimizer(
-    config: OptimizerConfig, loss_scale: LossScaleConfig, steps: int
+    config: OptimizerConfig, loss_scale: LossScaleConfig, steps: int, sites: ParamSites
 ) -> optax.GradientTransformation:
     """The whole chain; its state is a `LossScaleState` with everything else inside.
 
@@ -104,6 +105,7 @@ def make_optimizer(
       config: optimizer and schedule.
       loss_scale: with its kind resolved.
       steps: planned length of the run, for the schedule.
+      sites: the formats of each parameter, by its path; they say how moments are stored.
 
     Returns:
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
@@ -111,12 +113,7 @@ def make_optimizer(
     """
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     chain = optax.chain(*clip, _direction(config, steps))
-    return with_loss_scale(_in_f32(chain), loss_scale)
-
-
-def apply_updates(params: Any, updates: Any) -> Any:
-    """Parameters plus updates: added in the wider format, rounded once to the stored one."""
-    return jax.tree.map(lambda p, u: (p.astype(u.dtype) + u).astype(p.dtype), params, updates)
+    return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale)
 
 
 def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -111,37 +111,29 @@ def _spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) 
     return PartitionSpec(*dimensions)
 
 
-def param_shardings(mesh: Mesh | AbstractMesh, axes: Any, params: Any) -> Any:
-    """Where each parameter lives.
+def state_shardings(mesh: Mesh | AbstractMesh, axes: Any, state: Any) -> Any:
+    """Where each array of a train state lives: what mirrors a parameter lives where that does.
+
+    Optimizers keep trees with the structure of the parameters (moments, some of them as values and
+    scales), beside counters and scales. A leaf whose path holds the path of a parameter and whose
+    rank is the same is cut along the same axes; everything else is whole on every device.
 
     Args:
       axes: logical axis names of each parameter, a tree of tuples.
-      params: arrays or their shapes, a tree with the same keys.
-    """
-    return jax.tree.map(lambda param, names: named_sharding(mesh, names, param.shape), params, axes)
-
-
-def state_shardings(mesh: Mesh | AbstractMesh, shardings: Any, state: Any) -> Any:
-    """Where each array of a train state lives: what mirrors the parameters lives where they do.
-
-    Optimizers keep trees with the structure of the parameters (moments), with some parameters left
-    out (masked), beside counters and scales. A leaf whose key path ends in that of a parameter and
-    whose rank is the same is cut like it; everything else is whole on every device.
-
-    Args:
-      shardings: as `param_shardings` gives them.
       state: arrays or their shapes, any tree.
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(shardings)
-    by_path = {tuple(_names(keys)): sharding for keys, sharding in leaves}
+    is_axes = lambda node: isinstance(node, tuple)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)
+    by_path = {tuple(_names(keys)): names for keys, names in leaves}
     whole = NamedSharding(mesh, PartitionSpec())
 
     def place(keys: Any, leaf: Any) -> NamedSharding:
-        names = tuple(_names(keys))
-        for start in range(len(names)):
-            sharding = by_path.get(names[start:])
-            if sharding is not None and len(sharding.spec) == leaf.ndim:
-                return sharding
+        path = tuple(_names(keys))
+        for end in (len(path), len(path) - 1):
+            for start in range(end):
+                names = by_path.get(path[start:end])
+                if names is not None and len(names) == leaf.ndim:
+                    return named_sharding(mesh, names, leaf.shape)
         return whole
 
     return jax.tree_util.tree_map_with_path(place, state)

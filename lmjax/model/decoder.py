@@ -29,11 +29,12 @@ from lmjax.model.layers import (
     Sites,
     block_sites,
     dropout,
+    fold,
     rotary_angles,
     within,
 )
 from lmjax.precision import paths
-from lmjax.precision.matmul import einsum
+from lmjax.precision.matmul import Key, einsum
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 
 Params = dict[str, Any]
@@ -73,7 +74,7 @@ def apply(
     *,
     config: ModelConfig,
     sites: Sites,
-    key: jax.Array | None = None,
+    key: Key = None,
     constrain: Constrain = lambda x, axes: x,
 ) -> jax.Array:
     """The logits of every next token.
@@ -83,7 +84,8 @@ def apply(
       tokens: `int32[B, T]`, T at most `config.max_positions` for learned positions.
       config: the model.
       sites: the formats of every site, from `resolve_sites`.
-      key: random key of dropout; None switches dropout off.
+      key: random key of dropout and stochastic rounding; None, as in evaluation, switches both
+        off.
       constrain: places an activation, given the logical names of its axes.
 
     Returns:
@@ -93,18 +95,17 @@ def apply(
     if config.positions == "learned" and length > config.max_positions:
         raise ValueError(f"{length} tokens, but the model has {config.max_positions} positions")
     model = nnx.merge(structure(config)[0], params)
-    embed_key, block_key = (None, None) if key is None else jax.random.split(key)
     x = model.embed(tokens, sites["embed"])
     if model.positions is not None:
         indices = jnp.arange(length, dtype=jnp.int32)
         x = x + sites["embed"].to_output(model.positions(indices, sites["positions"]))
-    x = dropout(x, config.dropout, embed_key)
-    x = _scan_blocks(model.blocks, x, config, sites, block_key, constrain)
+    x = dropout(x, config.dropout, fold(key, "dropout"))
+    x = _scan_blocks(model.blocks, x, config, sites, fold(key, "blocks"), constrain)
     x = model.norm(x, sites["norm"])
     site = sites["head"]
     if model.head is not None:
-        return model.head(x, site)
-    return site.to_output(einsum("btd,vd->btv", x, model.embed.table[...], site))
+        return model.head(x, site, fold(key, "head"))
+    return site.to_output(einsum("btd,vd->btv", x, model.embed.table[...], site, key=fold(key, "head")))
 
 
 def _scan_blocks(
@@ -112,7 +113,7 @@ def _scan_blocks(
     x: jax.Array,
     config: ModelConfig,
     sites: Sites,
-    key: jax.Array | None,
+    key: Key,
     constrain: Constrain,
 ) -> jax.Array:
     graphdef, stacked = nnx.split(blocks)
@@ -175,11 +176,14 @@ def resolve_sites(config: ModelConfig, policy: Policy) -> dict[str, SitePolicy]:
     """
     sites = policy.resolve_all(site_paths(config), depth=config.layers)
     for site in block_sites(config):
-        stored = {sites[f"blocks/{index}/{site}"].params for index in range(config.layers)}
+        stored = {
+            (s.params, s.update, s.mu, s.nu)
+            for s in (sites[f"blocks/{index}/{site}"] for index in range(config.layers))
+        }
         if len(stored) > 1:
             raise PolicyError(
-                f"the parameters of all blocks are stored in one array, but p of {site} differs "
-                "between blocks; give every block the same p",
+                f"the parameters of all blocks are stored in one array, but p, mu or nu of {site} "
+                "differs between blocks; give every block the same",
                 text=policy.text or str(policy),
             )
     return sites
@@ -196,20 +200,11 @@ def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
     abstract = nnx.eval_shape(lambda: Decoder(jax.random.key(0), config))
     graphdef, state = nnx.split(abstract)
     axes = {
-        keys: (("layers",) if keys[0] == "blocks" else ()) + param.get_metadata()["axes"]
+        "/".join(map(str, keys)): (("layers",) if keys[0] == "blocks" else ())
+        + param.get_metadata()["axes"]
         for keys, param in nnx.to_flat_state(state)
     }
-    return graphdef, nnx.to_pure_dict(state), _nested(axes)
-
-
-def _nested(flat: dict[Any, Any]) -> Params:
-    nested: Params = {}
-    for keys, value in flat.items():
-        level = nested
-        for key in keys[:-1]:
-            level = level.setdefault(key, {})
-        level[keys[-1]] = value
-    return nested
+    return graphdef, nnx.to_pure_dict(state), paths.unflatten(axes)
 
 
 def initial_params(key: jax.Array, config: ModelConfig, sites: Sites) -> Params:
@@ -217,7 +212,7 @@ def initial_params(key: jax.Array, config: ModelConfig, sites: Sites) -> Params:
     params = nnx.to_pure_dict(nnx.split(Decoder(key, config))[1])
 
     def store(keys: Any, leaf: jax.Array) -> jax.Array:
-        return param_site(paths.path_string(keys), sites).jmp.cast_to_param(leaf)
+        return param_site(paths.path_string(keys), sites).to_params(leaf)
 
     return jax.tree_util.tree_map_with_path(store, params)
 
@@ -226,6 +221,11 @@ def param_site(path: str, sites: Sites) -> SitePolicy:
     """The site that a parameter belongs to: `blocks/mlp/up/kernel` belongs to `blocks/*/mlp/up`."""
     site = path.rsplit("/", 1)[0]
     return sites[site.replace("blocks/", "blocks/0/", 1)]
+
+
+def param_sites(config: ModelConfig, sites: Sites) -> dict[str, SitePolicy]:
+    """The site of every parameter, by the parameter's path."""
+    return {path: param_site(path, sites) for path in paths.flatten(structure(config)[1])}
 
 
 def parameter_count(config: ModelConfig) -> int:

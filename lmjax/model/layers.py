@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Mapping
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.model.config import ModelConfig
-from lmjax.precision.matmul import einsum
+from lmjax.precision.matmul import Key, einsum
 from lmjax.precision.policy import SitePolicy
 
 Sites = Mapping[str, SitePolicy]
@@ -30,6 +31,11 @@ def within(sites: Sites, prefix: str) -> dict[str, SitePolicy]:
     """The sites below `prefix`, by the rest of their path."""
     start = prefix + "/"
     return {path.removeprefix(start): s for path, s in sites.items() if path.startswith(start)}
+
+
+def fold(key: Key, name: str) -> Key:
+    """An independent key for the part of the computation called `name`; None stays None."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
@@ -58,9 +64,9 @@ class Dense(nnx.Module):
         self.kernel = normal(key, (fan_in, fan_out), std, axes)
         self.bias = constant(0.0, (fan_out,), axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array, site: SitePolicy) -> jax.Array:
+    def __call__(self, x: jax.Array, site: SitePolicy, key: Key) -> jax.Array:
         """`[B, T, fan_in]` to `[B, T, fan_out]`."""
-        y = einsum("btk,kn->btn", x, self.kernel[...], site)
+        y = einsum("btk,kn->btn", x, self.kernel[...], site, key=key)
         if self.bias is not None:
             y = y + site.to_compute(self.bias[...])
         return site.to_output(y)
@@ -126,7 +132,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], site: SitePolicy) 
     return site.to_output(jnp.concatenate(turned, axis=-1))
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
     """Zeroes elements at `rate` and rescales the rest; without a key, the identity."""
     if key is None or rate == 0.0:
         return x
@@ -165,26 +171,34 @@ class Attention(nnx.Module):
         x: jax.Array,
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
-        key: jax.Array | None,
+        key: Key,
     ) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`."""
         c = self.config
         batch, length, _ = x.shape
         x = self.norm(x, sites["norm"])
-        q = self.query(x, sites["query"]).reshape(batch, length, c.heads, c.head_size)
-        k = self.key(x, sites["key"]).reshape(batch, length, c.kv_head_count, c.head_size)
-        v = self.value(x, sites["value"]).reshape(batch, length, c.kv_head_count, c.head_size)
+        q = self.query(x, sites["query"], fold(key, "query")).reshape(batch, length, c.heads, c.head_size)
+        k = self.key(x, sites["key"], fold(key, "key")).reshape(batch, length, c.kv_head_count, c.head_size)
+        v = self.value(x, sites["value"], fold(key, "value")).reshape(batch, length, c.kv_head_count, c.head_size)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q, sites["query_norm"]), self.key_norm(k, sites["key_norm"])
         if angles is not None:
             q, k = rotate(q, angles, sites["rope"]), rotate(k, angles, sites["rope"])
         q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
-        weights = dropout(self.weights(q, k, sites), c.dropout, key)
-        y = einsum("bkgts,bskh->btkgh", weights, v, sites["combine"])
+        weights = self.weights(q, k, sites, fold(key, "scores"))
+        weights = dropout(weights, c.dropout, fold(key, "dropout"))
+        y = einsum(
+            "bkgts,bskh->btkgh",
+            weights,
+            v,
+            sites["combine"],
+            second="activations",
+            key=fold(key, "combine"),
+        )
         y = sites["combine"].to_output(y).reshape(batch, length, c.heads * c.head_size)
-        return self.out(y, sites["out"])
+        return self.out(y, sites["out"], fold(key, "out"))
 
-    def weights(self, q: jax.Array, k: jax.Array, sites: Sites) -> jax.Array:
+    def weights(self, q: jax.Array, k: jax.Array, sites: Sites, key: Key) -> jax.Array:
         """Attention weights `[B, K, G, T, S]` of `q [B, T, K, G, H]` over `k [B, S, K, H]`.
 
         The factor 1/sqrt(H) is split: its power of two goes to the queries, where it is exact in
@@ -192,7 +206,10 @@ class Attention(nnx.Module):
         """
         power = 2.0 ** -math.floor(math.log2(self.config.head_size) / 2)
         rest = 1.0 / (math.sqrt(self.config.head_size) * power)
-        scores = einsum("btkgh,bskh->bkgts", q * power, k, sites["scores"])
+        q = q * power
+        scores = einsum(
+            "btkgh,bskh->bkgts", q, k, sites["scores"], second="activations", key=key
+        )
         softmax = sites["softmax"]
         scores = softmax.to_compute(sites["scores"].to_output(scores)) * rest
         positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
@@ -231,16 +248,16 @@ class Mlp(nnx.Module):
         gated = c.activation == "swiglu"
         self.gate = inward(next(keys)) if gated else None
 
-    def __call__(self, x: jax.Array, sites: Sites) -> jax.Array:
+    def __call__(self, x: jax.Array, sites: Sites, key: Key) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`."""
         site = sites["activation"]
         x = self.norm(x, sites["norm"])
-        hidden = site.to_compute(self.up(x, sites["up"]))
+        hidden = site.to_compute(self.up(x, sites["up"], fold(key, "up")))
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
         else:
-            hidden = jax.nn.silu(site.to_compute(self.gate(x, sites["gate"]))) * hidden
-        return self.down(site.to_output(hidden), sites["down"])
+            hidden = jax.nn.silu(site.to_compute(self.gate(x, sites["gate"], fold(key, "gate")))) * hidden
+        return self.down(site.to_output(hidden), sites["down"], fold(key, "down"))
 
 
 class Block(nnx.Module):
@@ -257,16 +274,15 @@ class Block(nnx.Module):
         x: jax.Array,
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
-        key: jax.Array | None,
+        key: Key,
     ) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream."""
         residual = sites["residual"]
-        inside, after, last = (None,) * 3 if key is None else jax.random.split(key, 3)
         x = residual.to_compute(x)
-        y = self.attention(x, within(sites, "attention"), angles, inside)
-        x = x + residual.to_compute(dropout(y, self.rate, after))
-        y = self.mlp(x, within(sites, "mlp"))
-        x = x + residual.to_compute(dropout(y, self.rate, last))
+        y = self.attention(x, within(sites, "attention"), angles, fold(key, "attention"))
+        x = x + residual.to_compute(dropout(y, self.rate, fold(key, "dropout 1")))
+        y = self.mlp(x, within(sites, "mlp"), fold(key, "mlp"))
+        x = x + residual.to_compute(dropout(y, self.rate, fold(key, "dropout 2")))
         return residual.to_output(x)
 
 

@@ -1,7 +1,8 @@
 """What a number is, and where each is used."""
 
 from lmjax.precision.formats import Format, parse_format
-from lmjax.precision.policy import Policy, PolicyError, SitePolicy, parse_policy
+from lmjax.precision.grammar import parse_policy
+from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 from lmjax.precision.rounding import quantize
 
 __all__ = [

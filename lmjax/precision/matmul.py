@@ -1,40 +1,65 @@
 """The one dot product of the whole model, with its own backward pass.
 
-Every matrix product of lmjax goes through `einsum`. It says three things that plain `jnp.einsum`
-leaves to chance: the format of both operands, the format products are accumulated in, and the same
-two for the gradients. Left to autodiff, a bf16 product with f32 accumulation has f32 cotangents and
-so runs its backward products in f32.
+Every matrix product of lmjax goes through `einsum`. It says what plain `jnp.einsum` leaves to
+chance: the format of both operands, the format products are accumulated in, and the same two for
+the gradients. Left to autodiff, a bf16 product with f32 accumulation has f32 cotangents and so runs
+its backward products in f32.
 
-    forward    y   = round_c( sum_acc( round_c(x) * round_c(w) ) )
-    backward   dx  = round_c( sum_acc( g * round_c(w) ) )
-               dw  = round_c( sum_acc( round_c(x) * g ) )
+    forward    y   = round_c( sum_a( Qx(x) * Qw(w) ) )
+    backward   dx  = round_c( sum_a( Qg(g) * Qw(w) ) )
+               dw  = round_c( sum_a( Qx(x) * Qg(g) ) )
 
-with c the site's compute format, acc the accumulator and g the cotangent of y, which arrives in c.
+with c the site's compute format, a its accumulator, g the cotangent of y, which arrives in c, and Q
+the quantizer of each operand. Factors of channels and blocks run along the axis that the product at
+hand sums over, as hardware needs them, so an operand is quantized anew for each product. Gradients
+pass straight through the quantizers.
 
-Knows policies and JAX.
+Where the hardware multiplies a narrow format natively XLA may use that; the result is the same,
+because elements of at most 11 significant bits have exact products in f32. What is emulated here is
+the rounding, bit for bit.
+
+Knows policies, quantizers and JAX.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.precision.exact import at_least_f32
-from lmjax.precision.policy import SitePolicy
+from lmjax.precision.policy import Accumulator, Operand, SitePolicy
+from lmjax.precision.rounding import quantize
+from lmjax.precision.scaling import fake_quantize
+
+Role = Literal["weights", "activations"]
+Key = jax.Array | None
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
+def einsum(
+    spec: str,
+    x: jax.Array,
+    w: jax.Array,
+    site: SitePolicy,
+    *,
+    second: Role = "weights",
+    key: Key = None,
+) -> jax.Array:
     """A product of two operands in the formats of a site.
 
     Args:
       spec: an `einsum` specification of two operands, `"btk,kn->btn"`. Every index of an operand
         must stand in the other operand or in the result, and no operand may repeat one, so that
         the gradients are products of the same kind.
-      x: any floating-point format; cast to the site's compute format.
+      x: activations, in any floating-point format; cast to the site's compute format.
       w: as x.
       site: the formats.
+      second: what `w` holds, and so which of the site's quantizers it gets.
+      key: random key for operands that are rounded stochastically; without one, as in evaluation,
+        they are rounded to nearest.
 
     Returns:
       The product, in the site's compute format.
@@ -43,49 +68,161 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array
       ValueError: for a specification whose gradient is not a product of two operands.
     """
     _check(spec)
-    return _einsum(spec, site.to_compute(x), site.to_compute(w))
+    return _einsum(spec, site, second, site.to_compute(x), site.to_compute(w), key)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _contract(spec, x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _einsum(
+    spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
+) -> jax.Array:
+    operands = (site.activations, getattr(site, second))
+    return _product(spec, site, (x, w), operands, _fold(key, 0))
 
 
 def _forward(
-    spec: str, x: jax.Array, w: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _contract(spec, x, w), (x, w)
+    spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Key]]:
+    return _einsum(spec, site, second, x, w, key), (x, w, key)
 
 
 def _backward(
-    spec: str, operands: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, w = operands
+    spec: str,
+    site: SitePolicy,
+    second: Role,
+    saved: tuple[jax.Array, jax.Array, Key],
+    g: jax.Array,
+) -> tuple[jax.Array, jax.Array, None]:
+    x, w, key = saved
     x_axes, w_axes, y_axes = _axes(spec)
-    dx = _contract(f"{y_axes},{w_axes}->{x_axes}", g, w)
-    dw = _contract(f"{x_axes},{y_axes}->{w_axes}", x, g)
-    return dx, dw
+    grads, of_x, of_w = site.grads, site.activations, getattr(site, second)
+    dx = _product(f"{y_axes},{w_axes}->{x_axes}", site, (g, w), (grads, of_w), _fold(key, 1))
+    dw = _product(f"{x_axes},{y_axes}->{w_axes}", site, (x, g), (of_x, grads), _fold(key, 2))
+    return dx, dw, None
 
 
 _einsum.defvjp(_forward, _backward)
 
 
-def _contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """One product: operands as they come, wide accumulation, one rounding to the operands' format.
+def _product(
+    spec: str,
+    site: SitePolicy,
+    pair: tuple[jax.Array, jax.Array],
+    operands: tuple[Operand | None, Operand | None],
+    key: Key,
+) -> jax.Array:
+    """Quantizes both operands along the summed axis, multiplies, rounds once to compute."""
+    plan = _plan(spec)
+    x = _quantized(pair[0], operands[0], plan.x_summed[-1], _fold(key, 0))
+    w = _quantized(pair[1], operands[1], plan.w_summed[-1], _fold(key, 1))
+    if site.matmul == "tf32" and x.dtype == jnp.float32:
+        x, w = quantize(x, "tf32"), quantize(w, "tf32")
+    if site.accum.chunk:
+        product = _chunked(plan, x, w, site.accum)
+    else:
+        product = _contract(spec, x, w, site)
+        if site.accum.format.bits < 32:
+            product = quantize(product, site.accum.format, overflow="native")
+    return site.to_compute(product)
+
+
+def _quantized(x: jax.Array, operand: Operand | None, axis: int, key: Key) -> jax.Array:
+    if operand is None:
+        return x
+    stochastic = operand.rounding == "stochastic" and key is not None
+    rounding = "stochastic" if stochastic else "nearest_even"
+    return fake_quantize(
+        x, operand.quantizer, axis=axis, rounding=rounding, key=key if stochastic else None
+    )
+
+
+def _contract(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
+    """The sums of products in f32 (f64 for f64), not yet rounded.
 
     f32 operands are multiplied as f32: without `HIGHEST`, GPUs would use TF32 and TPUs bf16.
     """
-    accumulate = at_least_f32(x.dtype)
-    wide = x.dtype == accumulate
-    precision = jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
-    product = jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
-    return product.astype(x.dtype)
+    accumulate = at_least_f32(site.accum.format.dtype or jnp.float32)
+    if x.dtype == jnp.float64:
+        accumulate = x.dtype
+    exact = x.dtype == at_least_f32(x.dtype) and site.matmul != "default"
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
+
+
+def _chunked(plan: _Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax.Array:
+    """Sums chunks of terms in f32 and the chunks one after another in a narrow accumulator.
+
+    Written as a scan, because XLA adds bf16 sums up in f32 wherever it has the choice.
+    """
+    x = jnp.transpose(x, plan.x_order).astype(jnp.float32)
+    w = jnp.transpose(w, plan.w_order).astype(jnp.float32)
+    shared, kept = len(plan.batch), len(plan.x_kept)
+    batch_shape, x_shape = x.shape[:shared], x.shape[shared : shared + kept]
+    w_shape = w.shape[shared + len(plan.x_summed) :]
+    terms = math.prod(x.shape[shared + kept :])
+    chunks = -(-terms // accum.chunk)
+    padding = chunks * accum.chunk - terms
+    x = x.reshape(math.prod(batch_shape), math.prod(x_shape), terms)
+    w = w.reshape(math.prod(batch_shape), terms, math.prod(w_shape))
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, padding))).reshape(*x.shape[:2], chunks, accum.chunk)
+    w = jnp.pad(w, ((0, 0), (0, padding), (0, 0))).reshape(
+        w.shape[0], chunks, accum.chunk, w.shape[2]
+    )
+
+    def rounded(value: jax.Array) -> jax.Array:
+        return quantize(value, accum.format, overflow="native")
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        part = jnp.einsum("bmk,bkn->bmn", *chunk, precision=jax.lax.Precision.HIGHEST)
+        return rounded(total + rounded(part)), None
+
+    zero = jnp.zeros((x.shape[0], x.shape[1], w.shape[-1]), jnp.float32)
+    total, _ = jax.lax.scan(add, zero, (jnp.moveaxis(x, 2, 0), jnp.moveaxis(w, 1, 0)))
+    return jnp.transpose(total.reshape(*batch_shape, *x_shape, *w_shape), plan.y_order)
+
+
+class _Plan(NamedTuple):
+    """Where each index of a product stands: which axes are shared, kept, summed.
+
+    `x_order` brings x to [batch, kept, summed], `w_order` w to [batch, summed, kept], and
+    `y_order` [batch, x kept, w kept] to the order of the result.
+    """
+
+    batch: str
+    x_kept: str
+    x_summed: tuple[int, ...]
+    w_summed: tuple[int, ...]
+    x_order: tuple[int, ...]
+    w_order: tuple[int, ...]
+    y_order: tuple[int, ...]
+
+
+@functools.cache
+def _plan(spec: str) -> _Plan:
+    x_axes, w_axes, y_axes = _axes(spec)
+    summed = "".join(axis for axis in x_axes if axis in w_axes and axis not in y_axes)
+    batch = "".join(axis for axis in x_axes if axis in w_axes and axis in y_axes)
+    x_kept = "".join(axis for axis in x_axes if axis not in w_axes)
+    w_kept = "".join(axis for axis in w_axes if axis not in x_axes)
+    result = batch + x_kept + w_kept
+    return _Plan(
+        batch=batch,
+        x_kept=x_kept,
+        x_summed=tuple(x_axes.index(axis) for axis in summed),
+        w_summed=tuple(w_axes.index(axis) for axis in summed),
+        x_order=tuple(x_axes.index(axis) for axis in batch + x_kept + summed),
+        w_order=tuple(w_axes.index(axis) for axis in batch + summed + w_kept),
+        y_order=tuple(result.index(axis) for axis in y_axes),
+    )
 
 
 def _axes(spec: str) -> tuple[str, str, str]:
     operands, _, y_axes = spec.partition("->")
     x_axes, _, w_axes = operands.partition(",")
     return x_axes, w_axes, y_axes
+
+
+def _fold(key: Key, index: int) -> Key:
+    return None if key is None else jax.random.fold_in(key, index)
 
 
 @functools.cache

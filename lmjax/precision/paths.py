@@ -11,7 +11,7 @@ A pattern is a path whose components may hold shell wildcards (`*`, `?`, `[...]`
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,22 @@ def flatten(tree: Any) -> dict[str, Any]:
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return dict(sorted((path_string(keys), leaf) for keys, leaf in leaves))
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict whose leaves have these paths.
+
+    >>> unflatten({"a/x": 1, "b": 2})
+    {'a': {'x': 1}, 'b': 2}
+    """
+    nested: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        level = nested
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[last] = leaf
+    return nested
 
 
 def path_string(keys: Sequence[Any]) -> str:

@@ -1,74 +1,69 @@
-"""The policy: one string that says which number format every tensor has.
+"""The policy: which number format every tensor has.
 
-A policy is a superset of `jmp`'s strings. Base settings come first, rules by path follow after
-semicolons, and the last rule that matches a site decides:
-
-    p=f32,c=bf16,o=f32                              what jmp says: params, compute, output
-    p=f32,c=bf16,o=f32; **/softmax: c=bf16          softmax in bf16 too
-    mixed_bf16; blocks/0: c=f32; blocks/-1: c=f32   first and last block in f32
-
-| key        | tensor                              | default |
-|------------|-------------------------------------|---------|
-| p, params  | parameters as stored and updated    | f32     |
-| c, compute | everything a site computes with     | p       |
-| o, output  | what the model hands on: its logits | c       |
+A policy is a base and rules by path; `resolve` says what they come to at one site of a model, and
+the last rule that matches decides. How a policy is written down is `grammar.py`'s business.
 
 A rule reaches a site in one of two ways. It *names* the site when its pattern matches the site's
 own path; it *contains* the site when the pattern matches a path above it, and then sets what the
-sites within follow by default. The difference matters for the sites of `WIDE_SITES`, which compute
-in at least f32: neither the base nor a rule on a container narrows them, only a rule that names
-them (`**/softmax: c=bf16`, or `blocks/0/**: c=bf16` for all of them in one block).
+sites within follow by default. The difference matters twice:
+
+- the sites of `WIDE_SITES` compute in at least f32: neither the base nor a rule on a container
+  narrows them, only a rule that names them (`**/softmax: c=bf16`, or `blocks/0/**: c=bf16`);
+- the products of `UNQUANTIZED_SITES` keep their operands in the compute format unless a rule that
+  names them sets `w`, `x` or `g`: narrow matmuls are meant for the linear layers inside blocks.
 
 The base `o` belongs to the logits alone, as in jmp; inside the model a site hands on its own
 compute format unless a rule that names it sets `o`.
 
-Knows formats and jmp; which sites a model has it learns from the list of paths it is given.
+Knows formats, quantizers and jmp; which sites a model has it learns from the paths it is given.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import jmp
 
 from lmjax.precision import paths
 from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.rounding import Rounding, quantize
 
 WIDE_SITES = {
     "norm": "a mean of squares overflows f16 and loses small differences in bf16",
     "query_norm": "as norm, over one head",
     "key_norm": "as norm, over one head",
     "softmax": "exponentials of differences, summed over the whole context",
-    "rope": "an angle is a position times a frequency: bf16 has no integers above 256",
+    "rope": "an angle is a position times a frequency: bf16 has no odd integers above 256",
     "activation": "a chain of elementwise operations is rounded once, at its end",
     "loss": "a logarithm of a sum over the vocabulary, averaged over the batch",
 }
 """Sites, by the last component of their path, that compute in at least f32, and why."""
 
+UNQUANTIZED_SITES = {
+    "scores": "both operands are activations, and the softmax amplifies their errors",
+    "combine": "attention weights span many binades within one row",
+    "head": "errors of the logits go straight into the loss",
+}
+"""Products, by the last component of their path, whose operands stay in c, and why."""
+
 OUTPUT_SITE = "head"
 """The site whose output is the model's output: the base `o` applies to it."""
 
-PRESETS = {
-    "mixed_bf16": "p=f32,c=bf16,o=f32",
-    "mixed_f16": "p=f32,c=f16,o=f32",
-    "pure_bf16": "p=bf16,c=bf16,o=bf16",
-    "pure_f16": "p=f16,c=f16,o=f16",
-    "mixed_bfloat16": "p=f32,c=bf16,o=bf16",
-    "mixed_float16": "p=f32,c=f16,o=f16",
-}
-"""Policies by familiar name; the last two mean what Keras means by them."""
+NATIVE = ("f64", "f32", "bf16", "f16")
+"""Formats that JAX computes in everywhere; all others are emulated in f32."""
 
-_KEYS = {"p": "p", "params": "p", "c": "c", "compute": "c", "o": "o", "output": "o"}
-_NATIVE = ("f64", "f32", "bf16", "f16")
+Update = Literal["nearest", "sr", "kahan"]
+MatmulPrecision = Literal["highest", "tf32", "default"]
 
 
 class PolicyError(ValueError):
-    """A policy string that cannot be obeyed.
+    """A policy that cannot be obeyed.
 
     Attributes:
       position: index of the offending character in the policy string, or None where the string is
@@ -82,51 +77,162 @@ class PolicyError(ValueError):
 
 
 @dataclass(frozen=True)
+class Stored:
+    """How parameters are stored: a format, and how an update is rounded to it.
+
+    `nearest` loses updates below half a unit in the last place; `sr` rounds stochastically, so that
+    they arrive on average; `kahan` keeps what was lost in a second array of the same format and
+    adds it to the next update (Zamirai et al. 2020, arXiv 2010.06192, section 4).
+    """
+
+    format: Format
+    update: Update = "nearest"
+
+    def __str__(self) -> str:
+        return self.format.name + ("" if self.update == "nearest" else f".{self.update}")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How an operand of a product is quantized, after it was cast to the compute format."""
+
+    quantizer: Quantizer
+    rounding: Rounding = "nearest_even"
+
+    def __str__(self) -> str:
+        return f"{self.quantizer}" + (".sr" if self.rounding == "stochastic" else "")
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """What products are summed in: chunks of `chunk` terms exactly as f32, then chunk by chunk in
+    `format`, one rounding each; `chunk` 0 is the whole sum in one go."""
+
+    format: Format
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return self.format.name + (f"@block{self.chunk}" if self.chunk else "")
+
+
+F32 = parse_format("f32")
+
+
+@dataclass(frozen=True)
 class SitePolicy:
-    """The formats of one site: how its parameters are stored, what it computes with, its output."""
+    """What the tensors of one site are; hashable, so a static argument of compiled functions.
+
+    Attributes:
+      params: format that parameters are stored in.
+      compute: format of everything the site computes with.
+      output: format of what it hands on.
+      update: how an update is rounded to `params`.
+      weights, activations, grads: quantization of the operands of its product, and of the
+        cotangent in the backward products; None leaves them in the compute format.
+      accum: accumulation of its product.
+      matmul: precision of products of f32 operands: `highest` (f32), `tf32`, or whatever the
+        backend does by default.
+      mu, nu: how the optimizer stores the first and second moment of its parameters.
+    """
 
     params: Format
     compute: Format
     output: Format
+    update: Update = "nearest"
+    weights: Operand | None = None
+    activations: Operand | None = None
+    grads: Operand | None = None
+    accum: Accumulator = Accumulator(F32)
+    matmul: MatmulPrecision = "highest"
+    mu: Quantizer = Quantizer(F32)
+    nu: Quantizer = Quantizer(F32)
 
     @property
     def jmp(self) -> jmp.Policy:
-        """The same three formats as a `jmp.Policy`, which does the casting of pytrees."""
+        """params, compute and output as a `jmp.Policy`, by the dtypes that carry them."""
         return jmp.Policy(
-            param_dtype=_native_dtype(self.params),
-            compute_dtype=_native_dtype(self.compute),
-            output_dtype=_native_dtype(self.output),
+            param_dtype=carrier(self.params),
+            compute_dtype=carrier(self.compute),
+            output_dtype=carrier(self.output),
         )
 
+    def to_params(self, tree: Any) -> Any:
+        """The floating-point leaves of a pytree, rounded to the stored format."""
+        return _rounded(self.jmp.cast_to_param(tree), self.params)
+
     def to_compute(self, tree: Any) -> Any:
-        """The floating-point leaves of a pytree, cast to the compute format."""
-        return self.jmp.cast_to_compute(tree)
+        """The floating-point leaves of a pytree, rounded to the compute format."""
+        return _rounded(self.jmp.cast_to_compute(tree), self.compute)
 
     def to_output(self, tree: Any) -> Any:
-        """The floating-point leaves of a pytree, cast to the output format."""
-        return self.jmp.cast_to_output(tree)
+        """The floating-point leaves of a pytree, rounded to the output format."""
+        return _rounded(self.jmp.cast_to_output(tree), self.output)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether an operand of its product is rounded stochastically."""
+        operands = (self.weights, self.activations, self.grads)
+        return any(o is not None and o.rounding == "stochastic" for o in operands)
+
+    def rows(self) -> dict[str, str]:
+        """Every setting by its key in the grammar, as it would be written."""
+        operand = self.compute.name
+        return {
+            "p": str(Stored(self.params, self.update)),
+            "c": self.compute.name,
+            "o": self.output.name,
+            "w": str(self.weights or operand),
+            "x": str(self.activations or operand),
+            "g": str(self.grads or operand),
+            "a": str(self.accum),
+            "m": self.matmul,
+            "mu": str(self.mu),
+            "nu": str(self.nu),
+        }
 
     def __str__(self) -> str:
-        return f"p={self.params.name},c={self.compute.name},o={self.output.name}"
+        return ",".join(f"{key}={value}" for key, value in list(self.rows().items())[:3])
+
+
+def carrier(number_format: Format) -> Any:
+    """The dtype that holds values of a format: its own where JAX computes in it, else f32."""
+    native = number_format if number_format.name in NATIVE else F32
+    assert native.dtype is not None
+    return native.dtype.type  # jmp prints scalar types but not np.dtype instances
+
+
+def _rounded(tree: Any, number_format: Format) -> Any:
+    """Leaves that are already in the carrier's dtype, rounded to an emulated format."""
+    if number_format.name in NATIVE:
+        return tree
+
+    def one(leaf: Any) -> Any:
+        return quantize(leaf, number_format) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, tree)
+
+
+Settings = Mapping[str, Any]
+"""Parsed values by key of the grammar."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern: key=format,...`: settings for the sites that the pattern reaches."""
+    """`pattern: key=value,...`: settings for the sites that the pattern reaches."""
 
     pattern: str
-    settings: Mapping[str, Format] = field(hash=False)
+    settings: Settings = field(hash=False)
     position: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.pattern}: {_settings_string(self.settings)}"
+        return f"{self.pattern}: {settings_string(self.settings)}"
 
 
 @dataclass(frozen=True)
 class Policy:
     """A parsed policy. `str(policy)` is its canonical string; parsing that gives it back."""
 
-    base: SitePolicy
+    base: Settings = field(hash=False)
     rules: tuple[Rule, ...] = ()
     text: str = field(default="", compare=False)
 
@@ -140,23 +246,19 @@ class Policy:
         Returns:
           The site's formats after the base and every rule that reaches it, in order.
         """
-        params, compute, output = self.base.params, self.base.compute, None
-        wide = path.rsplit("/", 1)[-1] in WIDE_SITES
-        if wide:
-            compute = _at_least_f32(compute)
-        if path == OUTPUT_SITE:
-            output = self.base.output
+        kind = path.rsplit("/", 1)[-1]
+        settings = _inherited(self.base, kind)
+        if path != OUTPUT_SITE:
+            settings.pop("o", None)
         for rule in self.rules:
             named, contained = _reach(rule.pattern, path, depth)
-            if not (named or contained):
-                continue
-            params = rule.settings.get("p", params)
-            if "c" in rule.settings:
-                inherits = wide and not named
-                compute = _at_least_f32(rule.settings["c"]) if inherits else rule.settings["c"]
             if named:
-                output = rule.settings.get("o", output)
-        return SitePolicy(params, compute, output or compute)
+                settings |= rule.settings
+            elif contained:
+                inherited = _inherited(rule.settings, kind)
+                inherited.pop("o", None)
+                settings |= inherited
+        return _site_policy(settings)
 
     def resolve_all(
         self, site_paths: Sequence[str], depth: int | None = None
@@ -177,109 +279,33 @@ class Policy:
         return {path: self.resolve(path, depth) for path in site_paths}
 
     def __str__(self) -> str:
-        return "; ".join([str(self.base), *map(str, self.rules)])
+        return "; ".join([settings_string(self.base), *map(str, self.rules)])
 
 
-def parse_policy(text: str) -> Policy:
-    """Reads a policy string; every string that jmp accepts means what it means to jmp.
-
-    The one exception is a key given twice with different values, where jmp lets the last one win:
-    in a record of an experiment that is a mistake, so it is refused.
-
-    Raises:
-      PolicyError: with the position of the first character that cannot be right.
-    """
-    segments = _split(text, 0, ";")
-    base = _parse_base(text, *segments[0])
-    rules = tuple(_parse_rule(text, *segment) for segment in segments[1:])
-    return Policy(base=base, rules=rules, text=text)
+def settings_string(settings: Settings) -> str:
+    """Settings as the grammar writes them."""
+    return ",".join(f"{key}={value}" for key, value in settings.items())
 
 
-def _parse_base(text: str, segment: str, start: int) -> SitePolicy:
-    name, start = _strip(segment, start)
-    if not name:
-        raise PolicyError(
-            "expected a format, a preset or settings such as p=f32,c=bf16,o=f32",
-            text=text,
-            position=start,
-        )
-    preset = PRESETS.get(name)
-    if preset is not None:
-        settings = _parse_settings(preset, preset, 0)
-    elif "=" in name:
-        settings = _parse_settings(text, name, start)
-    else:
-        one = _parse_value(text, name, start, also=PRESETS)
-        return SitePolicy(one, one, one)
-    params = settings.get("p", parse_format("f32"))
-    compute = settings.get("c", params)
-    return SitePolicy(params, compute, settings.get("o", compute))
+def _inherited(settings: Settings, kind: str) -> dict[str, Any]:
+    """What a site of this kind takes over from the base or from a rule on a container."""
+    inherited = dict(settings)
+    if kind in WIDE_SITES and "c" in inherited and inherited["c"].bits <= 32:
+        inherited["c"] = F32
+    if kind in UNQUANTIZED_SITES:
+        inherited = {key: value for key, value in inherited.items() if key not in ("w", "x", "g")}
+    return inherited
 
 
-def _parse_rule(text: str, segment: str, start: int) -> Rule:
-    pattern, colon, assignments = segment.partition(":")
-    stripped, position = _strip(pattern, start)
-    if not colon or not stripped:
-        raise PolicyError("expected a rule such as **/softmax: c=f32", text=text, position=position)
-    broken = re.search(r"\s|^/|//|/$", stripped)
-    if broken:
-        raise PolicyError(
-            f"'{stripped}' is no path pattern; write components separated by single slashes",
-            text=text,
-            position=position + broken.start(),
-        )
-    settings = _parse_settings(text, assignments, start + len(pattern) + 1)
-    return Rule(pattern=stripped, settings=settings, position=position)
-
-
-def _parse_settings(text: str, segment: str, start: int) -> dict[str, Format]:
-    settings: dict[str, Format] = {}
-    for part, part_start in _split(segment, start, ","):
-        name, equals, value = part.partition("=")
-        name, name_start = _strip(name, part_start)
-        key = _KEYS.get(name)
-        if key is None:
-            raise PolicyError(
-                f"unknown key '{name}'; the keys are " + ", ".join(_KEYS),
-                text=text,
-                position=name_start,
-            )
-        if not equals:
-            raise PolicyError(
-                f"expected '=' after '{name}'", text=text, position=name_start + len(name)
-            )
-        value_start = part_start + part.index("=") + 1
-        parsed = _parse_value(text, *_strip(value, value_start))
-        if settings.get(key, parsed) != parsed:
-            raise PolicyError(
-                f"'{name}' is given twice, as {settings[key].name} and as {parsed.name}; keep one",
-                text=text,
-                position=name_start,
-            )
-        settings[key] = parsed
-    return settings
-
-
-def _parse_value(text: str, name: str, position: int, also: Sequence[str] | Mapping = ()) -> Format:
-    if name == "half":  # jmp's meaning: whatever 16-bit format the accelerator is fast in
-        return parse_format("bf16" if jax.default_backend() == "tpu" else "f16")
-    try:
-        parsed = parse_format(name)
-    except ValueError as error:
-        known = [*_NATIVE, "float64", "float32", "bfloat16", "float16", "full", "half", *also]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "write one of " + ", ".join(known)
-        raise PolicyError(
-            f"unknown format '{name}'; {hint}", text=text, position=position
-        ) from error
-    if parsed.name not in _NATIVE:
-        raise PolicyError(
-            f"'{name}' can be quantized to but not yet stored or computed in; use one of "
-            + ", ".join(_NATIVE),
-            text=text,
-            position=position,
-        )
-    return parsed
+def _site_policy(settings: Settings) -> SitePolicy:
+    stored, compute = settings["p"], settings["c"]
+    names = {
+        "w": "weights", "x": "activations", "g": "grads", "a": "accum", "m": "matmul",
+        "mu": "mu", "nu": "nu",
+    }  # fmt: skip
+    rest = {field: settings[key] for key, field in names.items() if key in settings}
+    site = SitePolicy(stored.format, compute, settings.get("o", compute), stored.update)
+    return replace(site, **rest)
 
 
 def _reach(pattern: str, path: str, depth: int | None) -> tuple[bool, bool]:
@@ -300,33 +326,6 @@ def _absolute(pattern: str, depth: int | None) -> str:
         str(depth + int(part)) if re.fullmatch(r"-\d+", part) and depth + int(part) >= 0 else part
         for part in parts
     )
-
-
-def _at_least_f32(compute: Format) -> Format:
-    return compute if compute.bits > 32 else parse_format("f32")
-
-
-def _native_dtype(number_format: Format) -> Any:
-    assert number_format.dtype is not None, number_format.name
-    return number_format.dtype.type  # jmp prints scalar types but not np.dtype instances
-
-
-def _settings_string(settings: Mapping[str, Format]) -> str:
-    return ",".join(f"{key}={number_format.name}" for key, number_format in settings.items())
-
-
-def _split(segment: str, start: int, separator: str) -> list[tuple[str, int]]:
-    """The parts of a segment, each with the position of its first character in the policy."""
-    parts = []
-    for part in segment.split(separator):
-        parts.append((part, start))
-        start += len(part) + len(separator)
-    return parts
-
-
-def _strip(part: str, start: int) -> tuple[str, int]:
-    """The part without surrounding white space, and the position of what is left."""
-    return part.strip(), start + len(part) - len(part.lstrip())
 
 
 def _summarised(site_paths: Sequence[str]) -> list[str]:

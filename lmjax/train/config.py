@@ -13,9 +13,10 @@ from typing import Any
 
 from lmjax.data import DataConfig
 from lmjax.loss_scale import LossScaleConfig, resolve_kind
-from lmjax.model import ModelConfig, Sites, resolve_sites
+from lmjax.model import ModelConfig, Sites, param_sites, resolve_sites
 from lmjax.optimizer import OptimizerConfig
-from lmjax.precision.policy import parse_policy
+from lmjax.precision.grammar import parse_policy
+from lmjax.precision.policy import SitePolicy
 from lmjax.sharding import MeshConfig
 
 NOT_IDENTITY = ("mesh", "data.cache_dir")
@@ -99,6 +100,11 @@ class Config:
     def sites(self) -> Sites:
         """The formats of every site of the model under this policy."""
         return resolve_sites(self.model, parse_policy(self.precision))
+
+    @property
+    def param_sites(self) -> dict[str, SitePolicy]:
+        """The formats of the site that each parameter belongs to, by the parameter's path."""
+        return param_sites(self.model, self.sites)
 
     def resolved(self) -> Config:
         """The same run with nothing left to be derived: what `config.json` records."""

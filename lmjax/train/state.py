@@ -11,7 +11,8 @@ from lmjax.loss_scale import LossScaleState
 from lmjax.model import Params, initial_params, structure
 from lmjax.optimizer import make_optimizer
 from lmjax.precision import exact
-from lmjax.sharding import Mesh, param_shardings, state_shardings
+from lmjax.sharding import Mesh, state_shardings
+from lmjax.storage import initial_residuals
 from lmjax.train.config import Config
 
 
@@ -22,12 +23,14 @@ class TrainState(NamedTuple):
       step: int32[], steps attempted; skipped ones count.
       params: the parameters, each in its stored format.
       opt_state: the loss scale, with the optimizer's state inside.
-      key: uint32[2], data of a threefry key; dropout folds the step into it.
+      residuals: what Kahan-compensated updates have lost to rounding; empty without any.
+      key: uint32[2], data of a threefry key; dropout and stochastic rounding fold the step in.
     """
 
     step: jax.Array
     params: Params
     opt_state: LossScaleState
+    residuals: Params
     key: jax.Array
 
 
@@ -35,11 +38,13 @@ def initial_state(config: Config) -> TrainState:
     """A fresh state; a pure function of the config and so of its seed. Call it under jit."""
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed, impl="threefry2x32"))
     params = initial_params(init_key, config.model, config.sites)
-    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps)
+    sites = config.param_sites
+    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps, sites)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
+        residuals=initial_residuals(params, sites),
         key=jax.random.key_data(dropout_key),
     )
 
@@ -47,8 +52,7 @@ def initial_state(config: Config) -> TrainState:
 def abstract_state(config: Config, mesh: Any) -> TrainState:
     """Shapes, dtypes and shardings of the state on a mesh, which may be abstract."""
     shapes = jax.eval_shape(lambda: initial_state(config))
-    _, abstract_params, axes = structure(config.model)
-    shardings = state_shardings(mesh, param_shardings(mesh, axes, abstract_params), shapes)
+    shardings = state_shardings(mesh, structure(config.model)[2], shapes)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,

@@ -16,9 +16,10 @@ import optax
 
 from lmjax import loss_scale, sharding
 from lmjax.model import apply, token_losses
-from lmjax.optimizer import apply_updates, learning_rate_schedule, make_optimizer
+from lmjax.optimizer import learning_rate_schedule, make_optimizer
 from lmjax.precision import exact
 from lmjax.precision.exact import at_least_f32
+from lmjax.storage import apply_updates
 from lmjax.train.config import Config
 from lmjax.train.state import TrainState, abstract_state
 
@@ -49,17 +50,18 @@ def make_train_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
 
 def train_step(config: Config, mesh: Any) -> TrainStep:
     """The step before compilation; see `make_train_step`."""
-    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps)
+    sites = config.param_sites
+    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps, sites)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     scaled_loss = make_scaled_loss(config, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         scale = loss_scale.current(state.opt_state)
-        dropout_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def micro_step(total: Any, part: Any) -> tuple[Any, jax.Array]:
             index, micro_batch = part
-            key = jax.random.fold_in(dropout_key, index)
+            key = jax.random.fold_in(step_key, index)
             scaled, loss = jax.grad(scaled_loss, has_aux=True)(
                 state.params, micro_batch, key, scale
             )
@@ -76,8 +78,14 @@ def train_step(config: Config, mesh: Any) -> TrainStep:
             "skipped_steps": opt_state.skipped_steps,
             "consecutive_skips": opt_state.consecutive_skips,
         }
-        params = apply_updates(state.params, updates)
-        return state._replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        stored = apply_updates(
+            state.params, updates, state.residuals, sites, jax.random.fold_in(step_key, config.micro_batches)
+        )
+        kept = (state.params, state.residuals)
+        skipped = opt_state.consecutive_skips > 0
+        params, residuals = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), kept, stored)
+        new_state = TrainState(state.step + 1, params, opt_state, residuals, state.key)
+        return new_state, metrics
 
     return step
 
@@ -88,7 +96,7 @@ def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array
     Traced under strict dtype promotion: an accidental upcast is an error here, not a slower run.
     """
     sites = config.sites
-    dropout = config.model.dropout > 0
+    random = config.model.dropout > 0 or any(site.stochastic for site in sites.values())
 
     def scaled_loss(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
         with jax.numpy_dtype_promotion("strict"):
@@ -97,7 +105,7 @@ def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array
                 batch["inputs"],
                 config=config.model,
                 sites=sites,
-                key=key if dropout else None,
+                key=key if random else None,
                 constrain=lambda x, axes: sharding.constrain(mesh, x, axes),
             )
             losses = token_losses(logits, batch["targets"], sites["loss"])

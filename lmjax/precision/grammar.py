@@ -1,0 +1,254 @@
+"""How a policy is written: a superset of `jmp`'s strings.
+
+    p=f32,c=bf16,o=f32                                 what jmp says: params, compute, output
+    p=f32,c=bf16,o=f32; **/softmax: c=bf16             rules by path after semicolons
+    mixed_bf16; blocks/0: c=f32; blocks/-1: c=f32      presets by name, indices from the end
+    c=bf16,w=e4m3@tensor,x=e4m3@tensor,g=e5m2@tensor   fp8 matmuls with a scale per tensor
+
+`KEYS` lists what can be set and how each value is written. Every string that jmp accepts means what
+it means to jmp, with one exception: a key given twice with different values, where jmp lets the
+last one win, is refused; in the record of an experiment that is a mistake.
+
+Knows policies, formats and quantizers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.policy import (
+    NATIVE,
+    Accumulator,
+    Operand,
+    Policy,
+    PolicyError,
+    Rule,
+    Stored,
+)
+from lmjax.precision.quantizer import Quantizer, parse_quantizer
+
+
+class Key(NamedTuple):
+    """One key of the grammar.
+
+    Attributes:
+      long: the longer name that means the same.
+      tensor: what it decides.
+      default: what it is when nobody says.
+      parse: from the text of a value to the value; raises ValueError.
+    """
+
+    long: str
+    tensor: str
+    default: str
+    parse: Callable[[str], Any]
+
+
+def _format(text: str) -> Format:
+    if text == "half":  # jmp's meaning: whatever 16-bit format the accelerator is fast in
+        text = "bf16" if jax.default_backend() == "tpu" else "f16"
+    number_format = parse_format(text)
+    if not number_format.signed or number_format.is_integer:
+        raise ValueError(f"nothing is stored or computed in {text}; it is for w, x and g")
+    return number_format
+
+
+def _stored(text: str) -> Stored:
+    name, _, update = text.partition(".")
+    if update not in ("", "nearest", "sr", "kahan"):
+        raise ValueError(f"updates are rounded by .sr or .kahan, not .{update}")
+    return Stored(_format(name), update or "nearest")  # type: ignore[arg-type]
+
+
+def _operand(text: str) -> Operand:
+    name = text.removesuffix(".sr")
+    quantizer = parse_quantizer(_short(name))
+    if quantizer.history:
+        raise ValueError("delayed scaling needs a history in the train state; use current scaling")
+    return Operand(quantizer, "stochastic" if name != text else "nearest_even")
+
+
+def _accumulator(text: str) -> Accumulator:
+    match = re.fullmatch(r"(\w+)(?:@block([1-9]\d*))?", text)
+    if match is None:
+        raise ValueError("write a format, or FORMAT@blockN for chunks of N terms")
+    return Accumulator(_format(match[1]), int(match[2] or 0))
+
+
+def _matmul(text: str) -> str:
+    if text not in ("highest", "tf32", "default"):
+        raise ValueError(f"unknown matmul precision '{text}'; use highest, tf32 or default")
+    return text
+
+
+def _moment(text: str) -> Quantizer:
+    quantizer = parse_quantizer(_short(text))
+    if quantizer.affine or quantizer.history or quantizer.groups == "channel":
+        raise ValueError("moments are stored in a format, FORMAT@tensor or FORMAT@blockN")
+    return quantizer
+
+
+def _short(name: str) -> str:
+    """Long and jmp names of formats, shortened; anything else as it is."""
+    try:
+        return parse_format(name).name
+    except ValueError:
+        return name
+
+
+KEYS = {
+    "p": Key("params", "parameters as stored and updated", "f32", _stored),
+    "c": Key("compute", "everything a site computes with", "p", _format),
+    "o": Key("output", "what the model hands on: its logits", "c", _format),
+    "w": Key("weights", "weights as operands of products", "c", _operand),
+    "x": Key("activations", "activations as operands of products", "c", _operand),
+    "g": Key("grads", "cotangents entering the backward products", "c", _operand),
+    "a": Key("accum", "accumulation of products", "f32", _accumulator),
+    "m": Key("matmul", "precision of products of f32 operands", "highest", _matmul),
+    "mu": Key("first_moment", "first moment of the optimizer", "f32", _moment),
+    "nu": Key("second_moment", "second moment of the optimizer", "f32", _moment),
+}
+"""Every key, by its short name; the order is that of canonical strings."""
+
+_SHORT = {name: short for short, key in KEYS.items() for name in (short, key.long)}
+
+PRESETS = {
+    "mixed_bf16": "p=f32,c=bf16,o=f32",
+    "mixed_f16": "p=f32,c=f16,o=f32",
+    "pure_bf16": "p=bf16,c=bf16,o=bf16",
+    "pure_f16": "p=f16,c=f16,o=f16",
+    "fp8": "p=f32,c=bf16,o=f32,w=e4m3@tensor,x=e4m3@tensor,g=e5m2@tensor",
+    "mxfp8": "p=f32,c=bf16,o=f32,w=mxfp8,x=mxfp8,g=mxfp8",
+    "nvfp4": "p=f32,c=bf16,o=f32,w=nvfp4,x=nvfp4,g=nvfp4.sr",
+    "int8": "p=f32,c=bf16,o=f32,w=int8@channel,x=int8@channel,g=int8@channel",
+    "mixed_bfloat16": "p=f32,c=bf16,o=bf16",
+    "mixed_float16": "p=f32,c=f16,o=f16",
+    "O0": "p=f32,c=f32,o=f32",
+    "O1": "p=f32,c=f16,o=f32",
+    "O2": "p=f32,c=f16,o=f32",
+    "O3": "p=f16,c=f16,o=f16",
+}
+"""Policies by familiar name. `mixed_bfloat16` and `mixed_float16` are Keras' names, O0 to O3 those
+of Apex: O1 and O2 differ there in where weights are cast, which is the same arithmetic here."""
+
+
+def parse_policy(text: str) -> Policy:
+    """Reads a policy string.
+
+    Raises:
+      PolicyError: with the position of the first character that cannot be right.
+    """
+    segments = _split(text, 0, ";")
+    base = _parse_base(text, *segments[0])
+    return Policy(base, tuple(_parse_rule(text, *segment) for segment in segments[1:]), text)
+
+
+def _parse_base(text: str, segment: str, start: int) -> dict[str, Any]:
+    """Settings of the base with p, c and o filled in as jmp fills them in."""
+    name, start = _strip(segment, start)
+    if not name:
+        raise PolicyError(
+            "expected a format, a preset or settings such as p=f32,c=bf16,o=f32",
+            text=text,
+            position=start,
+        )
+    first, comma, changes = name.partition(",")
+    if "=" in first:
+        settings = _parse_settings(text, name, start)
+    else:
+        settings = _parse_name(text, first.rstrip(), start)
+        if comma:
+            settings |= _parse_settings(text, changes, start + len(first) + 1)
+    stored = settings.get("p", Stored(parse_format("f32")))
+    compute = settings.get("c", stored.format)
+    filled = {"p": stored, "c": compute, "o": settings.get("o", compute)} | settings
+    return {key: filled[key] for key in KEYS if key in filled}
+
+
+def _parse_name(text: str, name: str, start: int) -> dict[str, Any]:
+    """A preset, or one format for everything as in jmp."""
+    if name in PRESETS:
+        return _parse_settings(PRESETS[name], PRESETS[name], 0)
+    number_format = _parse_value(text, "c", name, start, also=tuple(PRESETS))
+    return {"p": Stored(number_format), "c": number_format, "o": number_format}
+
+
+def _parse_rule(text: str, segment: str, start: int) -> Rule:
+    pattern, colon, assignments = segment.partition(":")
+    stripped, position = _strip(pattern, start)
+    if not colon or not stripped:
+        raise PolicyError(
+            "expected a rule such as **/softmax: c=f32", text=text, position=position
+        )
+    broken = re.search(r"\s|^/|//|/$", stripped)
+    if broken:
+        raise PolicyError(
+            f"'{stripped}' is no path pattern; write components separated by single slashes",
+            text=text,
+            position=position + broken.start(),
+        )
+    settings = _parse_settings(text, assignments, start + len(pattern) + 1)
+    return Rule(pattern=stripped, settings=settings, position=position)
+
+
+def _parse_settings(text: str, segment: str, start: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for part, part_start in _split(segment, start, ","):
+        name, equals, value = part.partition("=")
+        name, name_start = _strip(name, part_start)
+        key = _SHORT.get(name)
+        if key is None:
+            raise PolicyError(
+                f"unknown key '{name}'; the keys are " + ", ".join(_SHORT),
+                text=text,
+                position=name_start,
+            )
+        if not equals:
+            raise PolicyError(
+                f"expected '=' after '{name}'", text=text, position=name_start + len(name)
+            )
+        parsed = _parse_value(text, key, *_strip(value, part_start + part.index("=") + 1))
+        if settings.get(key, parsed) != parsed:
+            raise PolicyError(
+                f"'{name}' is given twice, as {settings[key]} and as {parsed}; keep one",
+                text=text,
+                position=name_start,
+            )
+        settings[key] = parsed
+    return {key: settings[key] for key in KEYS if key in settings}
+
+
+def _parse_value(
+    text: str, key: str, value: str, position: int, also: tuple[str, ...] = ()
+) -> Any:
+    try:
+        return KEYS[key].parse(value)
+    except ValueError as error:
+        known = [*NATIVE, "float64", "float32", "bfloat16", "float16", "full", "half", *also]
+        close = difflib.get_close_matches(value, known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else str(error)
+        raise PolicyError(
+            f"'{value}' is no value of '{key}' ({KEYS[key].tensor}); {hint}",
+            text=text,
+            position=position,
+        ) from error
+
+
+def _split(segment: str, start: int, separator: str) -> list[tuple[str, int]]:
+    """The parts of a segment, each with the position of its first character in the policy."""
+    parts = []
+    for part in segment.split(separator):
+        parts.append((part, start))
+        start += len(part) + len(separator)
+    return parts
+
+
+def _strip(part: str, start: int) -> tuple[str, int]:
+    """The part without surrounding white space, and the position of what is left."""
+    return part.strip(), start + len(part) - len(part.lstrip())

@@ -1,0 +1,145 @@
+"""How parameters and moments are kept in narrow formats while all arithmetic is f32.
+
+Parameters: `apply_updates` adds an f32 update to a stored parameter and rounds once, to nearest,
+stochastically, or with Kahan compensation. Moments: `with_stored_moments` lets any optax optimizer
+see f32 moments and keeps them as the policy says between steps.
+
+Knows JAX, optax and what a policy says of a parameter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmjax.precision import paths
+from lmjax.precision.exact import at_least_f32
+from lmjax.precision.policy import SitePolicy
+from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.rounding import quantize, to_native
+from lmjax.precision.scaling import Quantized, dequantize, quantize_with_scale
+
+ParamSites = Mapping[str, SitePolicy]
+"""The formats of each parameter, by its path."""
+
+
+def initial_residuals(params: Any, sites: ParamSites) -> dict[str, Any]:
+    """Zeros, in the stored format, for each parameter whose updates are Kahan-compensated."""
+    return paths.unflatten(
+        {
+            path: jnp.zeros_like(param)
+            for path, param in paths.flatten(params).items()
+            if sites[path].update == "kahan"
+        }
+    )
+
+
+def apply_updates(
+    params: Any, updates: Any, residuals: Any, sites: ParamSites, key: jax.Array
+) -> tuple[Any, Any]:
+    """Parameters plus updates: added in f32, rounded once to the stored format.
+
+    Args:
+      params: stored parameters.
+      updates: f32, a tree of the same structure.
+      residuals: what earlier roundings lost, for compensated parameters.
+      sites: how each parameter is stored.
+      key: random key of this step, for stochastic rounding.
+
+    Returns:
+      New parameters and new residuals. With Kahan compensation, y = update + residual,
+      p' = round(p + y), residual' = round(y - (p' - p)) (Zamirai et al. 2020, algorithm 3).
+    """
+    kept = paths.flatten(residuals)
+    flat_params, flat_updates = paths.flatten(params), paths.flatten(updates)
+    for path, param in flat_params.items():
+        site, update = sites[path], flat_updates[path]
+        wide = param.astype(update.dtype)
+        if site.update == "kahan":
+            update = update + kept[path].astype(update.dtype)
+        new = _stored(wide + update, site, jax.random.fold_in(key, zlib.crc32(path.encode())))
+        if site.update == "kahan":
+            kept[path] = _stored(update - (new.astype(update.dtype) - wide), site, None)
+        flat_params[path] = new
+    return paths.unflatten(flat_params), paths.unflatten(kept)
+
+
+def _stored(value: jax.Array, site: SitePolicy, key: jax.Array | None) -> jax.Array:
+    if site.update == "sr" and key is not None:
+        value = quantize(value, site.params, "stochastic", key, overflow="native")
+    return site.to_params(value)
+
+
+def with_stored_moments(
+    inner: optax.GradientTransformation, sites: ParamSites
+) -> optax.GradientTransformation:
+    """Keeps the moments of an optimizer in the formats of the policy between steps.
+
+    The optimizer computes in f32: it reads the stored moments widened, and what it hands on comes
+    from moments that are not rounded yet; only what the next step starts from is.
+
+    Args:
+      inner: an optimizer whose states name their moments `mu` and `nu`, as optax's do.
+      sites: how the moments of each parameter are stored.
+    """
+
+    def init(params: optax.Params) -> Any:
+        return _map_moments(_encode, inner.init(params), sites)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = inner.update(
+            gradients, _map_moments(_decode, state, sites), params
+        )
+        return updates, _map_moments(_encode, state, sites)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _map_moments(change: Callable[[Any, Quantizer], Any], state: Any, sites: ParamSites) -> Any:
+    """Applies `change` to every moment anywhere in an optimizer state."""
+
+    def one(node: Any) -> Any:
+        if not hasattr(node, "mu"):
+            return node
+        moments = {name: getattr(node, name) for name in ("mu", "nu") if hasattr(node, name)}
+        return node._replace(
+            **{name: _map_tree(change, tree, sites, name) for name, tree in moments.items()}
+        )
+
+    return jax.tree.map(one, state, is_leaf=lambda node: hasattr(node, "mu"))
+
+
+def _map_tree(
+    change: Callable[[Any, Quantizer], Any], tree: Any, sites: ParamSites, moment: str
+) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: change(leaf, getattr(sites[paths.path_string(keys)], moment)),
+        tree,
+        is_leaf=lambda node: isinstance(node, Quantized),
+    )
+
+
+def _encode(moment: jax.Array, quantizer: Quantizer) -> Any:
+    """An f32 moment as it is stored: in the format's own dtype where there is one."""
+    if quantizer.groups == "none":
+        return _native(moment, quantizer)
+    stored = quantize_with_scale(moment, quantizer)
+    return stored._replace(values=_native(stored.values, quantizer))
+
+
+def _decode(stored: Any, quantizer: Quantizer) -> jax.Array:
+    """A stored moment, widened to f32."""
+    if not isinstance(stored, Quantized):
+        return stored.astype(at_least_f32(stored.dtype))
+    wide = stored._replace(values=stored.values.astype(jnp.float32))
+    return dequantize(wide, quantizer)
+
+
+def _native(values: jax.Array, quantizer: Quantizer) -> jax.Array:
+    round_ = quantize if quantizer.format.dtype is None else to_native
+    return round_(values, quantizer.format, overflow="native")
