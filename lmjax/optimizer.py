@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lmjax.loss_scale import LossScaleConfig, with_loss_scale
@@ -58,8 +59,15 @@ class OptimizerConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
         for name in ("b1", "b2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+            if not 0 <= np.float32(getattr(self, name)) < 1:
+                raise ValueError(
+                    f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1) and stay "
+                    "below 1 when rounded to f32, in which the optimizer computes"
+                )
+        if not np.float32(self.eps) > 0:
+            raise ValueError(
+                f"optimizer.eps is {self.eps}, which is 0 in f32, in which the optimizer computes"
+            )
         for name in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1]")

@@ -20,6 +20,7 @@ from lmjax import sharding
 from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
 from lmjax.model import parameter_count
 from lmjax.precision import exact
+from lmjax.train.advice import warnings
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
 from lmjax.train.evaluate import held_out_loss
@@ -193,6 +194,8 @@ def _loop(run: _Run, stop: StopRequest, stop_after: int | None, progress: bool) 
         Reporter(first, config.steps, enabled=progress) as report,
     ):
         report.note(_introduction(run))
+        for warning in warnings(config):
+            report.note(f"warning: {warning}")
         log = _Log(writer, report, run, first)
         for step in range(first + 1, last + 1):
             run.state, metrics = train_step(run.state, batch)

@@ -1,0 +1,62 @@
+"""What a policy cannot do, said before the run starts instead of after it ended.
+
+Every warning gives its arithmetic. Nothing here stops a run: an ablation may want to see it fail.
+"""
+
+from __future__ import annotations
+
+import math
+
+from lmjax.precision.formats import Format
+from lmjax.train.config import Config
+
+
+def warnings(config: Config) -> list[str]:
+    """Reasons why a run may learn less than it seems to, one line each.
+
+    - *Lost updates.* AdamW moves a weight by about the learning rate. Rounded to nearest, a move of
+      less than half a unit in the last place of the weight changes nothing.
+    - *Stuck moments.* The second moment falls by at most the share 1 - b2 in a step. Stored in a
+      format whose spacing is wider than that, it cannot fall at all.
+    """
+    return [*_lost_updates(config), *_stuck_moments(config)]
+
+
+def _lost_updates(config: Config) -> list[str]:
+    rate = config.optimizer.learning_rate
+    found = {}
+    for path, site in config.param_sites.items():
+        if site.update != "nearest":
+            continue
+        size = 1.0 if path.endswith("/scale") else config.model.init_std
+        if size and rate < half_ulp(size, site.params):
+            found.setdefault((site.params.name, size), half_ulp(size, site.params))
+    return [
+        f"p={name}: an update of the peak learning rate {rate:.1e} is less than half a unit in the "
+        f"last place ({half:.1e}) of a parameter of size {size:g}, and is lost when rounded to "
+        f"nearest; use p={name}.sr, p={name}.kahan or p=f32"
+        for (name, size), half in found.items()
+    ]
+
+
+def _stuck_moments(config: Config) -> list[str]:
+    if config.optimizer.name != "adamw":
+        return []
+    share = 1.0 - config.optimizer.b2
+    found = {}
+    for site in config.param_sites.values():
+        nu = site.nu
+        if nu.groups == "none" and share < nu.format.epsilon / 2:
+            found[str(nu)] = nu.format.epsilon / 2
+    return [
+        f"nu={name}: with b2={config.optimizer.b2:g} a second moment falls by at most {share:.1e} "
+        f"of itself in a step, less than half the spacing of its format ({half:.1e}); once large, "
+        "it stays. Use a smaller b2 or nu=f32"
+        for name, half in found.items()
+    ]
+
+
+def half_ulp(value: float, number_format: Format) -> float:
+    """Half a unit in the last place of a positive number in a format."""
+    exponent = max(math.floor(math.log2(value)), number_format.smallest_exponent)
+    return math.ldexp(0.5, exponent - number_format.mantissa_bits)
