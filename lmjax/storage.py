@@ -19,9 +19,9 @@ import optax
 
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
-from lmjax.precision.policy import SitePolicy
+from lmjax.precision.policy import NATIVE, SitePolicy
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import quantize, to_native
+from lmjax.precision.rounding import Overflow, quantize, to_native
 from lmjax.precision.scaling import Quantized, dequantize, quantize_with_scale
 
 ParamSites = Mapping[str, SitePolicy]
@@ -71,7 +71,9 @@ def apply_updates(
 
 def _stored(value: jax.Array, site: SitePolicy, key: jax.Array | None) -> jax.Array:
     if site.update == "sr" and key is not None:
-        value = quantize(value, site.params, "stochastic", key, overflow="native")
+        # Too large a value becomes what rounding to nearest would make of it.
+        overflow: Overflow = "native" if site.params.name in NATIVE else "saturate"
+        value = quantize(value, site.params, "stochastic", key, overflow)
     return site.to_params(value)
 
 
@@ -92,9 +94,7 @@ def with_stored_moments(
         return _map_moments(_encode, inner.init(params), sites)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(
-            gradients, _map_moments(_decode, state, sites), params
-        )
+        updates, state = inner.update(gradients, _map_moments(_decode, state, sites), params)
         return updates, _map_moments(_encode, state, sites)
 
     return optax.GradientTransformation(init, update)

@@ -71,17 +71,17 @@ def draw_params() -> Callable[..., Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from lmjax.model import param_site, structure
+    from lmjax.model import structure
     from lmjax.precision import paths
 
     def draw(config: Config, std: float = 0.02, seed: int = 0) -> Any:
         generator = np.random.default_rng(seed)
+        sites = config.param_sites
 
         def one(keys: Any, leaf: Any) -> jax.Array:
             path = paths.path_string(keys)
             value = generator.normal(0.0, std, leaf.shape) + path.endswith("scale")
-            stored = param_site(path, config.sites).params.dtype
-            return jnp.asarray(value.astype(np.float32)).astype(stored)
+            return sites[path].to_params(jnp.asarray(value.astype(np.float32)))
 
         return jax.tree_util.tree_map_with_path(one, structure(config.model)[1])
 
@@ -89,20 +89,31 @@ def draw_params() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def draw_state(draw_params: Callable[..., Any]) -> Callable[..., TrainState]:
+def draw_state(
+    draw_params: Callable[..., Any], compile_fast: Callable[..., Any]
+) -> Callable[..., TrainState]:
     """`draw_state(config, std, seed)`: a train state with random parameters at step 0."""
     import jax
     import jax.numpy as jnp
 
     from lmjax.optimizer import make_optimizer
+    from lmjax.storage import initial_residuals
     from lmjax.train import TrainState
 
     def draw(config: Config, std: float = 0.02, seed: int = 0) -> TrainState:
         config = config.resolved()
         params = draw_params(config, std, seed)
-        optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps)
-        key = jax.random.key_data(jax.random.key(seed, impl="threefry2x32"))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+        sites = config.param_sites
+        optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps, sites)
+        narrow = any(str(moment) != "f32" for s in sites.values() for moment in (s.mu, s.nu))
+        init = compile_fast(optimizer.init) if narrow else optimizer.init
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=init(params),
+            residuals=initial_residuals(params, sites),
+            key=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
+        )
 
     return draw
 

@@ -16,14 +16,17 @@ ARROWS = {
     "data": set(),
     "sharding": set(),
     "loss_scale": {"precision"},
-    "optimizer": {"loss_scale", "precision"},
+    "storage": {"precision"},
+    "optimizer": {"storage", "loss_scale", "precision"},
     "model": {"precision"},
-    "numerics": {"model", "optimizer", "loss_scale", "sharding", "precision"},
+    "numerics": {"model", "optimizer", "storage", "loss_scale", "sharding", "precision"},
     "train": {
-        "model", "data", "optimizer", "loss_scale", "sharding", "precision", "numerics",
+        "model", "data", "optimizer", "storage", "loss_scale", "sharding", "precision",
+        "numerics",
     },
     "inference": {
-        "train", "model", "data", "optimizer", "loss_scale", "sharding", "precision", "numerics",
+        "train", "model", "data", "optimizer", "storage", "loss_scale", "sharding", "precision",
+        "numerics",
     },
 }  # fmt: skip
 """What each room of lmjax may import from the others; a room that is not listed may import all."""
@@ -107,6 +110,8 @@ def test_every_room_with_arrows_is_found():
         ("model/layers.py", "from lmjax.sharding import constrain"),
         ("model/layers.py", "def f():\n    from lmjax import optimizer"),
         ("loss_scale.py", "from lmjax import optimizer"),
+        ("storage.py", "from lmjax.model import param_sites"),
+        ("storage.py", "from lmjax.optimizer import make_optimizer"),
         ("sharding.py", "from lmjax.precision import exact"),
         ("train/loop.py", "from lmjax.inference import generate"),
         ("train/loop.py", "import lmjax.cli"),

@@ -9,10 +9,12 @@ import optax
 import pytest
 
 from lmjax.loss_scale import LossScaleConfig
-from lmjax.optimizer import OptimizerConfig, apply_updates, learning_rate_schedule, make_optimizer
-from lmjax.precision import paths
+from lmjax.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from lmjax.precision import parse_policy, paths
+from lmjax.storage import apply_updates
 
 NO_SCALE = LossScaleConfig("none")
+KEY = jax.random.key(0)
 STORED = ["float32", "bfloat16", "float16"]
 
 
@@ -32,12 +34,13 @@ def gradients(value: float) -> dict:
 
 
 def step(config: OptimizerConfig, gradient: dict, dtype: str = "float32", steps: int = 1):
-    optimizer = make_optimizer(config, NO_SCALE, steps=100)
     stored = params(dtype)
+    sites = dict.fromkeys(paths.flatten(stored), parse_policy(dtype).resolve("embed"))
+    optimizer = make_optimizer(config, NO_SCALE, steps=100, sites=sites)
     state = optimizer.init(stored)
     for _ in range(steps):
         updates, state = optimizer.update(gradient, state, stored)
-        stored = apply_updates(stored, updates)
+        stored, _ = apply_updates(stored, updates, {}, sites, KEY)
     return stored, updates, state
 
 
@@ -137,7 +140,9 @@ def test_updates_are_added_in_f32_and_rounded_once():
     # 1 + 2^-9 is 1 in bf16, 1 + 3 * 2^-9 rounds up to 1 + 2^-7: the update is not rounded first.
     one = jnp.ones(1, jnp.bfloat16)
     update = jnp.asarray([2.0**-8 + 2.0**-20], jnp.float32)
-    assert float(apply_updates(one, update)[0]) == 1.0 + 2.0**-7
+    sites = {"w": parse_policy("bf16").resolve("embed")}
+    stored, _ = apply_updates({"w": one}, {"w": update}, {}, sites, KEY)
+    assert float(stored["w"][0]) == 1.0 + 2.0**-7
     assert float(one[0] + update.astype(jnp.bfloat16)[0]) == 1.0
 
 

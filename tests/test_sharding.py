@@ -93,9 +93,9 @@ def test_a_batch_that_cannot_be_divided_is_refused():
 
 def test_a_parameter_called_scale_does_not_confuse_the_state():
     mesh = sharding.abstract_mesh(SIZES, 8)
-    shardings = {"scale": sharding.named_sharding(mesh, ("embed",), (4,))}
+    axes = {"scale": ("embed",)}
     state = {"scale": jnp.zeros(()), "mu": {"scale": jnp.zeros(4)}, "count": jnp.zeros(())}
-    placed = sharding.state_shardings(mesh, shardings, state)
+    placed = sharding.state_shardings(mesh, axes, state)
     assert placed["mu"]["scale"].spec == PartitionSpec(("fsdp",))
     assert placed["scale"].spec == placed["count"].spec == PartitionSpec()
 

@@ -59,6 +59,13 @@ def test_emulated_storage_holds_only_values_of_the_format():
     assert set(values) <= set(parse_policy("p=e4m3,c=f32").resolve(SITE).params.values())
 
 
+@pytest.mark.parametrize(("name", "result"), [("f16", np.inf), ("e4m3", 448.0), ("e5m7", 65280.0)])
+def test_updates_beyond_the_format_overflow_alike_in_every_rounding(name, result):
+    """A narrow native format overflows as its hardware does; an emulated one saturates."""
+    for update in ("", ".sr"):
+        assert np.all(walk(f"p={name}{update},c=f32", 2, 1e5, size=8) == result), update
+
+
 def test_residuals_exist_for_kahan_alone():
     params = {"w": jnp.ones(3, jnp.bfloat16)}
     assert initial_residuals(params, sites_for("p=bf16")) == {}

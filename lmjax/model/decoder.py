@@ -105,7 +105,9 @@ def apply(
     site = sites["head"]
     if model.head is not None:
         return model.head(x, site, fold(key, "head"))
-    return site.to_output(einsum("btd,vd->btv", x, model.embed.table[...], site, key=fold(key, "head")))
+    return site.to_output(
+        einsum("btd,vd->btv", x, model.embed.table[...], site, key=fold(key, "head"))
+    )
 
 
 def _scan_blocks(

@@ -177,9 +177,15 @@ class Attention(nnx.Module):
         c = self.config
         batch, length, _ = x.shape
         x = self.norm(x, sites["norm"])
-        q = self.query(x, sites["query"], fold(key, "query")).reshape(batch, length, c.heads, c.head_size)
-        k = self.key(x, sites["key"], fold(key, "key")).reshape(batch, length, c.kv_head_count, c.head_size)
-        v = self.value(x, sites["value"], fold(key, "value")).reshape(batch, length, c.kv_head_count, c.head_size)
+        q = self.query(x, sites["query"], fold(key, "query")).reshape(
+            batch, length, c.heads, c.head_size
+        )
+        k = self.key(x, sites["key"], fold(key, "key")).reshape(
+            batch, length, c.kv_head_count, c.head_size
+        )
+        v = self.value(x, sites["value"], fold(key, "value")).reshape(
+            batch, length, c.kv_head_count, c.head_size
+        )
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q, sites["query_norm"]), self.key_norm(k, sites["key_norm"])
         if angles is not None:
@@ -207,9 +213,7 @@ class Attention(nnx.Module):
         power = 2.0 ** -math.floor(math.log2(self.config.head_size) / 2)
         rest = 1.0 / (math.sqrt(self.config.head_size) * power)
         q = q * power
-        scores = einsum(
-            "btkgh,bskh->bkgts", q, k, sites["scores"], second="activations", key=key
-        )
+        scores = einsum("btkgh,bskh->bkgts", q, k, sites["scores"], second="activations", key=key)
         softmax = sites["softmax"]
         scores = softmax.to_compute(sites["scores"].to_output(scores)) * rest
         positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
@@ -256,7 +260,10 @@ class Mlp(nnx.Module):
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
         else:
-            hidden = jax.nn.silu(site.to_compute(self.gate(x, sites["gate"], fold(key, "gate")))) * hidden
+            hidden = (
+                jax.nn.silu(site.to_compute(self.gate(x, sites["gate"], fold(key, "gate"))))
+                * hidden
+            )
         return self.down(site.to_output(hidden), sites["down"], fold(key, "down"))
 
 

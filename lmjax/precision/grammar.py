@@ -60,8 +60,8 @@ def _format(text: str) -> Format:
 
 
 def _stored(text: str) -> Stored:
-    name, _, update = text.partition(".")
-    if update not in ("", "nearest", "sr", "kahan"):
+    name, dot, update = text.partition(".")
+    if dot and update not in ("nearest", "sr", "kahan"):
         raise ValueError(f"updates are rounded by .sr or .kahan, not .{update}")
     return Stored(_format(name), update or "nearest")  # type: ignore[arg-type]
 
@@ -183,9 +183,7 @@ def _parse_rule(text: str, segment: str, start: int) -> Rule:
     pattern, colon, assignments = segment.partition(":")
     stripped, position = _strip(pattern, start)
     if not colon or not stripped:
-        raise PolicyError(
-            "expected a rule such as **/softmax: c=f32", text=text, position=position
-        )
+        raise PolicyError("expected a rule such as **/softmax: c=f32", text=text, position=position)
     broken = re.search(r"\s|^/|//|/$", stripped)
     if broken:
         raise PolicyError(
@@ -224,9 +222,7 @@ def _parse_settings(text: str, segment: str, start: int) -> dict[str, Any]:
     return {key: settings[key] for key in KEYS if key in settings}
 
 
-def _parse_value(
-    text: str, key: str, value: str, position: int, also: tuple[str, ...] = ()
-) -> Any:
+def _parse_value(text: str, key: str, value: str, position: int, also: tuple[str, ...] = ()) -> Any:
     try:
         return KEYS[key].parse(value)
     except ValueError as error:

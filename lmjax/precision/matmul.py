@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import Accumulator, Operand, SitePolicy
-from lmjax.precision.rounding import quantize
+from lmjax.precision.rounding import Rounding, quantize
 from lmjax.precision.scaling import fake_quantize
 
 Role = Literal["weights", "activations"]
@@ -75,6 +75,12 @@ def einsum(
 def _einsum(
     spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
 ) -> jax.Array:
+    return _primal(spec, site, second, x, w, key)
+
+
+def _primal(
+    spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
+) -> jax.Array:
     operands = (site.activations, getattr(site, second))
     return _product(spec, site, (x, w), operands, _fold(key, 0))
 
@@ -82,7 +88,8 @@ def _einsum(
 def _forward(
     spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Key]]:
-    return _einsum(spec, site, second, x, w, key), (x, w, key)
+    # Not through `_einsum`: a policy of rematerialisation must see the dot to save its result.
+    return _primal(spec, site, second, x, w, key), (x, w, key)
 
 
 def _backward(
@@ -112,8 +119,10 @@ def _product(
 ) -> jax.Array:
     """Quantizes both operands along the summed axis, multiplies, rounds once to compute."""
     plan = _plan(spec)
-    x = _quantized(pair[0], operands[0], plan.x_summed[-1], _fold(key, 0))
-    w = _quantized(pair[1], operands[1], plan.w_summed[-1], _fold(key, 1))
+    # The gradient of a scalar product sums over nothing: any axis will do.
+    x_axis, w_axis = (plan.x_summed or (-1,))[-1], (plan.w_summed or (-1,))[-1]
+    x = _quantized(pair[0], operands[0], x_axis, _fold(key, 0))
+    w = _quantized(pair[1], operands[1], w_axis, _fold(key, 1))
     if site.matmul == "tf32" and x.dtype == jnp.float32:
         x, w = quantize(x, "tf32"), quantize(w, "tf32")
     if site.accum.chunk:
@@ -129,7 +138,7 @@ def _quantized(x: jax.Array, operand: Operand | None, axis: int, key: Key) -> ja
     if operand is None:
         return x
     stochastic = operand.rounding == "stochastic" and key is not None
-    rounding = "stochastic" if stochastic else "nearest_even"
+    rounding: Rounding = "stochastic" if stochastic else "nearest_even"
     return fake_quantize(
         x, operand.quantizer, axis=axis, rounding=rounding, key=key if stochastic else None
     )
@@ -159,14 +168,13 @@ def _chunked(plan: _Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax
     batch_shape, x_shape = x.shape[:shared], x.shape[shared : shared + kept]
     w_shape = w.shape[shared + len(plan.x_summed) :]
     terms = math.prod(x.shape[shared + kept :])
-    chunks = -(-terms // accum.chunk)
-    padding = chunks * accum.chunk - terms
+    size = min(accum.chunk, terms)
+    chunks = -(-terms // size)
+    padding = chunks * size - terms
     x = x.reshape(math.prod(batch_shape), math.prod(x_shape), terms)
     w = w.reshape(math.prod(batch_shape), terms, math.prod(w_shape))
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, padding))).reshape(*x.shape[:2], chunks, accum.chunk)
-    w = jnp.pad(w, ((0, 0), (0, padding), (0, 0))).reshape(
-        w.shape[0], chunks, accum.chunk, w.shape[2]
-    )
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, padding))).reshape(*x.shape[:2], chunks, size)
+    w = jnp.pad(w, ((0, 0), (0, padding), (0, 0))).reshape(w.shape[0], chunks, size, w.shape[2])
 
     def rounded(value: jax.Array) -> jax.Array:
         return quantize(value, accum.format, overflow="native")

@@ -106,7 +106,8 @@ class Operand:
 @dataclass(frozen=True)
 class Accumulator:
     """What products are summed in: chunks of `chunk` terms exactly as f32, then chunk by chunk in
-    `format`, one rounding each; `chunk` 0 is the whole sum in one go."""
+    `format`, one rounding each; `chunk` 0 is the whole sum in one go.
+    """
 
     format: Format
     chunk: int = 0
@@ -116,6 +117,8 @@ class Accumulator:
 
 
 F32 = parse_format("f32")
+STORED_AS_F32 = Quantizer(F32)
+SUMMED_IN_F32 = Accumulator(F32)
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,10 @@ class SitePolicy:
     weights: Operand | None = None
     activations: Operand | None = None
     grads: Operand | None = None
-    accum: Accumulator = Accumulator(F32)
+    accum: Accumulator = SUMMED_IN_F32
     matmul: MatmulPrecision = "highest"
-    mu: Quantizer = Quantizer(F32)
-    nu: Quantizer = Quantizer(F32)
+    mu: Quantizer = STORED_AS_F32
+    nu: Quantizer = STORED_AS_F32
 
     @property
     def jmp(self) -> jmp.Policy:

@@ -24,7 +24,7 @@ def warnings(config: Config) -> list[str]:
 
 def _lost_updates(config: Config) -> list[str]:
     rate = config.optimizer.learning_rate
-    found = {}
+    found: dict[tuple[str, float], float] = {}
     for path, site in config.param_sites.items():
         if site.update != "nearest":
             continue

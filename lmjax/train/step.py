@@ -79,11 +79,17 @@ def train_step(config: Config, mesh: Any) -> TrainStep:
             "consecutive_skips": opt_state.consecutive_skips,
         }
         stored = apply_updates(
-            state.params, updates, state.residuals, sites, jax.random.fold_in(step_key, config.micro_batches)
+            state.params,
+            updates,
+            state.residuals,
+            sites,
+            jax.random.fold_in(step_key, config.micro_batches),
         )
         kept = (state.params, state.residuals)
         skipped = opt_state.consecutive_skips > 0
-        params, residuals = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), kept, stored)
+        params, residuals = jax.tree.map(
+            lambda old, new: jnp.where(skipped, old, new), kept, stored
+        )
         new_state = TrainState(state.step + 1, params, opt_state, residuals, state.key)
         return new_state, metrics
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.model import apply, block_groups, decoder, param_site, resolve_sites, structure
-from lmjax.precision import paths
-from lmjax.precision.policy import PolicyError, parse_policy
+from lmjax.model import apply, block_groups, decoder, param_sites, resolve_sites, structure
+from lmjax.precision import PolicyError, parse_policy, paths
 
 
 def forward(config: Any, **options: Any) -> Any:
@@ -67,9 +66,12 @@ def test_scanned_unrolled_and_grouped_blocks_give_the_same_numbers(
     assert np.abs(other - scanned).max() > 1e-2, "the order of blocks matters"
 
 
-def test_blocks_stored_in_different_formats_are_refused(tiny):
-    with pytest.raises(PolicyError, match="give every block the same p"):
-        tiny("f32; blocks/0: p=bf16")
+@pytest.mark.parametrize("setting", ["p=bf16", "p=f32.sr", "mu=bf16", "nu=int8@block16"])
+def test_blocks_stored_in_different_formats_are_refused(setting: str, tiny):
+    with pytest.raises(PolicyError, match="give every block the same"):
+        tiny(f"f32; blocks/0: {setting}")
+    assert tiny(f"f32; blocks/*: {setting}")
+    assert tiny("f32; blocks/0: w=e4m3,a=bf16@block4"), "how a block computes is its own affair"
 
 
 def test_recomputation_changes_memory_and_not_gradients(
@@ -97,9 +99,10 @@ def test_every_parameter_belongs_to_a_site_and_has_axes(family, tiny):
     config = tiny(family=family)
     _, shapes, axes = structure(config.model)
     sites = resolve_sites(config.model, parse_policy("f32"))
+    owners = param_sites(config.model, sites)
     named = paths.flatten(jax.tree.map(lambda _, a: "/".join(a), shapes, axes))
     for path, shape in paths.flatten(shapes).items():
-        assert param_site(path, sites)
+        assert owners[path] in sites.values()
         names = named[path].split("/")
         assert len(names) == shape.ndim
         assert (names[0] == "layers") == path.startswith("blocks/")

@@ -11,17 +11,19 @@ import pytest
 from lmjax import loss_scale
 from lmjax.loss_scale import LossScaleConfig, with_loss_scale
 from lmjax.optimizer import OptimizerConfig, make_optimizer
-from lmjax.precision import exact
+from lmjax.precision import exact, parse_policy
 from lmjax.sharding import MeshConfig, abstract_mesh, state_shardings
 
 PARAMS = {"scale": jnp.ones(4, jnp.float32), "w": jnp.ones((4, 4), jnp.float32)}
 ZERO = jax.tree.map(jnp.zeros_like, PARAMS)
 NAN = ZERO | {"w": jnp.full((4, 4), jnp.nan, jnp.float32)}
 ADAMW = OptimizerConfig(learning_rate=0.1, warmup_steps=4, weight_decay=0.5)
+SITES = dict.fromkeys(PARAMS, parse_policy("f32").resolve("embed"))
 
 
 def optimizer(**fields):
-    return make_optimizer(ADAMW, LossScaleConfig(**{"kind": "dynamic"} | fields), steps=20)
+    scale = LossScaleConfig(**{"kind": "dynamic"} | fields)
+    return make_optimizer(ADAMW, scale, steps=20, sites=SITES)
 
 
 def test_jmp_minimum_is_lost_in_tree_flatten():

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.precision.grammar import parse_policy
 from lmjax.precision.matmul import einsum
-from lmjax.precision.policy import parse_policy
 
 SIZES = dict(zip("btskghdnv", (2, 5, 5, 2, 3, 4, 6, 7, 9), strict=True))
 SPECS = ["btk,kn->btn", "btd,vd->btv", "btkgh,bskh->bkgts", "bkgts,bskh->btkgh"]

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from run_helpers import result, rows, tiny, untimed, write_texts
 
-POLICIES = ("f32", "mixed_bf16", "mixed_f16")
+POLICIES = (
+    "f32",
+    "mixed_bf16",
+    "mixed_f16",
+    "nvfp4,p=bf16.sr",
+    "p=bf16.kahan,c=bf16,o=f32,mu=bf16,nu=int8@block16",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,358 @@
+"""What can be written: jmp's strings and what they mean to jmp, and everything beyond them."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmjax.precision.grammar import KEYS, PRESETS, parse_policy
+from lmjax.precision.policy import NATIVE, PolicyError
+
+JMP_NAMES = [
+    "half",
+    "full",
+    "f64",
+    "float64",
+    "f32",
+    "float32",
+    "bf16",
+    "bfloat16",
+    "f16",
+    "float16",
+]
+PATHS = ["embed", "blocks/0/attention/query", "blocks/2/attention/softmax", "head", "loss"]
+
+
+def dtypes(policy) -> tuple[np.dtype, ...]:
+    """Stored, computed and handed on, of a `SitePolicy` or a `jmp.Policy`."""
+    if isinstance(policy, jmp.Policy):
+        return tuple(map(np.dtype, (policy.param_dtype, policy.compute_dtype, policy.output_dtype)))
+    return policy.params.dtype, policy.compute.dtype, policy.output.dtype
+
+
+def jmp_strings() -> list[str]:
+    """Every combination of keys, each with every dtype name in every position."""
+    texts = list(JMP_NAMES)
+    for keys in (("p", "c", "o"), ("params", "compute", "output")):
+        for size in (1, 2, 3):
+            for chosen in itertools.permutations(keys, size):
+                for shift in range(len(JMP_NAMES)):
+                    names = [JMP_NAMES[(shift + 3 * i) % len(JMP_NAMES)] for i in range(size)]
+                    texts.append(",".join(f"{k}={n}" for k, n in zip(chosen, names, strict=True)))
+    return texts
+
+
+def test_every_string_of_jmp_means_what_jmp_means():
+    texts = jmp_strings()
+    assert len(texts) > 300
+    for text in texts:
+        theirs, ours = jmp.get_policy(text), parse_policy(text)
+        assert dtypes(ours.resolve("head")) == dtypes(theirs), text
+        # Inside the model a site hands on its compute format: jmp's output is the model's.
+        params, compute, _ = dtypes(theirs)
+        assert dtypes(ours.resolve("embed")) == (params, compute, compute), text
+
+
+def test_half_follows_the_backend_as_in_jmp(monkeypatch: pytest.MonkeyPatch):
+    assert parse_policy("half").resolve("head").compute.name == "f16"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert parse_policy("half").resolve("head").compute.name == "bf16"
+
+
+def test_strings_that_jmp_refuses_are_refused():
+    for text in ("", "f33", "p", "p=", "q=f32", "p=f32,", "p=f32;c=f16", "p=f32=f16", "=f32"):
+        with pytest.raises(PolicyError):
+            parse_policy(text)
+    with pytest.raises(PolicyError, match="given twice"):  # the exception that the docs state
+        parse_policy("p=f32,params=bf16")
+
+
+def test_a_site_is_castable_by_jmp():
+    site = parse_policy("p=f32,c=bf16,o=f16").resolve("head")
+    tree = {"x": jnp.ones(2, jnp.float32), "n": jnp.arange(2, dtype=jnp.int32)}
+    assert {k: v.dtype.name for k, v in site.to_compute(tree).items()} == {
+        "x": "bfloat16",
+        "n": "int32",
+    }
+    assert site.to_output(tree)["x"].dtype == jnp.float16
+    assert str(site.jmp) == "p=full,c=bf16,o=f16"
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("mixed_bf16", ("float32", "bfloat16", "float32")),
+        ("mixed_f16", ("float32", "float16", "float32")),
+        ("pure_bf16", ("bfloat16",) * 3),
+        ("pure_f16", ("float16",) * 3),
+        ("mixed_bfloat16", ("float32", "bfloat16", "bfloat16")),
+        ("mixed_float16", ("float32", "float16", "float16")),
+        ("f32", ("float32",) * 3),
+    ],
+)
+def test_presets(preset: str, expected: tuple[str, ...]):
+    site = parse_policy(preset).resolve("head")
+    assert tuple(dtype.name for dtype in dtypes(site)) == expected
+
+
+OPERANDS = {
+    "fp8": ("e4m3@tensor", "e4m3@tensor", "e5m2@tensor"),
+    "mxfp8": ("mxfp8", "mxfp8", "mxfp8"),
+    "nvfp4": ("nvfp4", "nvfp4", "nvfp4.sr"),
+    "int8": ("int8@channel", "int8@channel", "int8@channel"),
+}
+
+
+@pytest.mark.parametrize("preset", OPERANDS)
+def test_presets_of_narrow_operands_are_mixed_bf16_elsewhere(preset: str):
+    rows = parse_policy(preset).resolve("blocks/0/attention/query").rows()
+    assert (rows["w"], rows["x"], rows["g"]) == OPERANDS[preset]
+    assert parse_policy(preset).resolve("head") == parse_policy("mixed_bf16").resolve("head")
+
+
+@pytest.mark.parametrize(
+    ("apex", "ours"), [("O0", "f32"), ("O1", "mixed_f16"), ("O2", "mixed_f16"), ("O3", "pure_f16")]
+)
+def test_presets_of_apex(apex: str, ours: str):
+    assert parse_policy(apex) == parse_policy(ours)
+
+
+def test_every_preset_is_tested():
+    assert set(PRESETS) == {
+        "mixed_bf16", "mixed_f16", "pure_bf16", "pure_f16", "mixed_bfloat16", "mixed_float16",
+        *OPERANDS, "O0", "O1", "O2", "O3",
+    }  # fmt: skip
+
+
+VALUES = {
+    "p": "bf16.kahan",
+    "c": "f16",
+    "o": "e5m7",
+    "w": "mxfp8.sr",
+    "x": "int8@channel.affine",
+    "g": "e5m2@block16.e8m0.sr",
+    "a": "bf16@block16",
+    "m": "tf32",
+    "mu": "int8@block16",
+    "nu": "bf16",
+}
+"""A value of every key, unlike what any other key of the table or a default would give."""
+
+
+def test_every_key_has_a_value_in_the_table():
+    assert set(VALUES) == set(KEYS)
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_key_and_its_long_name_set_the_same_thing_and_nothing_else(key: str):
+    default = parse_policy("p=f32,c=bf16").resolve("head").rows()
+    follows = {"o": "f16"} if key == "c" else {}  # the output follows compute, as in jmp
+    follows |= {operand: "f16" for operand in "wxg" if key == "c"}
+    for name in (key, KEYS[key].long):
+        written = {"p": "p=f32", "c": "c=bf16"} | {key: f"{name}={VALUES[key]}"}
+        base = parse_policy(",".join(written.values()))
+        rule = parse_policy(f"p=f32,c=bf16; head: {name}={VALUES[key]}")
+        inherited = key not in ("w", "x", "g")  # the head's operands stay wide unless it is named
+        expected = default | follows | {key: VALUES[key]}
+        assert rule.resolve("head").rows() == expected | ({"o": "bf16"} if key == "c" else {})
+        assert base.resolve("head").rows() == (expected if inherited else default)
+        assert f"{key}={VALUES[key]}" in str(base), "canonical strings use the short name"
+
+
+def test_a_preset_or_a_format_may_be_followed_by_changes():
+    changed = parse_policy("mixed_bf16,a=bf16@block16")
+    assert changed == parse_policy("p=f32,c=bf16,o=f32,a=bf16@block16")
+    assert parse_policy("mixed_bf16 , c = f16") == parse_policy("mixed_f16")
+    assert parse_policy("f32,mu=bf16; head: c=bf16") == parse_policy(
+        "p=f32,c=f32,o=f32,mu=bf16; head: c=bf16"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "canonical"),
+    [
+        ("p", "bfloat16.sr", "bf16.sr"),
+        ("p", "bf16.nearest", "bf16"),
+        ("p", "e8m7", "bf16"),
+        ("c", "float8_e4m3fn", "e4m3"),
+        ("w", "float8_e4m3fn@tensor", "e4m3@tensor"),
+        ("w", "mxfp8_e4m3.sr", "mxfp8.sr"),
+        ("x", "e4m3@block32.e8m0", "mxfp8"),
+        ("g", "e2m1@block16.e4m3@tensor", "nvfp4"),
+        ("a", "float32", "f32"),
+        ("mu", "bfloat16", "bf16"),
+    ],
+)
+def test_names_of_the_same_thing_are_the_same_policy(key: str, text: str, canonical: str):
+    assert str(parse_policy(f"f32,{key}={text}")) == str(parse_policy(f"f32,{key}={canonical}"))
+    assert parse_policy(f"f32; head: {key}={text}").resolve("head").rows()[key] == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "offender"),
+    [
+        ("c=f33", "f33"),
+        ("p=f32, c=bf61", "bf61"),
+        ("p=f32,q=f16", "q"),
+        ("  mixed_bf17", "mixed_bf17"),
+        ("p=f32,c", None),
+        ("f32; **/softmax", "**/softmax"),
+        ("f32; **/softmax: c=nope", "nope"),
+        ("f32; **/softmax: k=f16", "k=f16"),
+        ("f32; : c=f16", ": c"),
+        ("f32; a b: c=f16", " b"),
+        ("f32; /norm: c=f16", "/norm"),
+        ("f32; a//b: c=f16", "//b"),
+        ("f32; norm/: c=f16", "/:"),
+        ("p=f32,c=bf16,p=f16", "p=f16"),
+        ("p=f32,c=e8m0", "e8m0"),
+        ("p=f32,c=int8", "int8"),
+        ("p=bf16.st", "bf16.st"),
+        ("p=bf16.", "bf16."),
+        ("p=.sr", ".sr"),
+        ("c=bf16.sr", "bf16.sr"),
+        ("f32,w=e8m0@tensor", "e8m0@tensor"),
+        ("f32,w=e4m3@row", "e4m3@row"),
+        ("f32,x=e4m3@block", "e4m3@block"),
+        ("f32,x=e4m3@block0", "e4m3@block0"),
+        ("f32,g=e5m2@tensor.kahan", "e5m2@tensor.kahan"),
+        ("f32,g=e5m2@tensor.delayed", "e5m2@tensor.delayed"),
+        ("f32,g=e5m2.e8m0", "e5m2.e8m0"),
+        ("f32,a=bf16@block0", "bf16@block0"),
+        ("f32,a=bf16@tensor", "bf16@tensor"),
+        ("f32,a=int32", "int32"),
+        ("f32,m=tf16", "tf16"),
+        ("f32,mu=int8@channel", "int8@channel"),
+        ("f32,nu=int8@tensor.affine", "int8@tensor.affine"),
+        ("f32,nu=bf16.sr", "bf16.sr"),
+        ("mixed_bf16,q=f16", "q"),
+        ("mixed_bf16,fp8", "fp8"),
+        ("mixed_bf16, a=bf17", "bf17"),
+        ("mixed_bf16,mu=bf16,first_moment=f16", "first_moment"),
+        ("f32; head: w=e4m3@tensr", "e4m3@tensr"),
+        ("f32;", None),
+    ],
+)
+def test_the_position_points_at_the_offender(text: str, offender: str | None):
+    with pytest.raises(PolicyError) as caught:
+        parse_policy(text)
+    expected = len(text) if offender is None else text.index(offender)
+    assert caught.value.position == expected, str(caught.value)
+    assert f"at character {expected}" in str(caught.value)
+    assert repr(text) in str(caught.value)
+
+
+def test_a_misspelt_format_gets_a_suggestion():
+    with pytest.raises(PolicyError, match="did you mean 'bfloat16'"):
+        parse_policy("c=bfloat61")
+
+
+def one_of(*texts: str) -> st.SearchStrategy[str]:
+    return st.sampled_from(texts)
+
+
+stored_format = one_of(*NATIVE, "tf32", "e4m3", "e5m2", "e3m2", "e5m7", "e8m3", "e4m3fnuz", "e4m0")
+element = stored_format | one_of("int8", "int4", "e2m1", "e2m3")
+size = st.integers(1, 300).map("@block{}".format)
+groups = one_of("@tensor", "@channel") | size
+quantizer = one_of("mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4") | (
+    st.builds("{}{}".format, element, groups)
+    | st.builds("{}{}.e8m0".format, element, groups)
+    | st.builds("{}{}.e4m3".format, element, groups)
+    | st.builds("{}{}.e4m3@tensor".format, element, size)
+    | st.builds("int8{}.affine".format, groups)
+    | element
+)
+operand = st.builds("{}{}".format, quantizer, one_of("", ".sr"))
+moment = element | st.builds("{}{}".format, element, one_of("@tensor") | size)
+VALUE = {
+    "p": st.builds("{}{}".format, stored_format, one_of("", ".sr", ".kahan")),
+    "c": stored_format,
+    "o": stored_format,
+    "w": operand,
+    "x": operand,
+    "g": operand,
+    "a": st.builds("{}{}".format, stored_format, st.just("") | size),
+    "m": one_of("highest", "tf32", "default"),
+    "mu": moment,
+    "nu": moment,
+}
+"""Every way to write a value of each key."""
+
+assignments = st.lists(one_of(*KEYS), min_size=1, unique=True).flatmap(
+    lambda keys: st.tuples(
+        *(st.builds("{}={}".format, one_of(key, KEYS[key].long), VALUE[key]) for key in keys)
+    ).map(",".join)
+)
+pattern = one_of("head", "**/softmax", "blocks/-1", "blocks/*/mlp/**", "blocks/[01]/**", "**")
+rule = st.builds("{}: {}".format, pattern, assignments)
+name = one_of(*NATIVE, *PRESETS)
+policy_text = st.builds(
+    lambda base, rules: "; ".join([base, *rules]),
+    assignments | name | st.builds("{},{}".format, name, assignments),
+    st.lists(rule, max_size=3),
+)
+
+
+def test_every_key_is_generated():
+    assert set(VALUE) == set(KEYS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_survive_their_canonical_string(preset: str):
+    policy = parse_policy(preset)
+    assert parse_policy(str(policy)) == policy
+    assert str(policy) == PRESETS[preset]
+
+
+@settings(max_examples=200, deadline=None)
+@given(policy_text)
+def test_the_canonical_string_parses_to_the_same_policy(text: str):
+    policy = parse_policy(text)
+    again = parse_policy(str(policy))
+    assert again == policy
+    assert str(again) == str(policy)
+    for path in PATHS:
+        assert again.resolve(path, 3) == policy.resolve(path, 3)
+
+
+fragment = one_of(
+    *KEYS, "params", "first_moment", "=", ",", ";", ":", "/", "**", "*", "-1", "[", "]", "?", ".",
+    "@", "f", "bf", "e", "m", "int", "16", "32", "8", "0", "e4m3", "bf16", "mxfp8", "nvfp4", "sr",
+    "kahan", "tensor", "channel", "block", "affine", "delayed", "tf32", " ", "\t", "\n", "half",
+    "mixed_bf16", "fp8", "norm", "²", "٣",
+)  # fmt: skip
+
+
+def refusal(text: str) -> PolicyError | None:
+    try:
+        policy = parse_policy(text)
+    except PolicyError as error:
+        return error
+    for path in PATHS:
+        policy.resolve(path, 3)
+    return None
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> str:
+    """A policy with a few characters replaced by a fragment."""
+    text = draw(policy_text)
+    start = draw(st.integers(0, len(text)))
+    return text[:start] + draw(fragment) + text[start + draw(st.integers(0, 4)) :]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(fragment, max_size=12).map("".join) | st.text(max_size=12) | damaged())
+def test_any_text_parses_or_is_a_policy_error_inside_the_text(text: str):
+    error = refusal(text)
+    if error is not None:
+        assert error.position is not None
+        assert 0 <= error.position <= len(text)
