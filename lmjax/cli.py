@@ -32,7 +32,7 @@ from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
 from lmjax.inference import score as score_text
 from lmjax.precision.formats import format_table
-from lmjax.precision.policy import SitePolicy
+from lmjax.precision.grammar import KEYS
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.checkpoint import CheckpointError
 from lmjax.train.metrics import strict_json
@@ -248,15 +248,11 @@ def sites(
         config = _bad_input(dataclasses.replace, config, precision=precision)
     resolved = config.sites
     if json:
-        _print_json({path: _site_row(site) for path, site in resolved.items()})
+        _print_json({path: site.rows() for path, site in resolved.items()})
     else:
-        rows = ((path, *_site_row(site).values()) for path, site in resolved.items())
-        _print_table(("site", "params", "compute", "output"), rows)
+        rows = ((path, *site.rows().values()) for path, site in resolved.items())
+        _print_table(("site", *KEYS), rows)
     return DONE
-
-
-def _site_row(site: SitePolicy) -> dict[str, str]:
-    return {"params": site.params.name, "compute": site.compute.name, "output": site.output.name}
 
 
 def formats(

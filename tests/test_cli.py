@@ -258,7 +258,8 @@ def test_verbs_print_strict_json(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert (generated["prompt"], generated["step"]) == ("the", 40)
 
     assert lmjax("sites", MODULE, "--precision", "mixed_bf16", "--json") == cli.DONE
-    assert printed_json(capsys)["head"] == {"params": "f32", "compute": "bf16", "output": "f32"}
+    head = printed_json(capsys)["head"]
+    assert (head["p"], head["c"], head["o"], head["w"]) == ("f32", "bf16", "f32", "bf16")
 
 
 def test_non_finite_results_are_strict_json(

@@ -52,6 +52,9 @@ UNQUANTIZED_SITES = {
 }
 """Products, by the last component of their path, whose operands stay in c, and why."""
 
+LINEAR_SITES = ("query", "key", "value", "out", "up", "gate", "down")
+"""Products, by the last component of their path, whose operands the base quantizes."""
+
 OUTPUT_SITE = "head"
 """The site whose output is the model's output: the base `o` applies to it."""
 
@@ -295,7 +298,7 @@ def _inherited(settings: Settings, kind: str) -> dict[str, Any]:
     inherited = dict(settings)
     if kind in WIDE_SITES and "c" in inherited and inherited["c"].bits <= 32:
         inherited["c"] = F32
-    if kind in UNQUANTIZED_SITES:
+    if kind not in LINEAR_SITES:
         inherited = {key: value for key, value in inherited.items() if key not in ("w", "x", "g")}
     return inherited
 
