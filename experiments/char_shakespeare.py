@@ -2,8 +2,8 @@
 
 Command:   python -m experiments.char_shakespeare
 Hardware:  2 CPU cores
-Time:      TIME
-Expected:  at most 1.90 nats per byte on held-out text, in any of the three compute formats
+Time:      104 to 117 s of training, and 20 s around it
+Expected:  1.793 nats per byte on held-out text; at most 1.90 in any of the three compute formats
 
 The recipe is that of nanoGPT's README for a computer without a GPU: 4 layers, 4 heads, width 128,
 context 64, batch 12, 2000 steps, no dropout. Its README reports 1.88 on its own Shakespeare text.

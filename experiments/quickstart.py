@@ -2,8 +2,8 @@
 
 Command:   python -m experiments.quickstart
 Hardware:  2 CPU cores
-Time:      TIME
-Expected:  EXPECTED
+Time:      3.5 minutes, 198 s of them training
+Expected:  3.72 nats per token on held-out text (seed 0)
 
 Parameters are stored in f32 and everything else is computed in f16, whose range is too small for
 most gradients: the progress bar shows the loss scale that lifts them, as it grows and backs off.

@@ -14,9 +14,14 @@ the quantizer of each operand. Factors of channels and blocks run along the axis
 hand sums over, as hardware needs them, so an operand is quantized anew for each product. Gradients
 pass straight through the quantizers.
 
-Where the hardware multiplies a narrow format natively XLA may use that; the result is the same,
-because elements of at most 11 significant bits have exact products in f32. What is emulated here is
-the rounding, bit for bit.
+Operands are quantized and widened again before they are multiplied, so the narrow formats are
+emulated wherever the program runs. Two things to know about that emulation:
+
+- A quantized operand is held in the compute format. Elements with power-of-two factors (MX) fit
+  bf16 exactly; with other factors `element * factor` is rounded to bf16 once more, which hardware
+  that scales after the sum does not do. With `c=f32` there is no such rounding.
+- Where a product sums over two axes (the weight gradient, over batch and positions), factors run
+  along the last one: a block never crosses from one sequence into the next.
 
 Knows policies, quantizers and JAX.
 """
