@@ -41,7 +41,10 @@ def main(arguments: list[str]) -> int:
         return 2
     if arguments[0] != "test":
         install("")
-        return subprocess.call([PYTHON, "-m", *arguments])
+        command = [str(PYTHON), "-m", *arguments]
+        if os.name == "posix":  # become the run: signals reach it, and it may take its time to save
+            os.execv(PYTHON, command)
+        return subprocess.call(command)
     install("[test]")
     for check in CHECKS:
         extra = arguments[1:] if check[-1] == "pytest" else []
@@ -61,7 +64,7 @@ def install(extra: str) -> None:
     if marker.exists() and marker.read_text() == wanted:
         return
     print(f"installing lmjax{extra} into {ENVIRONMENT} (once, about a minute)", file=sys.stderr)
-    if not PYTHON.exists():
+    if not any(ENVIRONMENT.glob("[Ll]ib/**/site-packages/pip")):  # new, or interrupted earlier
         venv.create(ENVIRONMENT, with_pip=True)
     pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints = ["--constraint", str(ROOT / "constraints.txt")]

@@ -128,7 +128,7 @@ def find_prepared(config: DataConfig, name: TfdsName) -> PreparedDataset:
       DataError: not prepared, ambiguous, or stored in a format that cannot be read.
     """
     root = tfds_folder() / name.name
-    prepare = f"python -m lmjax prepare tfds:{name}"
+    prepare = f"python -m lmjax prepare --data.dataset tfds:{name}"
     found = _version_folders(root, name)
     if not found:
         raise DataError(f"tfds:{name} is not prepared under {tfds_folder()}: run {prepare}")

@@ -156,7 +156,8 @@ def test_a_dataset_prepared_anew_is_tokenised_anew(folder):
 def test_a_dataset_that_is_not_prepared_says_how(folder, no_network):
     config = DataConfig(dataset="tfds:lm1b/subwords:1.0.0")
     with pytest.raises(
-        DataError, match=r"not prepared.*run python -m lmjax prepare tfds:lm1b/subwords:1.0.0"
+        DataError,
+        match=r"not prepared.*run python -m lmjax prepare --data.dataset tfds:lm1b/subwords:1.0.0",
     ):
         tokenized_corpus(config, window=17)
     store(folder, {"train": TRAIN})
@@ -176,7 +177,8 @@ def test_formats_that_lose_data_or_need_tensorflow_are_refused(folder, file_form
     info = store(folder, {"train": TRAIN}) / "dataset_info.json"
     content = json.loads(info.read_text())
     info.write_text(json.dumps({**content, "fileFormat": file_format}))
-    with pytest.raises(DataError, match=f"stored as {file_format}.*lmjax prepare tfds:my_texts"):
+    message = f"stored as {file_format}.*lmjax prepare --data.dataset tfds:my_texts"
+    with pytest.raises(DataError, match=message):
         tokenized_corpus(DataConfig(dataset="tfds:my_texts", feature="body"), window=17)
 
 
