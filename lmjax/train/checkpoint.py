@@ -93,10 +93,6 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         return Restored(restored["state"], restored["data"], restored["progress"])
 
-    def restore_params(self, step: int, target: TrainState) -> Any:
-        """Only the parameters of a checkpoint; `target` as in `restore`."""
-        return self.restore(step, target).state.params
-
     def wait(self) -> None:
         """Returns when every checkpoint is on disk; raises what went wrong while writing."""
         self._manager.wait_until_finished()
