@@ -123,6 +123,7 @@ def with_loss_scale(
     def update(
         gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LossScaleState]:
+        """Unscaled f32 gradients to f32 updates, zeros where the step is skipped."""
         finite = all_finite(gradients)
         updates, inner_state = inner.update(gradients, state.inner, params)
         # A select, not a branch: it costs nothing beside the arithmetic, works under vmap, and

@@ -9,8 +9,8 @@ sites within follow by default. The difference matters twice:
 
 - the sites of `WIDE_SITES` compute in at least f32: neither the base nor a rule on a container
   narrows them, only a rule that names them (`**/softmax: c=bf16`, or `blocks/0/**: c=bf16`);
-- the products of `UNQUANTIZED_SITES` keep their operands in the compute format unless a rule that
-  names them sets `w`, `x` or `g`: narrow matmuls are meant for the linear layers inside blocks.
+- only the products of `LINEAR_SITES` take `w`, `x` and `g` over from the base or a container; any
+  other keeps its operands in the compute format unless a rule that names it says otherwise.
 
 The base `o` belongs to the logits alone, as in jmp; inside the model a site hands on its own
 compute format unless a rule that names it sets `o`.
@@ -45,15 +45,12 @@ WIDE_SITES = {
 }
 """Sites, by the last component of their path, that compute in at least f32, and why."""
 
-UNQUANTIZED_SITES = {
-    "scores": "both operands are activations, and the softmax amplifies their errors",
-    "combine": "attention weights span many binades within one row",
-    "head": "errors of the logits go straight into the loss",
-}
-"""Products, by the last component of their path, whose operands stay in c, and why."""
-
 LINEAR_SITES = ("query", "key", "value", "out", "up", "gate", "down")
-"""Products, by the last component of their path, whose operands the base quantizes."""
+"""Products, by the last component of their path, whose operands the base may quantize.
+
+Not among them: `scores` (both operands are activations, and the softmax amplifies their errors),
+`combine` (attention weights span many binades within one row) and `head` (errors of the logits go
+straight into the loss)."""
 
 OUTPUT_SITE = "head"
 """The site whose output is the model's output: the base `o` applies to it."""

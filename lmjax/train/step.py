@@ -56,6 +56,7 @@ def train_step(config: Config, mesh: Any) -> TrainStep:
     scaled_loss = make_scaled_loss(config, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One optimizer step on `int32[batch_size, context]` inputs and targets."""
         scale = loss_scale.current(state.opt_state)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
@@ -105,6 +106,7 @@ def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array
     random = config.model.dropout > 0 or any(site.stochastic for site in sites.values())
 
     def scaled_loss(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
+        """`(loss * scale, loss)` in nats per token, f32[] each (f64[] where the loss is f64)."""
         with jax.numpy_dtype_promotion("strict"):
             logits = apply(
                 params,
@@ -154,6 +156,7 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
     sites = config.sites
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Summed nats and number of the tokens whose weight is 1."""
         with jax.numpy_dtype_promotion("strict"):
             constrain = lambda x, axes: sharding.constrain(mesh, x, axes)
             logits = apply(
