@@ -6,6 +6,7 @@ Knows the file formats, tensorboardX and matplotlib; nothing about models or sta
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,6 +53,8 @@ class MetricsWriter:
     def __init__(self, workdir: Path, resumed_step: int):
         from tensorboardX import SummaryWriter
 
+        # A skipped step has an infinite gradient norm; the row says so, a warning need not.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] <= resumed_step]
         replace_text(path, "".join(strict_json(row) + "\n" for row in kept))
