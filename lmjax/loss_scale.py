@@ -1,4 +1,4 @@
-"""Loss scaling: none, static or dynamic, as one optax transformation around all the others.
+"""Loss scaling: none, static, dynamic or predictive, as one optax transformation around all others.
 
 f16 has no numbers below 2^-24, and the gradients of a language model are mostly smaller. Loss
 scaling multiplies the loss by a power of two, so that every cotangent of the backward pass is
@@ -14,24 +14,38 @@ training step uses it three times:
 
 Every kind takes the same path: with `none` the scale is the constant 1. A step whose gradients are
 not all finite is skipped whatever the kind: parameters, moments, counts and the schedule stay what
-they were, and a dynamic scale is lowered.
+they were, and a dynamic scale is lowered. A predictive scale is told in step 3 how the cotangents
+spread (`cotangents=...`, see `forecast.py`).
 
-Knows JAX, optax and which dtypes are wide.
+There may be a scale for each block of the model (`per_block`). Then the scale is a vector: one
+number a block, and last that of everything outside of the blocks, which the loss is multiplied by;
+the model multiplies cotangents by the ratio where they pass from one block into the next.
+
+Knows JAX, optax, formats and how forecasts are made.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from lmjax.forecast import Forecast, initial_forecast, predict, remember
+from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
+from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.probes import Spread
 
-Kind = Literal["auto", "none", "static", "dynamic"]
+Kind = Literal["auto", "none", "static", "dynamic", "predictive"]
+
+STACKED = "blocks/"
+"""Parameters below this path have a leading axis of blocks."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +53,25 @@ class LossScaleConfig:
     """How the loss is scaled. Every number is a power of two, so that scaling is exact."""
 
     kind: Kind = "auto"
-    """none, static, dynamic; auto is dynamic where the policy uses f16 and none elsewhere."""
+    """none, static, dynamic, predictive; auto: dynamic where the policy uses f16, else none."""
     initial: float = 2.0**15
     """The scale of the first step, and of every step when static."""
+    per_block: bool = False
+    """A dynamic or predictive scale for each block, instead of one for all."""
     growth_interval: int = 2000
     """Finite steps in a row after which a dynamic scale grows."""
     factor: float = 2.0
     """A dynamic scale grows by this factor, and shrinks by it after a non-finite gradient."""
     minimum: float = 1.0
-    """A dynamic scale never falls below this."""
+    """A dynamic or predictive scale never falls below this."""
     maximum: float = 2.0**24
-    """A dynamic scale never rises above this: far beyond it, its reciprocal would be 0."""
+    """A dynamic or predictive scale never rises above this."""
+    overflow_probability: float = 1e-4
+    """A predictive scale keeps the chance that a step overflows below this."""
+    memory: int = 20
+    """Steps over which a predictive scale forgets what it saw by a factor e."""
+    format: str = "auto"
+    """What a predictive scale keeps cotangents in the range of; auto: the policy's narrowest."""
     max_consecutive_skips: int = 50
     """Training stops with an error after this many skipped steps in a row."""
 
@@ -73,9 +95,22 @@ class LossScaleConfig:
             )
         if self.factor <= 1:
             raise ValueError(f"loss_scale.factor is {self.factor}; use 2 or more")
-        if self.growth_interval < 1 or self.max_consecutive_skips < 1:
+        for name in ("growth_interval", "memory", "max_consecutive_skips"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"loss_scale.{name} is {getattr(self, name)}; it must be at least 1"
+                )
+        if not 1e-12 <= self.overflow_probability <= 0.5:
             raise ValueError(
-                "loss_scale.growth_interval and max_consecutive_skips must be at least 1"
+                f"loss_scale.overflow_probability is {self.overflow_probability}; use a number "
+                "from 1e-12 to 0.5"
+            )
+        if self.format != "auto":
+            parse_format(self.format)
+        if self.per_block and self.kind in ("none", "static"):
+            raise ValueError(
+                f"loss_scale.per_block needs a scale that adapts, but loss_scale.kind is "
+                f"{self.kind}; use dynamic or predictive"
             )
 
 
@@ -83,10 +118,12 @@ class LossScaleState(NamedTuple):
     """State of the loss scale, around the state of the transformation it wraps.
 
     Attributes:
-      scale: f32[], what the next step multiplies its loss by.
-      good_steps: int32[], finite steps since the scale last changed.
+      scale: f32[], what the next step multiplies its loss by; f32[blocks + 1] with a scale for each
+        block.
+      good_steps: int32, of the same shape, finite steps since the scale last changed.
       skipped_steps: int32[], steps skipped so far.
       consecutive_skips: int32[], steps skipped since the last finite one.
+      forecast: what a predictive scale remembers; nothing for the other kinds.
       inner: the wrapped transformation's state.
     """
 
@@ -94,51 +131,76 @@ class LossScaleState(NamedTuple):
     good_steps: jax.Array
     skipped_steps: jax.Array
     consecutive_skips: jax.Array
+    forecast: Forecast | tuple[()]
     inner: Any
 
 
 def with_loss_scale(
-    inner: optax.GradientTransformation, config: LossScaleConfig
-) -> optax.GradientTransformation:
+    inner: optax.GradientTransformation, config: LossScaleConfig, blocks: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that non-finite gradients skip the step and adjust the scale.
 
     Args:
       inner: everything that may only see finite, unscaled f32 gradients: clipping, the optimizer.
-      config: with `kind` resolved; see `resolve_kind`.
+      config: with `kind` and `format` resolved; see `resolve_kind`.
+      blocks: number of blocks of the model, for `per_block`.
 
     Returns:
       A transformation whose `update` takes *unscaled* f32 gradients (see `unscale`), over all
-      micro-batches. On a skipped step the updates are zeros and `inner`'s state is unchanged.
+      micro-batches, and for a predictive scale `cotangents`, a `Spread` with the shape of the scale
+      in front. On a skipped step the updates are zeros and `inner`'s state is unchanged.
     """
     if config.kind == "auto":
         raise ValueError("loss_scale.kind is 'auto'; resolve it against a policy first")
+    predictive = config.kind == "predictive"
     initial = 1.0 if config.kind == "none" else config.initial
+    shape = (blocks + 1,) if config.per_block else ()
 
     def init(params: optax.Params) -> LossScaleState:
-        scale = jnp.asarray(initial, jnp.float32)
         # An array each: a buffer that stands in the state twice could not be donated.
         zero = lambda: jnp.zeros((), jnp.int32)
-        return LossScaleState(scale, zero(), zero(), zero(), inner.init(params))
+        return LossScaleState(
+            scale=jnp.full(shape, initial, jnp.float32),
+            good_steps=jnp.zeros(shape, jnp.int32),
+            skipped_steps=zero(),
+            consecutive_skips=zero(),
+            forecast=initial_forecast(shape) if predictive else (),
+            inner=inner.init(params),
+        )
 
     def update(
-        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        gradients: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        cotangents: Spread | None = None,
+        **extra: Any,
     ) -> tuple[optax.Updates, LossScaleState]:
         """Unscaled f32 gradients to f32 updates, zeros where the step is skipped."""
-        finite = all_finite(gradients)
+        finite_groups = finite_by_scale(gradients, state.scale)
+        finite = jnp.all(finite_groups)
         updates, inner_state = inner.update(gradients, state.inner, params)
         # A select, not a branch: it costs nothing beside the arithmetic, works under vmap, and
         # never multiplies a NaN by 0.
         updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner)
-        return updates, _adjust(state, finite, config)._replace(inner=kept)
+        if predictive:
+            state = _foresee(state, finite_groups, cotangents, config)
+        else:
+            state = _adjust(state, finite_groups, config)
+        skipped = 1 - finite.astype(jnp.int32)
+        return updates, state._replace(
+            skipped_steps=state.skipped_steps + skipped,
+            consecutive_skips=(state.consecutive_skips + 1) * skipped,
+            inner=kept,
+        )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _adjust(state: LossScaleState, finite: jax.Array, config: LossScaleConfig) -> LossScaleState:
-    """The counters, and for a dynamic scale the scale, after one step."""
-    skipped = 1 - finite.astype(jnp.int32)
-    good_steps = (state.good_steps + 1) * (1 - skipped)
+    """The count of finite steps, and for a dynamic scale the scale, after one step."""
+    good_steps = (state.good_steps + 1) * finite.astype(jnp.int32)
     scale = state.scale
     if config.kind == "dynamic":
         grow = good_steps >= config.growth_interval
@@ -146,32 +208,74 @@ def _adjust(state: LossScaleState, finite: jax.Array, config: LossScaleConfig) -
         shrunk = jnp.maximum(scale / config.factor, config.minimum)
         scale = jnp.where(finite, jnp.where(grow, grown, scale), shrunk)
         good_steps = jnp.where(grow, 0, good_steps)
-    return state._replace(
-        scale=scale,
-        good_steps=good_steps,
-        skipped_steps=state.skipped_steps + skipped,
-        consecutive_skips=(state.consecutive_skips + 1) * skipped,
+    return state._replace(scale=scale, good_steps=good_steps)
+
+
+def _foresee(
+    state: LossScaleState, finite: jax.Array, cotangents: Spread | None, config: LossScaleConfig
+) -> LossScaleState:
+    """The forecast after one step, and the scale that follows from it."""
+    if cotangents is None:
+        raise ValueError("a predictive loss scale needs cotangents=..., how they spread")
+    assert isinstance(state.forecast, Forecast)
+    number_format = parse_format(config.format)
+    maximum = jnp.where(finite, cotangents.maximum, np.float32(np.inf))
+    spread = cotangents._replace(maximum=maximum)
+    forecast = remember(state.forecast, spread, state.scale, number_format, config.memory)
+    best = predict(
+        forecast, number_format, config.overflow_probability, config.minimum, config.maximum
     )
+    best = jnp.where(forecast.weight > 0, best, state.scale)
+    # Whatever the model of the tail says, a scale that was too large must not stay.
+    lower = jnp.maximum(state.scale / config.factor, config.minimum)
+    scale = jnp.where(finite, best, jnp.minimum(best, lower))
+    good_steps = (state.good_steps + 1) * (finite & (scale == state.scale)).astype(jnp.int32)
+    return state._replace(scale=scale, good_steps=good_steps, forecast=forecast)
 
 
 def current(state: LossScaleState) -> jax.Array:
-    """f32[]: what this step multiplies its loss by and divides its gradients by."""
+    """f32[] or f32[blocks + 1]: what this step multiplies its loss (and its cotangents) by."""
     return state.scale
+
+
+def of_the_loss(scale: jax.Array) -> jax.Array:
+    """f32[]: what the loss is multiplied by, out of the scales of all blocks."""
+    return scale[-1] if scale.ndim else scale
 
 
 def unscale(gradients: Any, scale: jax.Array) -> Any:
     """Gradients of the scaled loss, widened to f32 (f64 stays) and then divided by the scale."""
 
-    def one(gradient: jax.Array) -> jax.Array:
+    def one(keys: Any, gradient: jax.Array) -> jax.Array:
         wide = at_least_f32(gradient.dtype)
-        return gradient.astype(wide) / scale.astype(wide)
+        divisor = scale.astype(wide)
+        if scale.ndim:
+            stacked = paths.path_string(keys).startswith(STACKED)
+            shape = (-1, *[1] * (gradient.ndim - 1))
+            divisor = divisor[:-1].reshape(shape) if stacked else divisor[-1]
+        return gradient.astype(wide) / divisor
 
-    return jax.tree.map(one, gradients)
+    return jax.tree_util.tree_map_with_path(one, gradients)
 
 
 def all_finite(tree: Any) -> jax.Array:
     """bool[]: no leaf anywhere, on any device, holds an infinity or a NaN."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def finite_by_scale(gradients: Any, scale: jax.Array) -> jax.Array:
+    """bool, of the shape of `scale`: the gradients that each scale applies to are all finite."""
+    if not scale.ndim:
+        return all_finite(gradients)
+    flat = paths.flatten(gradients)
+    outside = [leaf for path, leaf in flat.items() if not path.startswith(STACKED)]
+    inside = [
+        jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+        for path, leaf in flat.items()
+        if path.startswith(STACKED)
+    ]
+    blocks = jnp.all(jnp.stack(inside), axis=0)
+    return jnp.concatenate([blocks, all_finite(outside)[None]])
 
 
 def resolve_kind(kind: Kind, exponent_bits: int) -> Kind:
@@ -182,3 +286,8 @@ def resolve_kind(kind: Kind, exponent_bits: int) -> Kind:
     if kind != "auto":
         return kind
     return "dynamic" if exponent_bits < 8 else "none"
+
+
+def narrowest(formats: Iterable[Format]) -> Format:
+    """The format that spans the fewest binades: what `format='auto'` stands for."""
+    return min(formats, key=lambda f: f.largest_exponent - f.smallest_exponent + f.mantissa_bits)

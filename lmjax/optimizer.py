@@ -105,8 +105,12 @@ def learning_rate_schedule(
 
 
 def make_optimizer(
-    config: OptimizerConfig, loss_scale: LossScaleConfig, steps: int, sites: ParamSites
-) -> optax.GradientTransformation:
+    config: OptimizerConfig,
+    loss_scale: LossScaleConfig,
+    steps: int,
+    sites: ParamSites,
+    blocks: int = 0,
+) -> optax.GradientTransformationExtraArgs:
     """The whole chain; its state is a `LossScaleState` with everything else inside.
 
     Args:
@@ -114,6 +118,7 @@ def make_optimizer(
       loss_scale: with its kind resolved.
       steps: planned length of the run, for the schedule.
       sites: the formats of each parameter, by its path; they say how moments are stored.
+      blocks: number of blocks of the model, for loss scales of their own.
 
     Returns:
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
@@ -121,7 +126,7 @@ def make_optimizer(
     """
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     chain = optax.chain(*clip, _direction(config, steps))
-    return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale)
+    return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, blocks)
 
 
 def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -96,15 +96,16 @@ def draw_state(
     import jax
     import jax.numpy as jnp
 
-    from lmjax.optimizer import make_optimizer
     from lmjax.storage import initial_residuals
     from lmjax.train import TrainState
+    from lmjax.train.measure import initial_scaling
+    from lmjax.train.state import optimizer_of
 
     def draw(config: Config, std: float = 0.02, seed: int = 0) -> TrainState:
         config = config.resolved()
         params = draw_params(config, std, seed)
         sites = config.param_sites
-        optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps, sites)
+        optimizer = optimizer_of(config)
         narrow = any(str(moment) != "f32" for s in sites.values() for moment in (s.mu, s.nu))
         init = compile_fast(optimizer.init) if narrow else optimizer.init
         return TrainState(
@@ -112,6 +113,7 @@ def draw_state(
             params=params,
             opt_state=init(params),
             residuals=initial_residuals(params, sites),
+            scaling=initial_scaling(config),
             key=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
         )
 

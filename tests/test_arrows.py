@@ -15,18 +15,21 @@ ARROWS = {
     "precision": set(),
     "data": set(),
     "sharding": set(),
-    "loss_scale": {"precision"},
+    "forecast": {"precision"},
+    "loss_scale": {"forecast", "precision"},
     "storage": {"precision"},
-    "optimizer": {"storage", "loss_scale", "precision"},
+    "optimizer": {"storage", "loss_scale", "forecast", "precision"},
     "model": {"precision"},
-    "numerics": {"model", "optimizer", "storage", "loss_scale", "sharding", "precision"},
+    "numerics": {
+        "model", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
+    },
     "train": {
-        "model", "data", "optimizer", "storage", "loss_scale", "sharding", "precision",
+        "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
         "numerics",
     },
     "inference": {
-        "train", "model", "data", "optimizer", "storage", "loss_scale", "sharding", "precision",
-        "numerics",
+        "train", "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding",
+        "precision", "numerics",
     },
 }  # fmt: skip
 """What each room of lmjax may import from the others; a room that is not listed may import all."""

@@ -10,13 +10,15 @@ from lmjax.model.decoder import (
     parameter_count,
     resolve_sites,
     site_paths,
+    site_tree,
     structure,
 )
-from lmjax.model.layers import Constrain, Sites
+from lmjax.model.layers import Constrain, Context, Sites
 from lmjax.model.loss import log_probabilities, token_losses
 
 __all__ = [
     "Constrain",
+    "Context",
     "ModelConfig",
     "Params",
     "Sites",
@@ -30,6 +32,7 @@ __all__ = [
     "parameter_count",
     "resolve_sites",
     "site_paths",
+    "site_tree",
     "structure",
     "token_losses",
 ]

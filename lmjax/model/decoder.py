@@ -21,21 +21,23 @@ from flax import nnx
 
 from lmjax.model.config import ModelConfig
 from lmjax.model.layers import (
+    QUIET,
     Block,
     Constrain,
+    Context,
     Dense,
     Embedding,
     Norm,
     Sites,
     block_sites,
     dropout,
-    fold,
     rotary_angles,
     within,
 )
 from lmjax.precision import paths
-from lmjax.precision.matmul import Key, einsum
+from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
+from lmjax.precision.probes import rescale_cotangent
 
 Params = dict[str, Any]
 """Nested dict of arrays; those below `blocks` have a leading axis of length `layers`."""
@@ -74,7 +76,8 @@ def apply(
     *,
     config: ModelConfig,
     sites: Sites,
-    key: Key = None,
+    context: Context = QUIET,
+    cotangent_scales: jax.Array | None = None,
     constrain: Constrain = lambda x, axes: x,
 ) -> jax.Array:
     """The logits of every next token.
@@ -84,8 +87,10 @@ def apply(
       tokens: `int32[B, T]`, T at most `config.max_positions` for learned positions.
       config: the model.
       sites: the formats of every site, from `resolve_sites`.
-      key: random key of dropout and stochastic rounding; None, as in evaluation, switches both
-        off.
+      context: random key of dropout and stochastic rounding, and probes, laid out by `site_tree`;
+        by default, as in evaluation, nothing is random and nothing is measured.
+      cotangent_scales: f32[layers + 1], powers of two: by what the cotangents inside each block are
+        multiplied, and last those outside of the blocks, which the logits' cotangent already is.
       constrain: places an activation, given the logical names of its axes.
 
     Returns:
@@ -95,19 +100,22 @@ def apply(
     if config.positions == "learned" and length > config.max_positions:
         raise ValueError(f"{length} tokens, but the model has {config.max_positions} positions")
     model = nnx.merge(structure(config)[0], params)
-    x = model.embed(tokens, sites["embed"])
+    x = model.embed(tokens, sites["embed"], context.at("embed"))
     if model.positions is not None:
         indices = jnp.arange(length, dtype=jnp.int32)
-        x = x + sites["embed"].to_output(model.positions(indices, sites["positions"]))
-    x = dropout(x, config.dropout, fold(key, "dropout"))
-    x = _scan_blocks(model.blocks, x, config, sites, fold(key, "blocks"), constrain)
-    x = model.norm(x, sites["norm"])
-    site = sites["head"]
-    if model.head is not None:
-        return model.head(x, site, fold(key, "head"))
-    return site.to_output(
-        einsum("btd,vd->btv", x, model.embed.table[...], site, key=fold(key, "head"))
+        rows = model.positions(indices, sites["positions"], context.at("positions"))
+        x = x + sites["embed"].to_output(rows)
+    x = dropout(x, config.dropout, context.at("dropout").key)
+    x = _scan_blocks(
+        model.blocks, x, config, sites, context.at("blocks"), cotangent_scales, constrain
     )
+    x = model.norm(x, sites["norm"], context.at("norm"))
+    site, head = sites["head"], context.at("head")
+    if model.head is not None:
+        return model.head(x, site, head)
+    table = model.embed.table[...]
+    y = einsum("btd,vd->btv", x, table, site, key=head.key, probe=head.probe)
+    return hand_on(y, site, head.probe)
 
 
 def _scan_blocks(
@@ -115,11 +123,17 @@ def _scan_blocks(
     x: jax.Array,
     config: ModelConfig,
     sites: Sites,
-    key: Key,
+    context: Context,
+    cotangent_scales: jax.Array | None,
     constrain: Constrain,
 ) -> jax.Array:
     graphdef, stacked = nnx.split(blocks)
-    keys = None if key is None else jax.random.split(key, config.layers)
+    keys = None if context.key is None else jax.random.split(context.key, config.layers)
+    ratios = None
+    if cotangent_scales is not None:
+        # Going back, a cotangent leaves the block above (or the head) and enters this one.
+        ratios = cotangent_scales[:-1] / cotangent_scales[1:]
+        x = rescale_cotangent(x, cotangent_scales[-1] / cotangent_scales[0])
     for first, last in block_groups(config, sites):
         group = within(sites, f"blocks/{first}")
         angles = None
@@ -127,12 +141,15 @@ def _scan_blocks(
             angles = rotary_angles(config, x.shape[1], group["attention/rope"])
 
         def body(x: jax.Array, layer: Any, group: Sites = group, angles: Any = angles) -> Any:
-            layer_params, layer_key = layer
+            layer_params, *inside, ratio = layer
             x = constrain(x, ("batch", "length", "width"))
-            return nnx.merge(graphdef, layer_params)(x, group, angles, layer_key), None
+            block = nnx.merge(graphdef, layer_params)
+            x = block(x, group, angles, Context(*inside))
+            return x if ratio is None else rescale_cotangent(x, ratio), None
 
         x = group["residual"].to_output(group["residual"].to_compute(x))
-        layers = jax.tree.map(lambda leaf, f=first, s=last: leaf[f:s], (stacked, keys))
+        everything = (stacked, keys, context.factors, context.slots, ratios)
+        layers = jax.tree.map(lambda leaf, f=first, s=last: leaf[f:s], everything)
         x, _ = jax.lax.scan(_rematerialised(body, config), x, layers, unroll=config.unroll)
     return constrain(x, ("batch", "length", "width"))
 
@@ -168,6 +185,21 @@ def site_paths(config: ModelConfig) -> list[str]:
         "head",
         "loss",
     ]
+
+
+def site_tree(config: ModelConfig, make: Callable[[str], Any]) -> dict[str, Any]:
+    """Something for every site, laid out as the parts of a `Context` are.
+
+    Args:
+      config: the model.
+      make: from a site's path to a pytree of arrays, or None for sites that get nothing. A site
+        inside blocks is asked for as `blocks/0/...`, and what it gets is stacked for all blocks.
+    """
+    stack = lambda leaf: jnp.stack([leaf] * config.layers)
+    tree = {path: make(path) for path in site_paths(config) if not path.startswith("blocks/")}
+    for site in block_sites(config):
+        tree[f"blocks/{site}"] = jax.tree.map(stack, make(f"blocks/0/{site}"))
+    return paths.unflatten({path: made for path, made in tree.items() if made is not None})
 
 
 def resolve_sites(config: ModelConfig, policy: Policy) -> dict[str, SitePolicy]:

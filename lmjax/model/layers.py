@@ -14,14 +14,17 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.model.config import ModelConfig
-from lmjax.precision.matmul import Key, einsum
+from lmjax.precision.formats import parse_format
+from lmjax.precision.matmul import Key, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
+from lmjax.precision.probes import Probe, Rounded, report, report_cotangent
 
 Sites = Mapping[str, SitePolicy]
 Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
@@ -33,9 +36,56 @@ def within(sites: Sites, prefix: str) -> dict[str, SitePolicy]:
     return {path.removeprefix(start): s for path, s in sites.items() if path.startswith(start)}
 
 
-def fold(key: Key, name: str) -> Key:
-    """An independent key for the part of the computation called `name`; None stays None."""
-    return None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
+class Context(NamedTuple):
+    """What a part of the model is given beside parameters, inputs and formats.
+
+    Attributes:
+      key: random key of dropout and stochastic rounding; None switches both off.
+      factors: what `Probe.factors` is for each site within, nested by the components of its path.
+      slots: what `Probe.slots` is, likewise.
+    """
+
+    key: Key = None
+    factors: Any = None
+    slots: Any = None
+
+    def at(self, name: str) -> Context:
+        """The context of the part called `name`, with a key of its own."""
+        key = None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+        return Context(key, (self.factors or {}).get(name), (self.slots or {}).get(name))
+
+    @property
+    def probe(self) -> Probe | None:
+        """The probe of this part, which must be a site."""
+        return Probe(self.factors or {}, self.slots or {}) if self.factors or self.slots else None
+
+
+QUIET = Context()
+"""No randomness, nothing measured: evaluation."""
+
+
+def take(x: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:
+    """The input of an elementwise site, in its compute format.
+
+    A probe measures `dx`, the cotangent that the site hands back, before it is rounded to the
+    format that the input came in.
+    """
+    if probe is None or "dx" not in probe.slots:
+        return site.to_compute(x)
+    rounded = functools.partial(_narrowed, dtype=x.dtype)
+    return report_cotangent(site.to_compute(x), probe.slots["dx"], rounded)
+
+
+def _narrowed(g: jax.Array, *, dtype: Any) -> Rounded:
+    return Rounded(g, g, g.astype(dtype), parse_format(jnp.dtype(dtype).name))
+
+
+def give(y: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:
+    """The result of an elementwise site, in its output format; a probe measures `y` before."""
+    output = site.to_output(y)
+    if probe is None:
+        return output
+    return report(output, probe.slots.get("y", {}), lambda: Rounded(y, y, output, site.output))
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
@@ -64,12 +114,13 @@ class Dense(nnx.Module):
         self.kernel = normal(key, (fan_in, fan_out), std, axes)
         self.bias = constant(0.0, (fan_out,), axes[1:]) if bias else None
 
-    def __call__(self, x: jax.Array, site: SitePolicy, key: Key) -> jax.Array:
+    def __call__(self, x: jax.Array, site: SitePolicy, context: Context) -> jax.Array:
         """`[B, T, fan_in]` to `[B, T, fan_out]`."""
-        y = einsum("btk,kn->btn", x, self.kernel[...], site, key=key)
+        probe = context.probe
+        y = einsum("btk,kn->btn", x, self.kernel[...], site, key=context.key, probe=probe)
         if self.bias is not None:
             y = y + site.to_compute(self.bias[...])
-        return site.to_output(y)
+        return hand_on(y, site, probe)
 
 
 class Embedding(nnx.Module):
@@ -78,13 +129,14 @@ class Embedding(nnx.Module):
     def __init__(self, key: jax.Array, rows: int, width: int, *, axes: tuple[str, str], std: float):
         self.table = normal(key, (rows, width), std, axes)
 
-    def __call__(self, indices: jax.Array, site: SitePolicy) -> jax.Array:
+    def __call__(self, indices: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
         """`int32[...]` to `[..., D]`.
 
         Rows are gathered first and cast afterwards, so that the gradients of a token that occurs
         many times are summed in the format of the table and not in the compute format.
         """
-        return site.to_output(site.to_compute(self.table[...][indices]))
+        rows = take(self.table[...][indices], site, context.probe)
+        return give(rows, site, context.probe)
 
 
 class Norm(nnx.Module):
@@ -100,16 +152,16 @@ class Norm(nnx.Module):
         biased = self.kind == "layer" and config.bias
         self.bias = constant(0.0, (width,), ("norm",)) if biased else None
 
-    def __call__(self, x: jax.Array, site: SitePolicy) -> jax.Array:
+    def __call__(self, x: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
         """`[..., D]` to `[..., D]`."""
-        x = site.to_compute(x)
+        x = take(x, site, context.probe)
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
         y = x * jax.lax.rsqrt(mean_square + self.epsilon) * site.to_compute(self.scale[...])
         if self.bias is not None:
             y = y + site.to_compute(self.bias[...])
-        return site.to_output(y)
+        return give(y, site, context.probe)
 
 
 def rotary_angles(
@@ -124,12 +176,14 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array], site: SitePolicy) -> jax.Array:
+def rotate(
+    x: jax.Array, angles: tuple[jax.Array, jax.Array], site: SitePolicy, context: Context = QUIET
+) -> jax.Array:
     """Turns the pairs (i, i + H/2) of `[B, T, heads, H]` by the angles of their position."""
     cos, sin = (a[None, :, None, :] for a in angles)
-    first, second = jnp.split(site.to_compute(x), 2, axis=-1)
+    first, second = jnp.split(take(x, site, context.probe), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return site.to_output(jnp.concatenate(turned, axis=-1))
+    return give(jnp.concatenate(turned, axis=-1), site, context.probe)
 
 
 def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
@@ -171,40 +225,43 @@ class Attention(nnx.Module):
         x: jax.Array,
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
-        key: Key,
+        context: Context,
     ) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`."""
         c = self.config
         batch, length, _ = x.shape
-        x = self.norm(x, sites["norm"])
-        q = self.query(x, sites["query"], fold(key, "query")).reshape(
-            batch, length, c.heads, c.head_size
-        )
-        k = self.key(x, sites["key"], fold(key, "key")).reshape(
-            batch, length, c.kv_head_count, c.head_size
-        )
-        v = self.value(x, sites["value"], fold(key, "value")).reshape(
-            batch, length, c.kv_head_count, c.head_size
-        )
+        x = self.norm(x, sites["norm"], context.at("norm"))
+        q = self.query(x, sites["query"], context.at("query"))
+        k = self.key(x, sites["key"], context.at("key"))
+        v = self.value(x, sites["value"], context.at("value"))
+        q = q.reshape(batch, length, c.heads, c.head_size)
+        k = k.reshape(batch, length, c.kv_head_count, c.head_size)
+        v = v.reshape(batch, length, c.kv_head_count, c.head_size)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q, sites["query_norm"]), self.key_norm(k, sites["key_norm"])
+            q = self.query_norm(q, sites["query_norm"], context.at("query_norm"))
+            k = self.key_norm(k, sites["key_norm"], context.at("key_norm"))
         if angles is not None:
-            q, k = rotate(q, angles, sites["rope"]), rotate(k, angles, sites["rope"])
+            # One site, but two tensors: probes look at the queries, which are as large as the keys.
+            q = rotate(q, angles, sites["rope"], context.at("rope"))
+            k = rotate(k, angles, sites["rope"])
         q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
-        weights = self.weights(q, k, sites, fold(key, "scores"))
-        weights = dropout(weights, c.dropout, fold(key, "dropout"))
+        weights = self.weights(q, k, sites, context)
+        weights = dropout(weights, c.dropout, context.at("dropout").key)
+        combine = context.at("combine")
         y = einsum(
             "bkgts,bskh->btkgh",
             weights,
             v,
             sites["combine"],
             second="activations",
-            key=fold(key, "combine"),
+            key=combine.key,
+            probe=combine.probe,
         )
-        y = sites["combine"].to_output(y).reshape(batch, length, c.heads * c.head_size)
-        return self.out(y, sites["out"], fold(key, "out"))
+        y = hand_on(y, sites["combine"], combine.probe)
+        y = y.reshape(batch, length, c.heads * c.head_size)
+        return self.out(y, sites["out"], context.at("out"))
 
-    def weights(self, q: jax.Array, k: jax.Array, sites: Sites, key: Key) -> jax.Array:
+    def weights(self, q: jax.Array, k: jax.Array, sites: Sites, context: Context) -> jax.Array:
         """Attention weights `[B, K, G, T, S]` of `q [B, T, K, G, H]` over `k [B, S, K, H]`.
 
         The factor 1/sqrt(H) is split: its power of two goes to the queries, where it is exact in
@@ -212,17 +269,25 @@ class Attention(nnx.Module):
         """
         power = 2.0 ** -math.floor(math.log2(self.config.head_size) / 2)
         rest = 1.0 / (math.sqrt(self.config.head_size) * power)
-        q = q * power
-        scores = einsum("btkgh,bskh->bkgts", q, k, sites["scores"], second="activations", key=key)
-        softmax = sites["softmax"]
-        scores = softmax.to_compute(sites["scores"].to_output(scores)) * rest
+        site, products = sites["scores"], context.at("scores")
+        scores = einsum(
+            "btkgh,bskh->bkgts",
+            q * power,
+            k,
+            site,
+            second="activations",
+            key=products.key,
+            probe=products.probe,
+        )
+        softmax, probe = sites["softmax"], context.at("softmax").probe
+        scores = take(hand_on(scores, site, products.probe), softmax, probe) * rest
         positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
         causal = positions[:, None] >= positions[None, :]
         # Selected, not added: a large negative number added to a score can overflow f16. Infinite,
         # not large: should all real scores of a row overflow, it becomes NaN and the step is
         # skipped, where a finite mask would win and let the row attend to the future.
         scores = jnp.where(causal, scores, -jnp.inf)
-        return softmax.to_output(jax.nn.softmax(scores, axis=-1))
+        return give(jax.nn.softmax(scores, axis=-1), softmax, probe)
 
 
 class Mlp(nnx.Module):
@@ -252,19 +317,17 @@ class Mlp(nnx.Module):
         gated = c.activation == "swiglu"
         self.gate = inward(next(keys)) if gated else None
 
-    def __call__(self, x: jax.Array, sites: Sites, key: Key) -> jax.Array:
+    def __call__(self, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`."""
-        site = sites["activation"]
-        x = self.norm(x, sites["norm"])
-        hidden = site.to_compute(self.up(x, sites["up"], fold(key, "up")))
+        site, probe = sites["activation"], context.at("activation").probe
+        x = self.norm(x, sites["norm"], context.at("norm"))
+        hidden = take(self.up(x, sites["up"], context.at("up")), site, probe)
         if self.gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
         else:
-            hidden = (
-                jax.nn.silu(site.to_compute(self.gate(x, sites["gate"], fold(key, "gate"))))
-                * hidden
-            )
-        return self.down(site.to_output(hidden), sites["down"], fold(key, "down"))
+            gate = site.to_compute(self.gate(x, sites["gate"], context.at("gate")))
+            hidden = jax.nn.silu(gate) * hidden
+        return self.down(give(hidden, site, probe), sites["down"], context.at("down"))
 
 
 class Block(nnx.Module):
@@ -281,16 +344,16 @@ class Block(nnx.Module):
         x: jax.Array,
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
-        key: Key,
+        context: Context,
     ) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream."""
-        residual = sites["residual"]
-        x = residual.to_compute(x)
-        y = self.attention(x, within(sites, "attention"), angles, fold(key, "attention"))
-        x = x + residual.to_compute(dropout(y, self.rate, fold(key, "dropout 1")))
-        y = self.mlp(x, within(sites, "mlp"), fold(key, "mlp"))
-        x = x + residual.to_compute(dropout(y, self.rate, fold(key, "dropout 2")))
-        return residual.to_output(x)
+        residual, probe = sites["residual"], context.at("residual").probe
+        x = take(x, residual, probe)
+        y = self.attention(x, within(sites, "attention"), angles, context.at("attention"))
+        x = x + residual.to_compute(dropout(y, self.rate, context.at("dropout 1").key))
+        y = self.mlp(x, within(sites, "mlp"), context.at("mlp"))
+        x = x + residual.to_compute(dropout(y, self.rate, context.at("dropout 2").key))
+        return give(x, residual, probe)
 
 
 def block_sites(config: ModelConfig) -> list[str]:

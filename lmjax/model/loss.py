@@ -1,6 +1,6 @@
 """The training objective: next-token cross entropy with an optional z-loss.
 
-Knows JAX and policies.
+Knows JAX, policies and probes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmjax.model.layers import take
 from lmjax.precision.policy import SitePolicy
+from lmjax.precision.probes import Probe
 
 
 class TokenLosses(NamedTuple):
@@ -20,19 +22,22 @@ class TokenLosses(NamedTuple):
     z: jax.Array
 
 
-def token_losses(logits: jax.Array, targets: jax.Array, site: SitePolicy) -> TokenLosses:
+def token_losses(
+    logits: jax.Array, targets: jax.Array, site: SitePolicy, probe: Probe | None = None
+) -> TokenLosses:
     """Negative log-probability of each target, and the z-loss term.
 
     Args:
       logits: `[B, T, V]`, in whatever format the head hands on.
       targets: `int32[B, T]`.
       site: formats of the site `loss`; everything here happens in its compute format.
+      probe: slots for the logits' cotangent, `dx`.
 
     Returns:
       `-log softmax(logits)[target]` and `log(sum(exp(logits)))^2` (PaLM, Chowdhery et al. 2022,
       section 5).
     """
-    logits = site.to_compute(logits)
+    logits = take(logits, site, probe)
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return TokenLosses(log_partition - target_logits, jnp.square(log_partition))

@@ -69,8 +69,6 @@ def _stored(text: str) -> Stored:
 def _operand(text: str) -> Operand:
     name = text.removesuffix(".sr")
     quantizer = parse_quantizer(_short(name))
-    if quantizer.history:
-        raise ValueError("delayed scaling needs a history in the train state; use current scaling")
     return Operand(quantizer, "stochastic" if name != text else "nearest_even")
 
 

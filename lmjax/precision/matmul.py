@@ -23,25 +23,30 @@ emulated wherever the program runs. Two things to know about that emulation:
 - Where a product sums over two axes (the weight gradient, over batch and positions), factors run
   along the last one: a block never crosses from one sequence into the next.
 
-Knows policies, quantizers and JAX.
+Knows policies, quantizers, probes and JAX.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import Accumulator, Operand, SitePolicy
-from lmjax.precision.rounding import Rounding, quantize
-from lmjax.precision.scaling import fake_quantize
+from lmjax.precision.probes import Probe, Rounded, Slots, measure, report, report_cotangent
+from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.rounding import quantize
+from lmjax.precision.scaling import elements, fake_quantize
 
 Role = Literal["weights", "activations"]
 Key = jax.Array | None
+Factors = Mapping[str, jax.Array]
 
 
 def einsum(
@@ -52,6 +57,7 @@ def einsum(
     *,
     second: Role = "weights",
     key: Key = None,
+    probe: Probe | None = None,
 ) -> jax.Array:
     """A product of two operands in the formats of a site.
 
@@ -65,6 +71,8 @@ def einsum(
       second: what `w` holds, and so which of the site's quantizers it gets.
       key: random key for operands that are rounded stochastically; without one, as in evaluation,
         they are rounded to nearest.
+      probe: factors of delayed scaling, without which operands are scaled by their own maximum; and
+        slots for what is to be measured of the operands and gradients.
 
     Returns:
       The product, in the site's compute format.
@@ -73,43 +81,113 @@ def einsum(
       ValueError: for a specification whose gradient is not a product of two operands.
     """
     _check(spec)
-    return _einsum(spec, site, second, site.to_compute(x), site.to_compute(w), key)
+    factors, slots = ({}, {}) if probe is None else probe
+    plan = _plan(spec)
+    x = _watched(x, site.activations, plan.x_axis, site, factors.get("x"), slots.get("x", {}))
+    w = _watched(w, getattr(site, second), plan.w_axis, site, factors.get("w"), slots.get("w", {}))
+    gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
+    return _einsum(spec, site, second, x, w, key, factors, gradients)
+
+
+def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.Array:
+    """The result of a product in the site's output format; `g` is measured of its cotangent."""
+    factors, slots = ({}, {}) if probe is None else probe
+    view = functools.partial(_view, operand=site.grads, axis=-1, site=site)
+    return report_cotangent(site.to_output(y), slots.get("g", {}), view, factors.get("g"))
+
+
+def _watched(
+    x: jax.Array,
+    operand: Operand | None,
+    axis: int,
+    site: SitePolicy,
+    factor: jax.Array | None,
+    slots: Mapping[str, Any],
+) -> jax.Array:
+    """An operand, cast to the compute format; measured before it is cast and quantized."""
+    view = lambda: _view(x, factor, operand=operand, axis=axis, site=site)
+    return report(site.to_compute(x), slots, view)
+
+
+def _view(
+    x: jax.Array, factor: jax.Array | None, *, operand: Operand | None, axis: int, site: SitePolicy
+) -> Rounded:
+    """What becomes of a tensor that enters a product."""
+    if operand is None:
+        return Rounded(x, x, site.to_compute(x), site.compute)
+    scaled, values = elements(
+        site.to_compute(x), _current(operand.quantizer, factor), axis=axis, scale=factor
+    )
+    return Rounded(x, scaled, values, operand.quantizer.format)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _einsum(
-    spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
+    spec: str,
+    site: SitePolicy,
+    second: Role,
+    x: jax.Array,
+    w: jax.Array,
+    key: Key,
+    factors: Factors,
+    slots: Slots,
 ) -> jax.Array:
-    return _primal(spec, site, second, x, w, key)
+    return _primal(spec, site, second, x, w, key, factors)
 
 
 def _primal(
-    spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
+    spec: str,
+    site: SitePolicy,
+    second: Role,
+    x: jax.Array,
+    w: jax.Array,
+    key: Key,
+    factors: Factors,
 ) -> jax.Array:
-    operands = (site.activations, getattr(site, second))
-    return _product(spec, site, (x, w), operands, _fold(key, 0))
+    roles = ("x", site.activations), ("w", getattr(site, second))
+    return site.to_compute(_product(spec, site, (x, w), roles, _fold(key, 0), factors))
 
 
 def _forward(
-    spec: str, site: SitePolicy, second: Role, x: jax.Array, w: jax.Array, key: Key
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Key]]:
+    spec: str,
+    site: SitePolicy,
+    second: Role,
+    x: jax.Array,
+    w: jax.Array,
+    key: Key,
+    factors: Factors,
+    slots: Slots,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Key, Factors, Slots]]:
     # Not through `_einsum`: a policy of rematerialisation must see the dot to save its result.
-    return _primal(spec, site, second, x, w, key), (x, w, key)
+    y = _primal(spec, site, second, x, w, key, factors)
+    return y, (x, w, key, factors, slots)
 
 
 def _backward(
     spec: str,
     site: SitePolicy,
     second: Role,
-    saved: tuple[jax.Array, jax.Array, Key],
+    saved: tuple[jax.Array, jax.Array, Key, Factors, Slots],
     g: jax.Array,
-) -> tuple[jax.Array, jax.Array, None]:
-    x, w, key = saved
+) -> tuple[jax.Array, jax.Array, None, Factors, Slots]:
+    x, w, key, factors, slots = saved
     x_axes, w_axes, y_axes = _axes(spec)
-    grads, of_x, of_w = site.grads, site.activations, getattr(site, second)
-    dx = _product(f"{y_axes},{w_axes}->{x_axes}", site, (g, w), (grads, of_w), _fold(key, 1))
-    dw = _product(f"{x_axes},{y_axes}->{w_axes}", site, (x, g), (of_x, grads), _fold(key, 2))
-    return dx, dw, None
+    of_g, of_x, of_w = ("g", site.grads), ("x", site.activations), ("w", getattr(site, second))
+    wide = {
+        "dx": _product(
+            f"{y_axes},{w_axes}->{x_axes}", site, (g, w), (of_g, of_w), _fold(key, 1), factors
+        ),
+        "dw": _product(
+            f"{x_axes},{y_axes}->{w_axes}", site, (x, g), (of_x, of_g), _fold(key, 2), factors
+        ),
+    }
+    dx, dw = site.to_compute(wide["dx"]), site.to_compute(wide["dw"])
+    rounded = {"dx": dx, "dw": dw}
+    measured = {
+        role: measure(asked, Rounded(wide[role], wide[role], rounded[role], site.compute))
+        for role, asked in slots.items()
+    }
+    return dx, dw, None, jax.tree.map(jnp.zeros_like, factors), measured
 
 
 _einsum.defvjp(_forward, _backward)
@@ -119,15 +197,15 @@ def _product(
     spec: str,
     site: SitePolicy,
     pair: tuple[jax.Array, jax.Array],
-    operands: tuple[Operand | None, Operand | None],
+    roles: tuple[tuple[str, Operand | None], tuple[str, Operand | None]],
     key: Key,
+    factors: Factors,
 ) -> jax.Array:
-    """Quantizes both operands along the summed axis, multiplies, rounds once to compute."""
+    """Quantizes both operands along the summed axis and multiplies; not yet rounded to compute."""
     plan = _plan(spec)
-    # The gradient of a scalar product sums over nothing: any axis will do.
-    x_axis, w_axis = (plan.x_summed or (-1,))[-1], (plan.w_summed or (-1,))[-1]
-    x = _quantized(pair[0], operands[0], x_axis, _fold(key, 0))
-    w = _quantized(pair[1], operands[1], w_axis, _fold(key, 1))
+    (x_role, of_x), (w_role, of_w) = roles
+    x = _quantized(pair[0], of_x, plan.x_axis, _fold(key, 0), factors.get(x_role))
+    w = _quantized(pair[1], of_w, plan.w_axis, _fold(key, 1), factors.get(w_role))
     if site.matmul == "tf32" and x.dtype == jnp.float32:
         x, w = quantize(x, "tf32"), quantize(w, "tf32")
     if site.accum.chunk:
@@ -136,17 +214,28 @@ def _product(
         product = _contract(spec, x, w, site)
         if site.accum.format.bits < 32:
             product = quantize(product, site.accum.format, overflow="native")
-    return site.to_compute(product)
+    return product
 
 
-def _quantized(x: jax.Array, operand: Operand | None, axis: int, key: Key) -> jax.Array:
+def _quantized(
+    x: jax.Array, operand: Operand | None, axis: int, key: Key, factor: jax.Array | None
+) -> jax.Array:
     if operand is None:
         return x
     stochastic = operand.rounding == "stochastic" and key is not None
-    rounding: Rounding = "stochastic" if stochastic else "nearest_even"
     return fake_quantize(
-        x, operand.quantizer, axis=axis, rounding=rounding, key=key if stochastic else None
+        x,
+        _current(operand.quantizer, factor),
+        axis=axis,
+        rounding="stochastic" if stochastic else "nearest_even",
+        key=key if stochastic else None,
+        scale=factor,
     )
+
+
+def _current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
+    """The quantizer, scaling by the tensor itself where it should be delayed but nobody knows."""
+    return quantizer if factor is not None else replace(quantizer, history=0)
 
 
 def _contract(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
@@ -207,6 +296,17 @@ class _Plan(NamedTuple):
     x_order: tuple[int, ...]
     w_order: tuple[int, ...]
     y_order: tuple[int, ...]
+
+    @property
+    def x_axis(self) -> int:
+        """The axis of x that factors run along: the last one summed over."""
+        # The gradient of a scalar product sums over nothing: any axis will do.
+        return (self.x_summed or (-1,))[-1]
+
+    @property
+    def w_axis(self) -> int:
+        """As `x_axis`, of w."""
+        return (self.w_summed or (-1,))[-1]
 
 
 @functools.cache

@@ -11,7 +11,7 @@ A pattern is a path whose components may hold shell wildcards (`*`, `?`, `[...]`
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,14 +42,15 @@ def ancestors(path: str) -> list[str]:
     return ["/".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by path, in path order.
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves of a pytree by path, in path order; nodes that `is_leaf` says so are leaves too.
 
     >>> flatten({"b": 2, "a": {"x": 1}})
     {'a/x': 1, 'b': 2}
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return dict(sorted((path_string(keys), leaf) for keys, leaf in leaves))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    by_path = {path_string(keys): leaf for keys, leaf in leaves}
+    return {path: by_path[path] for path in sorted(by_path)}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

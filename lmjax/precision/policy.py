@@ -52,6 +52,12 @@ Not among them: `scores` (both operands are activations, and the softmax amplifi
 `combine` (attention weights span many binades within one row) and `head` (errors of the logits go
 straight into the loss)."""
 
+PRODUCT_SITES = (*LINEAR_SITES, "scores", "combine", "head")
+"""Every site that is a matrix product, by the last component of its path."""
+
+ACTIVATION_PRODUCTS = ("scores", "combine")
+"""Products of two activations: `x` says how both operands are quantized."""
+
 OUTPUT_SITE = "head"
 """The site whose output is the model's output: the base `o` applies to it."""
 

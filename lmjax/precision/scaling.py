@@ -54,6 +54,27 @@ class Quantized(NamedTuple):
     tensor_scale: jax.Array | None = None
 
 
+def elements(
+    x: jax.Array, quantizer: Quantizer, *, axis: int = -1, scale: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """A tensor in units of its format, before and after it is rounded to nearest.
+
+    Without groups these are `x` and its rounding. With a zero point the units are counted from it.
+    Arguments and errors are those of `quantize_with_scale`.
+    """
+    if quantizer.groups == "none":
+        return x, quantize(x, quantizer.format)
+    quantized = quantize_with_scale(x, quantizer, axis=axis, scale=scale)
+    grouping = _Grouping.of(x, quantizer, axis)
+    factor = grouping.spread(_factor(quantized.scale, quantized.tensor_scale))
+    scaled = grouping.merge(_divide(grouping.split(widen(x)), factor, quantizer))
+    values = quantized.values
+    if quantized.zero_point is not None:
+        zero_point = grouping.spread(quantized.zero_point).astype(values.dtype)
+        values = grouping.merge(grouping.split(values) - zero_point)
+    return scaled, values
+
+
 def quantize_with_scale(
     x: jax.Array,
     quantizer: Quantizer,

@@ -8,13 +8,16 @@ of the tree for convenience but not of a run's identity.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmjax.data import DataConfig
-from lmjax.loss_scale import LossScaleConfig, resolve_kind
+from lmjax.loss_scale import LossScaleConfig, narrowest, resolve_kind
 from lmjax.model import ModelConfig, Sites, param_sites, resolve_sites
 from lmjax.optimizer import OptimizerConfig
+from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.policy import SitePolicy
 from lmjax.sharding import MeshConfig
@@ -71,6 +74,9 @@ class Config:
     """Parts that a batch is cut into; their gradients are summed in f32."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
+    loss_multiplier: float = 1.0
+    """What the gradients are multiplied by, without being divided by it again: 2^-k stands in for a
+    batch or a vocabulary 2^k times as large. Logged losses are without it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -88,6 +94,11 @@ class Config:
             raise ValueError(
                 f"context is {self.context}, but the model learns only {self.model.max_positions} "
                 "positions; lower --context or raise --model.max-positions"
+            )
+        if not (self.loss_multiplier > 0 and math.frexp(self.loss_multiplier)[0] == 0.5):
+            raise ValueError(
+                f"loss_multiplier is {self.loss_multiplier}; use a power of two, such as 2**-10 "
+                f"= {2**-10}"
             )
         if self.batch_size % self.micro_batches:
             raise ValueError(
@@ -108,20 +119,28 @@ class Config:
 
     def resolved(self) -> Config:
         """The same run with nothing left to be derived: what `config.json` records."""
-        exponents = [
-            number_format.exponent_bits
-            for site in self.sites.values()
-            for number_format in (site.params, site.compute)
-        ]
-        kind = resolve_kind(self.loss_scale.kind, min(exponents))
+        sites = self.sites.values()
+        exponents = [f.exponent_bits for site in sites for f in (site.params, site.compute)]
+        scale = dataclasses.replace(
+            self.loss_scale, kind=resolve_kind(self.loss_scale.kind, min(exponents))
+        )
+        if scale.kind == "predictive" and scale.format == "auto":
+            scale = dataclasses.replace(scale, format=narrowest(_of_cotangents(sites)).name)
         rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
         return dataclasses.replace(
             self,
             precision=str(parse_policy(self.precision)),
             model=self.model.resolved(),
-            loss_scale=dataclasses.replace(self.loss_scale, kind=kind),
+            loss_scale=scale,
             evaluation=dataclasses.replace(self.evaluation, batch_size=rows),
         )
+
+
+def _of_cotangents(sites: Collection[SitePolicy]) -> list[Format]:
+    """The formats that cotangents are rounded to without a scale factor of their own."""
+    quantizers = [site.grads.quantizer for site in sites if site.grads is not None]
+    raw = [quantizer.format for quantizer in quantizers if quantizer.groups == "none"]
+    return [site.compute for site in sites] + raw
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lmjax.loss_scale import LossScaleState
 from lmjax.model import Params, initial_params, structure
@@ -14,6 +15,7 @@ from lmjax.precision import exact
 from lmjax.sharding import Mesh, state_shardings
 from lmjax.storage import initial_residuals
 from lmjax.train.config import Config
+from lmjax.train.measure import initial_scaling
 
 
 class TrainState(NamedTuple):
@@ -24,6 +26,7 @@ class TrainState(NamedTuple):
       params: the parameters, each in its stored format.
       opt_state: the loss scale, with the optimizer's state inside.
       residuals: what Kahan-compensated updates have lost to rounding; empty without any.
+      scaling: histories of maxima of operands whose scaling is delayed; empty without any.
       key: uint32[2], data of a threefry key; dropout and stochastic rounding fold the step in.
     """
 
@@ -31,20 +34,27 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: LossScaleState
     residuals: Params
+    scaling: dict[str, Any]
     key: jax.Array
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run, with its loss scale around it."""
+    return make_optimizer(
+        config.optimizer, config.loss_scale, config.steps, config.param_sites, config.model.layers
+    )
 
 
 def initial_state(config: Config) -> TrainState:
     """A fresh state; a pure function of the config and so of its seed. Call it under jit."""
     init_key, dropout_key = jax.random.split(jax.random.key(config.seed, impl="threefry2x32"))
     params = initial_params(init_key, config.model, config.sites)
-    sites = config.param_sites
-    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps, sites)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
-        residuals=initial_residuals(params, sites),
+        opt_state=optimizer_of(config).init(params),
+        residuals=initial_residuals(params, config.param_sites),
+        scaling=initial_scaling(config),
         key=jax.random.key_data(dropout_key),
     )
 

@@ -15,83 +15,96 @@ import jax.numpy as jnp
 import optax
 
 from lmjax import loss_scale, sharding
-from lmjax.model import apply, token_losses
-from lmjax.optimizer import learning_rate_schedule, make_optimizer
-from lmjax.precision import exact
+from lmjax.model import Context, apply, token_losses
+from lmjax.optimizer import learning_rate_schedule
+from lmjax.precision import exact, probes
 from lmjax.precision.exact import at_least_f32
 from lmjax.storage import apply_updates
+from lmjax.train import measure
 from lmjax.train.config import Config
-from lmjax.train.state import TrainState, abstract_state
+from lmjax.train.state import TrainState, abstract_state, optimizer_of
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def make_train_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
+def make_train_step(
+    config: Config, mesh: Any = None, *, telemetry: bool = False
+) -> jax.stages.Wrapped:
     """The compiled train step of a run.
 
     Args:
       config: the run.
       mesh: where it happens; by default the mesh that the config asks for, on all devices. An
         abstract mesh gives a step that can be traced and lowered but not executed.
+      telemetry: whether the step counts what rounding does to its tensors; see `telemetry.py`.
 
     Returns:
       `step(state, batch) -> state, metrics`. It donates the state it is given. A batch holds
       `inputs` and `targets`, `int32[batch_size, context]`. Metrics are f32[] arrays: `loss` in nats
       per token (with the z-loss, if any), `grad_norm` before clipping, `learning_rate` and
-      `loss_scale` as this step used them, `skipped_steps` in all and `consecutive_skips`.
+      `loss_scale` as this step used them, `skipped_steps` in all and `consecutive_skips`; and with
+      telemetry `telemetry`, a `Census` by site and role.
     """
     config = config.resolved()
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return exact.jit(train_step(config, mesh), donate_argnums=0, out_shardings=(shardings, None))
+    step = train_step(config, mesh, telemetry=telemetry)
+    return exact.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def train_step(config: Config, mesh: Any) -> TrainStep:
+def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainStep:
     """The step before compilation; see `make_train_step`."""
     sites = config.param_sites
-    optimizer = make_optimizer(config.optimizer, config.loss_scale, config.steps, sites)
+    optimizer = optimizer_of(config)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
-    scaled_loss = make_scaled_loss(config, mesh)
+    slots = measure.slots(config, telemetry)
+    gradient = jax.grad(make_scaled_loss(config, mesh), argnums=(0, 4), has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step on `int32[batch_size, context]` inputs and targets."""
         scale = loss_scale.current(state.opt_state)
+        factors = measure.factors(state.scaling, scale)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def micro_step(total: Any, part: Any) -> tuple[Any, jax.Array]:
             index, micro_batch = part
             key = jax.random.fold_in(step_key, index)
-            scaled, loss = jax.grad(scaled_loss, has_aux=True)(
-                state.params, micro_batch, key, scale
+            (scaled, measured), loss = gradient(
+                state.params, micro_batch, key, scale, slots, factors
             )
             gradients = loss_scale.unscale(scaled, scale)
-            return jax.tree.map(lambda t, g: t + g / config.micro_batches, total, gradients), loss
+            summed = jax.tree.map(lambda t, g: t + g / config.micro_batches, total[0], gradients)
+            return (summed, probes.combine(total[1], measured)), loss
 
-        gradients, losses = _over_micro_batches(micro_step, state.params, batch, config)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        (gradients, measured), losses = _over_micro_batches(
+            micro_step, state.params, slots, batch, config
+        )
+        cotangents = measure.cotangent_spread(measured, scale)
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, cotangents=cotangents
+        )
         metrics = {
             "loss": jnp.mean(losses),
             "grad_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
-            "loss_scale": scale,
+            "loss_scale": loss_scale.of_the_loss(scale),
             "skipped_steps": opt_state.skipped_steps,
             "consecutive_skips": opt_state.consecutive_skips,
         }
-        stored = apply_updates(
-            state.params,
-            updates,
-            state.residuals,
-            sites,
-            jax.random.fold_in(step_key, config.micro_batches),
-        )
-        kept = (state.params, state.residuals)
+        update_key = jax.random.fold_in(step_key, config.micro_batches)
+        stored = apply_updates(state.params, updates, state.residuals, sites, update_key)
+        scaling = measure.updated_scaling(config, state.scaling, measured, scale)
         skipped = opt_state.consecutive_skips > 0
-        params, residuals = jax.tree.map(
-            lambda old, new: jnp.where(skipped, old, new), kept, stored
+        params, residuals, scaling = jax.tree.map(
+            lambda old, new: jnp.where(skipped, old, new),
+            (state.params, state.residuals, state.scaling),
+            (*stored, scaling),
         )
-        new_state = TrainState(state.step + 1, params, opt_state, residuals, state.key)
+        if telemetry:
+            metrics["telemetry"] = measure.census(measured)
+        new_state = TrainState(state.step + 1, params, opt_state, residuals, scaling, state.key)
         return new_state, metrics
 
     return step
@@ -105,21 +118,34 @@ def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array
     sites = config.sites
     random = config.model.dropout > 0 or any(site.stochastic for site in sites.values())
 
-    def scaled_loss(params: Any, batch: Batch, key: jax.Array, scale: jax.Array) -> Any:
+    def scaled_loss(
+        params: Any,
+        batch: Batch,
+        key: jax.Array,
+        scale: jax.Array,
+        slots: measure.Tree | None = None,
+        factors: measure.Tree | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
         """`(loss * scale, loss)` in nats per token, f32[] each (f64[] where the loss is f64)."""
+        context = Context(key if random else None, factors, slots)
         with jax.numpy_dtype_promotion("strict"):
             logits = apply(
                 params,
                 batch["inputs"],
                 config=config.model,
                 sites=sites,
-                key=key if random else None,
+                context=context,
+                cotangent_scales=scale if config.loss_scale.per_block else None,
                 constrain=lambda x, axes: sharding.constrain(mesh, x, axes),
             )
-            losses = token_losses(logits, batch["targets"], sites["loss"])
+            probe = context.at("loss").probe
+            losses = token_losses(logits, batch["targets"], sites["loss"], probe)
             loss = jnp.mean(losses.cross_entropy) + config.model.z_loss * jnp.mean(losses.z)
             loss = loss.astype(at_least_f32(loss.dtype))
-            return loss * scale.astype(loss.dtype), loss
+            factor = loss_scale.of_the_loss(scale).astype(loss.dtype)
+            if config.loss_multiplier != 1:
+                factor = factor * jnp.asarray(config.loss_multiplier, loss.dtype)
+            return loss * factor, loss
 
     return scaled_loss
 
@@ -127,10 +153,11 @@ def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array
 def _over_micro_batches(
     micro_step: Callable[[Any, Any], tuple[Any, jax.Array]],
     params: Any,
+    slots: measure.Tree,
     batch: Batch,
     config: Config,
-) -> tuple[Any, jax.Array]:
-    """Gradients averaged over the parts of a batch in f32, and the loss of each part.
+) -> tuple[tuple[Any, measure.Tree], jax.Array]:
+    """Over the parts of a batch: gradients averaged in f32, what was measured, and each loss.
 
     An infinity or a NaN of one part survives the sum, so testing the sum tests every part.
     """
@@ -141,7 +168,7 @@ def _over_micro_batches(
         lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch
     )
     indices = jnp.arange(count, dtype=jnp.int32)
-    return jax.lax.scan(micro_step, zeros, (indices, parts))
+    return jax.lax.scan(micro_step, (zeros, slots), (indices, parts))
 
 
 def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:

@@ -9,7 +9,16 @@ import pytest
 from flax import nnx
 
 from lmjax.model import ModelConfig, log_probabilities, token_losses
-from lmjax.model.layers import Attention, Embedding, Norm, dropout, rotary_angles, rotate, within
+from lmjax.model.layers import (
+    QUIET,
+    Attention,
+    Embedding,
+    Norm,
+    dropout,
+    rotary_angles,
+    rotate,
+    within,
+)
 from lmjax.precision import parse_policy
 
 ROPE = ModelConfig(width=16, heads=2, positions="rope")
@@ -57,7 +66,7 @@ def test_masked_positions_stay_finite_with_scores_at_the_end_of_f16():
     q = jnp.full((1, 6, 1, 1, 16), 122.0, jnp.float16)  # scores of 59,536; f16 ends at 65,504
     for sign in (1.0, -1.0):
         sites = attention_sites("f16; **/softmax: c=f16")
-        weights = attention.weights(q, sign * q[:, :, 0], sites, None)
+        weights = attention.weights(q, sign * q[:, :, 0], sites, QUIET)
         assert weights.dtype == jnp.float16
         expected = np.tri(6) / np.arange(1, 7)[:, None]
         np.testing.assert_allclose(weights[0, 0, 0], expected, atol=1e-3)
@@ -68,7 +77,7 @@ def test_scores_that_overflow_give_nan_and_not_a_look_into_the_future():
     attention = Attention(jax.random.key(0), config)
     q = jnp.full((1, 6, 1, 1, 16), 200.0, jnp.float16)
     sites = attention_sites("f16")
-    weights = attention.weights(q, -q[:, :, 0], sites, None)  # every real score is -inf
+    weights = attention.weights(q, -q[:, :, 0], sites, QUIET)  # every real score is -inf
     assert np.isnan(weights[0, 0, 0]).all(axis=-1).any(), "so that the step is skipped"
     later = np.triu(np.ones((6, 6), bool), k=1)
     assert not np.any(np.asarray(weights[0, 0, 0])[later] > 0)

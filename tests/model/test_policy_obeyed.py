@@ -177,8 +177,8 @@ def test_the_loss_traces_under_strict_promotion(policy, family, gradient_jaxpr):
     assert gradient_jaxpr(policy, family).eqns
 
 
-def forgotten_cast(self: Any, x: jax.Array, site: Any, key: Any) -> jax.Array:
-    y = layers.einsum("btk,kn->btn", x, self.kernel[...], site, key=key)
+def forgotten_cast(self: Any, x: jax.Array, site: Any, context: Any) -> jax.Array:
+    y = layers.einsum("btk,kn->btn", x, self.kernel[...], site)
     return site.to_output(y if self.bias is None else y + self.bias[...])
 
 

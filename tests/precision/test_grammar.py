@@ -223,7 +223,6 @@ def test_names_of_the_same_thing_are_the_same_policy(key: str, text: str, canoni
         ("f32,x=e4m3@block", "e4m3@block"),
         ("f32,x=e4m3@block0", "e4m3@block0"),
         ("f32,g=e5m2@tensor.kahan", "e5m2@tensor.kahan"),
-        ("f32,g=e5m2@tensor.delayed", "e5m2@tensor.delayed"),
         ("f32,g=e5m2.e8m0", "e5m2.e8m0"),
         ("f32,a=bf16@block0", "bf16@block0"),
         ("f32,a=bf16@tensor", "bf16@tensor"),

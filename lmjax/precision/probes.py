@@ -1,0 +1,305 @@
+"""Measuring tensors inside a differentiated, scanned and compiled model.
+
+A probe is an extra input of the model that its value does not depend on: slots of zeros. Where
+`jax.grad` would return the gradient of a slot, it returns a measurement instead. So measurements
+leave the program the way gradients do: stacked by a scan over blocks, computed anew under
+rematerialisation, and absent from the program where there is no probe.
+
+What a slot's class is decides what is measured, and so what it costs:
+
+    Maximum   the largest magnitude                    (delayed scale factors)
+    Spread    the same, and exponents of a sample      (predictive loss scaling)
+    Census    what rounding does to every element      (telemetry)
+
+Tensors are told apart by their role at a site. At a product: its operands `w` and `x`, its
+cotangent `g`, and the gradients `dx` and `dw` that it hands back. Everywhere else: `y`, what the
+site hands on, and `dx`, the cotangent it hands back. Each is measured before it is rounded.
+
+Knows jax, `bits` and `formats`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.precision.bits import floor_log2, largest_magnitude, pattern, split
+from lmjax.precision.formats import Format
+
+EXPONENTS = 256
+"""Length of a histogram of exponents; see `exponent_histogram`."""
+
+SAMPLE = 4096
+"""About how many elements of a tensor a `Spread` looks at."""
+
+
+class Rounded(NamedTuple):
+    """A tensor before and after it was rounded.
+
+    Attributes:
+      raw: the tensor.
+      scaled: the same in units of the format: divided by the scale factors, if there are any.
+      values: `scaled`, rounded to the format.
+      format: what it was rounded to.
+    """
+
+    raw: jax.Array
+    scaled: jax.Array
+    values: jax.Array
+    format: Format
+
+
+class Slot(Protocol):
+    """What is measured of one tensor: a pytree of f32 arrays."""
+
+    @classmethod
+    def empty(cls) -> Any:
+        """The slot that goes in, and the neutral element of `combine`."""
+
+    @classmethod
+    def of(cls, tensor: Rounded) -> Any:
+        """The measurement that comes out."""
+
+    def combine(self, other: Any) -> Any:
+        """The measurement of two tensors taken as one."""
+
+
+class Maximum(NamedTuple):
+    """f32[]: the largest magnitude of the unrounded tensor; NaN if it holds a NaN."""
+
+    maximum: jax.Array
+
+    @classmethod
+    def empty(cls) -> Maximum:
+        """Nothing seen."""
+        return cls(jnp.zeros((), jnp.float32))
+
+    @classmethod
+    def of(cls, tensor: Rounded) -> Maximum:
+        """One pass over the tensor."""
+        return cls(_maximum(tensor.raw))
+
+    def combine(self, other: Maximum) -> Maximum:
+        """The larger one."""
+        return Maximum(jnp.maximum(self.maximum, other.maximum))
+
+
+class Spread(NamedTuple):
+    """The largest magnitude, and how a sample of about `SAMPLE` elements spreads over exponents.
+
+    Attributes:
+      maximum: f32[], over all elements.
+      histogram: f32[EXPONENTS], of the sample, scaled up to the size of the tensor.
+    """
+
+    maximum: jax.Array
+    histogram: jax.Array
+
+    @classmethod
+    def empty(cls) -> Spread:
+        """Nothing seen."""
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((EXPONENTS,), jnp.float32))
+
+    @classmethod
+    def of(cls, tensor: Rounded) -> Spread:
+        """One pass for the maximum, and one over the sample."""
+        flat = tensor.raw.reshape(-1)
+        # An odd stride walks through every column of a tensor whose sides are powers of two.
+        sample = flat[:: (flat.size // SAMPLE) | 1]
+        histogram = exponent_histogram(sample) * np.float32(flat.size / sample.size)
+        return cls(_maximum(tensor.raw), histogram)
+
+    def combine(self, other: Spread) -> Spread:
+        """The larger maximum, and the sum of the histograms."""
+        return Spread(jnp.maximum(self.maximum, other.maximum), self.histogram + other.histogram)
+
+
+class Census(NamedTuple):
+    """What became of every element of a tensor when it was rounded; counts, as f32.
+
+    Attributes:
+      size: elements.
+      zeros: elements that were 0 before.
+      underflows: elements that became 0.
+      subnormals: elements that became subnormal, and so lost relative precision.
+      overflows: finite elements beyond the largest finite value of the format; they saturate or
+        become infinite, as the site rounds.
+      maximum: the largest magnitude of the unrounded tensor.
+      histogram: f32[EXPONENTS], of all elements, in units of the format.
+    """
+
+    size: jax.Array
+    zeros: jax.Array
+    underflows: jax.Array
+    subnormals: jax.Array
+    overflows: jax.Array
+    maximum: jax.Array
+    histogram: jax.Array
+
+    @classmethod
+    def empty(cls) -> Census:
+        """Nothing seen."""
+        shapes = dict.fromkeys(cls._fields, ()) | {"histogram": (EXPONENTS,)}
+        return cls(**{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()})
+
+    @classmethod
+    def of(cls, tensor: Rounded) -> Census:
+        """Several passes over the tensor; for steps that are watched."""
+        # On bit patterns: compiled comparisons of floats may take subnormals for 0.
+        work, _, before = split(tensor.scaled)
+        _, _, after = split(tensor.values.astype(work.dtype))
+        normal, largest, infinity = (
+            pattern(value, work)
+            for value in (tensor.format.smallest_normal, tensor.format.largest_finite, np.inf)
+        )
+        return cls(
+            size=jnp.asarray(before.size, jnp.float32),
+            zeros=_count(before == 0),
+            underflows=_count((before != 0) & (after == 0)),
+            subnormals=_count((after != 0) & (after < normal)),
+            overflows=_count((before > largest) & (before < infinity)),
+            maximum=_maximum(tensor.raw),
+            histogram=exponent_histogram(tensor.scaled),
+        )
+
+    def combine(self, other: Census) -> Census:
+        """Sums of counts, and the larger maximum."""
+        total = jax.tree.map(jnp.add, self, other)
+        return total._replace(maximum=jnp.maximum(self.maximum, other.maximum))
+
+
+Slots = Mapping[str, Mapping[str, Any]]
+"""Slots by role and then by who asks, e.g. `{"dx": {"telemetry": Census.empty()}}`."""
+
+
+class Probe(NamedTuple):
+    """What one site is given beside its formats.
+
+    Attributes:
+      factors: f32[] each, by role: factors of operands whose scaling is delayed.
+      slots: what is to be measured.
+    """
+
+    factors: Mapping[str, jax.Array]
+    slots: Slots
+
+
+def exponent_histogram(x: jax.Array) -> jax.Array:
+    """How many elements have which exponent.
+
+    Returns:
+      f32[EXPONENTS]: entry e counts elements with `2**(e - 127) <= abs(x) < 2**(e - 126)`; entry 0
+      also zeros and subnormals, the last one infinities and NaN. f64 is rounded to f32 first.
+    """
+    x = x.astype(jnp.float32) if x.dtype == jnp.float64 else x
+    bins = jnp.clip(floor_log2(x) + np.int32(127), 0, np.int32(EXPONENTS - 1))
+    return jnp.zeros((EXPONENTS,), jnp.float32).at[bins.reshape(-1)].add(np.float32(1))
+
+
+def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]) -> jax.Array:
+    """`x` unchanged; the gradients of `slots` will be what they measure of `tensor()`."""
+    if not slots:
+        return x
+    measured = jax.lax.stop_gradient(measure(slots, tensor()))
+    return _deliver(x, slots, measured)
+
+
+def measure(slots: Mapping[str, Any], tensor: Rounded) -> dict[str, Any]:
+    """What every slot measures of a tensor."""
+    return {who: type(slot).of(tensor) for who, slot in slots.items()}
+
+
+@jax.custom_vjp
+def _deliver(x: jax.Array, slots: Any, measured: Any) -> jax.Array:
+    return x
+
+
+def _deliver_forward(x: jax.Array, slots: Any, measured: Any) -> tuple[jax.Array, Any]:
+    return x, measured
+
+
+def _deliver_backward(measured: Any, g: jax.Array) -> tuple[jax.Array, Any, Any]:
+    return g, measured, jax.tree.map(jnp.zeros_like, measured)
+
+
+_deliver.defvjp(_deliver_forward, _deliver_backward)
+
+
+Round = Callable[..., Rounded]
+
+
+def report_cotangent(
+    x: jax.Array, slots: Mapping[str, Any], rounded: Round, *arguments: Any
+) -> jax.Array:
+    """`x` unchanged; the gradients of `slots` will be what they measure of its cotangent.
+
+    Args:
+      x: any tensor of the model.
+      slots: what to measure.
+      rounded: `rounded(cotangent, *arguments)` says what the cotangent is about to become.
+      arguments: arrays that `rounded` needs.
+    """
+    return _watch(rounded, x, slots, arguments) if slots else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _watch(rounded: Round, x: jax.Array, slots: Any, arguments: Any) -> jax.Array:
+    return x
+
+
+def _watch_forward(rounded: Round, x: jax.Array, slots: Any, arguments: Any) -> Any:
+    return x, (slots, arguments)
+
+
+def _watch_backward(rounded: Round, saved: Any, g: jax.Array) -> tuple[jax.Array, Any, Any]:
+    slots, arguments = saved
+    return g, measure(slots, rounded(g, *arguments)), jax.tree.map(jnp.zeros_like, arguments)
+
+
+_watch.defvjp(_watch_forward, _watch_backward)
+
+
+def rescale_cotangent(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """`x` unchanged; its cotangent is multiplied by `factor`, f32[], a power of two."""
+    return _rescale(x, factor)
+
+
+@jax.custom_vjp
+def _rescale(x: jax.Array, factor: jax.Array) -> jax.Array:
+    return x
+
+
+def _rescale_forward(x: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, factor
+
+
+def _rescale_backward(factor: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # In f32: the factor itself may be out of the range of f16 where the product is not.
+    wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    return (wide * factor.astype(wide.dtype)).astype(g.dtype), jnp.zeros_like(factor)
+
+
+_rescale.defvjp(_rescale_forward, _rescale_backward)
+
+
+def combine(first: Any, second: Any) -> Any:
+    """Two trees of measurements as one, slot by slot."""
+    return jax.tree.map(lambda a, b: a.combine(b), first, second, is_leaf=is_slot)
+
+
+def is_slot(node: Any) -> bool:
+    """Whether a node of a pytree is a measurement."""
+    return isinstance(node, (Maximum, Spread, Census))
+
+
+def _maximum(x: jax.Array) -> jax.Array:
+    return largest_magnitude(x).astype(jnp.float32)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.float32)

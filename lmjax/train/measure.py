@@ -1,0 +1,165 @@
+"""What a step measures of its own tensors, for whom, and what becomes of it.
+
+    delayed      maxima of operands     -> the histories in `TrainState.scaling`
+    loss_scale   spread of cotangents   -> the forecast in the state of a predictive loss scale
+    telemetry    a census of every site -> the metrics of watched steps
+
+The measurements are gradients of the slots that `slots` lays out; see `precision/probes.py`. A
+config that asks for none of the three gets no slots, and so the program it would get without this
+file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmjax import loss_scale
+from lmjax.model import site_tree
+from lmjax.precision import paths
+from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
+from lmjax.precision.probes import Census, Maximum, Spread, is_slot
+from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.scaling import DelayedScale, init_delayed_scale, update_delayed_scale
+from lmjax.train.config import Config
+
+Tree = dict[str, Any]
+"""Nested by the components of a site's path, then by role; sites in blocks are stacked."""
+
+
+def initial_scaling(config: Config) -> Tree:
+    """A fresh `DelayedScale` for every operand whose scaling is delayed."""
+
+    def one(path: str) -> dict[str, DelayedScale] | None:
+        quantizers = _delayed(config, path)
+        return {role: init_delayed_scale(q) for role, q in quantizers.items()} or None
+
+    return site_tree(config.model, one)
+
+
+def factors(scaling: Tree, scale: jax.Array) -> Tree:
+    """The scale factor of every operand with delayed scaling, for a step at this loss scale.
+
+    Histories hold maxima of unscaled cotangents, so that a change of the loss scale does not make
+    them wrong; the factor is multiplied by the loss scale instead.
+    """
+    return paths.unflatten(
+        {
+            path: delayed.scale * _cotangent_scale(path, scale)
+            for path, delayed in paths.flatten(scaling, _is_delayed).items()
+        }
+    )
+
+
+def slots(config: Config, telemetry: bool) -> Tree:
+    """Everything that a step is to measure."""
+    predictive = config.loss_scale.kind == "predictive"
+
+    def one(path: str) -> dict[str, dict[str, Any]] | None:
+        product = path.rsplit("/", 1)[-1] in PRODUCT_SITES
+        asked: dict[str, dict[str, Any]] = {}
+        for role in _delayed(config, path):
+            asked.setdefault(role, {})["delayed"] = Maximum.empty()
+        if predictive:
+            for role in ("dx", "dw") if product else ("dx",):
+                asked.setdefault(role, {})["loss_scale"] = Spread.empty()
+        if telemetry:
+            for role in _roles(path, product):
+                asked.setdefault(role, {})["telemetry"] = Census.empty()
+        return asked or None
+
+    return site_tree(config.model, one)
+
+
+def _roles(path: str, product: bool) -> tuple[str, ...]:
+    if product:
+        return ("w", "x", "g", "dx", "dw")
+    return ("dx",) if path == "loss" else ("y", "dx")  # the loss hands on one number
+
+
+def updated_scaling(config: Config, scaling: Tree, measured: Tree, scale: jax.Array) -> Tree:
+    """The histories after a step, with the maxima it measured."""
+    maxima = _asked_by("delayed", measured)
+    updated = {}
+    for path, delayed in paths.flatten(scaling, _is_delayed).items():
+        site, role = path.rsplit("/", 1)
+        quantizer = _delayed(config, site.replace("blocks/", "blocks/0/", 1))[role]
+        maximum = maxima[path].maximum / _cotangent_scale(path, scale)
+        update = lambda state, amax, q=quantizer: update_delayed_scale(state, amax, q)
+        updated[path] = (jax.vmap(update) if maximum.ndim else update)(delayed, maximum)
+    return paths.unflatten(updated)
+
+
+def cotangent_spread(measured: Tree, scale: jax.Array) -> Spread | None:
+    """How the cotangents of a step spread: one `Spread` with the shape of `scale` in front."""
+    asked = _asked_by("loss_scale", measured)
+    if not asked:
+        return None
+    inside = [spread for path, spread in asked.items() if path.startswith(loss_scale.STACKED)]
+    outside = [spread for path, spread in asked.items() if not path.startswith(loss_scale.STACKED)]
+    blocks, rest = _joined(inside), _joined(outside)
+    everything = Spread(*(jnp.concatenate([b, r[None]]) for b, r in zip(blocks, rest, strict=True)))
+    if scale.ndim:
+        return everything
+    return Spread(jnp.max(everything.maximum), jnp.sum(everything.histogram, axis=0))
+
+
+def census(measured: Tree) -> dict[str, Census]:
+    """What telemetry asked for, by site and role: `blocks/mlp/up/w`."""
+    return _asked_by("telemetry", measured)
+
+
+def _joined(spreads: list[Spread]) -> Spread:
+    first, *others = spreads
+    for other in others:
+        first = first.combine(other)
+    return first
+
+
+def _asked_by(who: str, measured: Tree) -> dict[str, Any]:
+    """The measurements for one of the three, by site and role."""
+    flat, end = paths.flatten(measured, is_slot), f"/{who}"
+    return {path.removesuffix(end): slot for path, slot in flat.items() if path.endswith(end)}
+
+
+def _delayed(config: Config, path: str) -> dict[str, Quantizer]:
+    """The delayed quantizers of a site, by role; inside blocks, all blocks must agree."""
+    found: dict[str, Quantizer] = {}
+    kind = path.rsplit("/", 1)[-1]
+    if kind not in PRODUCT_SITES:
+        return found
+    for site in _sites(config, path):
+        of_w = site.activations if kind in ACTIVATION_PRODUCTS else site.weights
+        for role, operand in {"w": of_w, "x": site.activations, "g": site.grads}.items():
+            if operand is None or not operand.quantizer.history:
+                continue
+            if found.setdefault(role, operand.quantizer) != operand.quantizer:
+                raise ValueError(
+                    f"the histories of all blocks are one array, but {role} of "
+                    f"{path.replace('/0/', '/*/', 1)} is {found[role]} in one block and "
+                    f"{operand.quantizer} in another; give every block the same"
+                )
+    return found
+
+
+def _sites(config: Config, path: str) -> list[SitePolicy]:
+    sites = config.sites
+    if not path.startswith("blocks/0/"):
+        return [sites[path]]
+    inside = path.removeprefix("blocks/0/")
+    return [sites[f"blocks/{index}/{inside}"] for index in range(config.model.layers)]
+
+
+def _cotangent_scale(path: str, scale: jax.Array) -> jax.Array:
+    """What the loss scale multiplies the operand at `path` by: cotangents alone feel it."""
+    if not path.endswith("/g"):
+        return jnp.ones((), jnp.float32)
+    if not scale.ndim:
+        return scale
+    return scale[:-1] if path.startswith(loss_scale.STACKED) else scale[-1]
+
+
+def _is_delayed(node: Any) -> bool:
+    return isinstance(node, DelayedScale)
