@@ -9,19 +9,22 @@ Knows JAX, optax and what a policy says of a parameter.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lmjax.precision import paths
+from lmjax.precision.bits import floor_log2
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import NATIVE, SitePolicy
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import Overflow, quantize, to_native
+from lmjax.precision.rounding import Overflow, ldexp, quantize, to_native
 from lmjax.precision.scaling import Quantized, dequantize, quantize_with_scale
 
 ParamSites = Mapping[str, SitePolicy]
@@ -67,6 +70,58 @@ def apply_updates(
             kept[path] = _stored(update - (new.astype(update.dtype) - wide), site, None)
         flat_params[path] = new
     return paths.unflatten(flat_params), paths.unflatten(kept)
+
+
+class UpdateCensus(NamedTuple):
+    """What became of the update of a parameter; f32 arrays, `[]` or `[blocks]`.
+
+    Attributes:
+      size: elements.
+      unchanged: elements that are the same number as before.
+      lost: elements whose update is not 0, but less than half a unit in the last place of the
+        element in its stored format.
+      squared_updates, squared_params: sums of squares, of what was added and of what it was added
+        to.
+    """
+
+    size: jax.Array
+    unchanged: jax.Array
+    lost: jax.Array
+    squared_updates: jax.Array
+    squared_params: jax.Array
+
+
+def update_census(
+    old: Any, new: Any, updates: Any, sites: ParamSites, stacked: str
+) -> dict[str, UpdateCensus]:
+    """Counts what a step did to each parameter, by path.
+
+    Args:
+      old, new: stored parameters before and after.
+      updates: what the optimizer asked for, f32.
+      sites: how each parameter is stored.
+      stacked: start of the paths whose leading axis is that of blocks, which are counted singly.
+    """
+    flat_new, flat_updates = paths.flatten(new), paths.flatten(updates)
+    census = {}
+    for path, before in paths.flatten(old).items():
+        after, update = flat_new[path], flat_updates[path]
+        wide = before.astype(update.dtype)
+        axes = tuple(range(int(path.startswith(stacked)), before.ndim))
+        total = functools.partial(jnp.sum, axis=axes, dtype=jnp.float32)
+        number_format = sites[path].params
+        exponent = jnp.maximum(floor_log2(wide), np.int32(number_format.smallest_exponent))
+        half_ulp = ldexp(
+            jnp.ones(wide.shape, jnp.float32), exponent - np.int32(number_format.mantissa_bits + 1)
+        )
+        census[path] = UpdateCensus(
+            size=total(jnp.ones(wide.shape, jnp.float32)),
+            unchanged=total(before == after),
+            lost=total((update != 0) & (jnp.abs(update) < half_ulp.astype(update.dtype))),
+            squared_updates=total(jnp.square(update)),
+            squared_params=total(jnp.square(wide)),
+        )
+    return census
 
 
 def _stored(value: jax.Array, site: SitePolicy, key: jax.Array | None) -> jax.Array:

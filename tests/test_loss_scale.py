@@ -161,3 +161,53 @@ def test_auto_must_be_resolved_first():
 )  # fmt: skip
 def test_auto_is_dynamic_where_exponents_are_short(kind, exponent_bits, expected):
     assert resolve_kind(kind, exponent_bits) == expected
+
+
+STACKED = {
+    "blocks": {"w": jnp.ones((2, 3), jnp.float32)},
+    "head": {"w": jnp.ones(2, jnp.float32)},
+}
+PER_BLOCK = dataclasses.replace(DYNAMIC, per_block=True)
+
+
+def test_each_block_is_unscaled_by_its_own_scale():
+    scale = jnp.asarray([2.0, 4.0, 8.0], jnp.float32)
+    gradients = loss_scale.unscale(STACKED, scale)
+    np.testing.assert_array_equal(gradients["blocks"]["w"], [[0.5] * 3, [0.25] * 3])
+    np.testing.assert_array_equal(gradients["head"]["w"], [0.125] * 2)
+    assert float(loss_scale.of_the_loss(scale)) == 8.0
+
+
+def test_only_the_scale_of_the_block_that_overflows_shrinks_and_all_skip():
+    transformation = with_loss_scale(optax.identity(), PER_BLOCK, blocks=2)
+    state = transformation.init(STACKED)
+    assert state.scale.shape == (3,)
+    bad = STACKED | {"blocks": {"w": STACKED["blocks"]["w"].at[1, 0].set(jnp.inf)}}
+    updates, state = transformation.update(bad, state, STACKED)
+    np.testing.assert_array_equal(state.scale, [8.0, 4.0, 8.0])
+    assert int(state.skipped_steps) == 1
+    assert not any(jnp.any(u) for u in jax.tree.leaves(updates))
+    outside = STACKED | {"head": {"w": STACKED["head"]["w"].at[0].set(jnp.nan)}}
+    _, state = transformation.update(outside, state, STACKED)
+    np.testing.assert_array_equal(state.scale, [8.0, 4.0, 4.0])
+
+
+def test_a_predictive_scale_wants_to_see_cotangents():
+    config = LossScaleConfig("predictive", format="f16")
+    transformation = with_loss_scale(optax.identity(), config)
+    with pytest.raises(ValueError, match="cotangents"):
+        transformation.update(GOOD, transformation.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"overflow_probability": 0.0},
+        {"memory": 0},
+        {"format": "f17x"},
+        {"kind": "static", "per_block": True},
+    ],
+)
+def test_settings_of_predictive_and_block_scales_are_checked(wrong):
+    with pytest.raises(ValueError, match=r"loss_scale|format"):
+        LossScaleConfig(**wrong)

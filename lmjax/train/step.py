@@ -19,7 +19,7 @@ from lmjax.model import Context, apply, token_losses
 from lmjax.optimizer import learning_rate_schedule
 from lmjax.precision import exact, probes
 from lmjax.precision.exact import at_least_f32
-from lmjax.storage import apply_updates
+from lmjax.storage import apply_updates, update_census
 from lmjax.train import measure
 from lmjax.train.config import Config
 from lmjax.train.state import TrainState, abstract_state, optimizer_of
@@ -45,7 +45,8 @@ def make_train_step(
       `inputs` and `targets`, `int32[batch_size, context]`. Metrics are f32[] arrays: `loss` in nats
       per token (with the z-loss, if any), `grad_norm` before clipping, `learning_rate` and
       `loss_scale` as this step used them, `skipped_steps` in all and `consecutive_skips`; and with
-      telemetry `telemetry`, a `Census` by site and role.
+      telemetry `telemetry`, a `Census` by site and role, and `updates`, an `UpdateCensus` by
+      parameter.
     """
     config = config.resolved()
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
@@ -104,6 +105,9 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         )
         if telemetry:
             metrics["telemetry"] = measure.census(measured)
+            metrics["updates"] = update_census(
+                state.params, params, updates, sites, loss_scale.STACKED
+            )
         new_state = TrainState(state.step + 1, params, opt_state, residuals, scaling, state.key)
         return new_state, metrics
 

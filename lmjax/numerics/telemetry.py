@@ -1,0 +1,132 @@
+"""Telemetry: what rounding does to every tensor of a run, as rows of numbers.
+
+Every `every` steps a run takes a watched step: the same step, compiled a second time with probes in
+it, so that all other steps are the program of a run without telemetry. A watched step counts, for
+each site and role (`precision/probes.py` says which there are), what became of the elements of the
+tensor when they were rounded, and for each parameter what became of its update.
+
+This file turns those counts into rows of `telemetry.jsonl`. A row is `step`, `tensors` and
+`updates`. Shares are of all elements:
+
+    tensors["blocks/3/mlp/up/dx"]
+        format                the format that the tensor was rounded to
+        size                  number of elements
+        zero                  share that was 0 before
+        underflow             share that became 0
+        subnormal             share that became subnormal
+        overflow              share beyond the largest finite number
+        maximum               largest magnitude before rounding
+        exponents             {e: count of elements with 2^e <= |x| < 2^(e + 1)}, in units of the
+                              format, that is after division by scale factors
+    updates["blocks/3/mlp/up/kernel"]
+        size                  number of elements
+        unchanged             share that is the same number after the step
+        lost                  share whose update is less than half a unit in the last place, not 0
+        relative              root mean square of the updates over that of the parameters
+
+Knows NumPy, probes and policies; nothing of the loop that calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmjax.precision.policy import ACTIVATION_PRODUCTS, SitePolicy
+from lmjax.precision.probes import Census
+from lmjax.storage import UpdateCensus
+
+BLOCKS = "blocks/"
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """When a run watches its numbers."""
+
+    every: int = 0
+    """Steps between watched steps, which are written to telemetry.jsonl; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuses negative numbers."""
+        if self.every < 0:
+            raise ValueError(f"telemetry.every is {self.every}; it must not be negative")
+
+
+def telemetry_row(
+    step: int,
+    tensors: Mapping[str, Census],
+    updates: Mapping[str, UpdateCensus],
+    sites: Mapping[str, SitePolicy],
+) -> dict[str, Any]:
+    """One row of `telemetry.jsonl`.
+
+    Args:
+      step: the step that was watched.
+      tensors: counts by site and role, stacked for blocks, as NumPy arrays.
+      updates: counts by path of the parameter, stacked likewise.
+      sites: the formats of every site of the model.
+    """
+    return {
+        "step": step,
+        "tensors": {
+            path: _tensor(census, tensor_format(path, sites))
+            for path, census in _unstacked(tensors)
+        },
+        "updates": {path: _update(census) for path, census in _unstacked(updates)},
+    }
+
+
+def tensor_format(path: str, sites: Mapping[str, SitePolicy]) -> str:
+    """The format that the tensor of a role at a site is rounded to: `blocks/0/mlp/up/g`."""
+    site_path, role = path.rsplit("/", 1)
+    site = sites[site_path]
+    if site_path.endswith(ACTIVATION_PRODUCTS) and role == "w":
+        role = "x"
+    operand = {"w": site.weights, "x": site.activations, "g": site.grads}.get(role)
+    if operand is not None:
+        return str(operand.quantizer)
+    return site.output.name if role == "y" else site.compute.name
+
+
+def _unstacked(stacked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Counts by full path: those of blocks one block at a time."""
+    for path, census in stacked.items():
+        if not path.startswith(BLOCKS):
+            yield path, census
+            continue
+        for index in range(len(census.size)):
+            inside = path.removeprefix(BLOCKS)
+            yield f"{BLOCKS}{index}/{inside}", type(census)(*(part[index] for part in census))
+
+
+def _tensor(census: Census, format_name: str) -> dict[str, Any]:
+    size = float(census.size)
+    shares = {
+        "zero": census.zeros,
+        "underflow": census.underflows,
+        "subnormal": census.subnormals,
+        "overflow": census.overflows,
+    }
+    counts = np.asarray(census.histogram)
+    return {
+        "format": format_name,
+        "size": int(size),
+        **{name: float(count) / size for name, count in shares.items()},
+        "maximum": float(census.maximum),
+        "exponents": {str(i - 127): int(counts[i]) for i in np.flatnonzero(counts) if i > 0},
+    }
+
+
+def _update(census: UpdateCensus) -> dict[str, Any]:
+    size = float(census.size)
+    return {
+        "size": int(size),
+        "unchanged": float(census.unchanged) / size,
+        "lost": float(census.lost) / size,
+        "relative": float(np.sqrt(census.squared_updates / census.squared_params))
+        if census.squared_params
+        else float("inf"),
+    }

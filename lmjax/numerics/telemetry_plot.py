@@ -1,0 +1,160 @@
+"""Pictures of telemetry: where numbers lie in their formats, and how that changes over a run.
+
+Knows matplotlib, formats and the rows that `telemetry.py` makes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lmjax.precision.formats import Format
+from lmjax.precision.quantizer import parse_quantizer
+
+PANELS = {
+    "weights": ("w",),
+    "activations": ("x", "y"),
+    "cotangents handed back": ("dx",),
+    "weight gradients": ("dw",),
+}
+"""Title of each column, and the roles in it; a site has at most one of them."""
+
+_RANGE, _SUBNORMAL = "#c1121f", "#e07a2f"
+_LEAST_SHARE = 1e-6
+_LOW, _HIGH = -60, 20
+
+Row = Mapping[str, Any]
+
+
+def draw_exponents(row: Row, path: str | os.PathLike[str], title: str = "") -> None:
+    """A heat map of one watched step: sites downwards, exponents to the right, share as colour.
+
+    What lies left of the format's range has become 0; what lies between the two marks on the left
+    is subnormal; what lies right of the range is saturated or infinite.
+
+    Args:
+      row: one row of `telemetry.jsonl`.
+      path: where the picture goes.
+      title: what run this is.
+    """
+    sites = _sites([row])
+    figure, axes = _grid(sites, title or f"step {row['step']}")
+    for panel, roles in zip(axes, PANELS.values(), strict=True):
+        tensors = [_tensor(row, site, roles) for site in sites]
+        shares = np.stack([_shares(tensor) for tensor in tensors])
+        image = panel.imshow(
+            np.where(shares > 0, shares, np.nan),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="Blues",
+            norm=LogNorm(_LEAST_SHARE, 1),
+            extent=(_LOW, _HIGH, len(sites) - 0.5, -0.5),
+        )
+        for index, tensor in enumerate(tensors):
+            if tensor:
+                _mark_range(panel, index, _format(tensor["format"]))
+        panel.set_xlabel("exponent (base 2)")
+    figure.colorbar(image, ax=axes, shrink=0.5, label="share of the tensor", pad=0.01)
+    marks = [
+        Line2D([], [], color=_RANGE, label="smallest and largest number of the format"),
+        Line2D([], [], color=_SUBNORMAL, label="smallest normal number"),
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_course(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
+    """A heat map of the whole run: sites downwards, steps to the right, the share lost as colour.
+
+    Lost is what became 0 and what was beyond the largest number.
+
+    Args:
+      rows: the rows of `telemetry.jsonl`.
+      path: where the picture goes.
+      title: what run this is.
+    """
+    sites = _sites(rows)
+    figure, axes = _grid(sites, title)
+    steps = [row["step"] for row in rows]
+    for panel, roles in zip(axes, PANELS.values(), strict=True):
+        lost = np.full((len(sites), len(rows)), np.nan)
+        for column, row in enumerate(rows):
+            for index, site in enumerate(sites):
+                tensor = _tensor(row, site, roles)
+                if tensor:
+                    lost[index, column] = tensor["underflow"] + tensor["overflow"]
+        panel.set_facecolor("#eceff1")
+        image = panel.imshow(
+            np.where(np.isnan(lost), np.nan, np.maximum(lost, _LEAST_SHARE)),
+            aspect="auto",
+            interpolation="nearest",
+            cmap="YlOrRd",
+            norm=LogNorm(_LEAST_SHARE, 1),
+        )
+        shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 4)).round().astype(int))
+        panel.set_xticks(shown, [str(steps[index]) for index in shown])
+        panel.set_xlabel("step")
+    figure.colorbar(
+        image, ax=axes, shrink=0.5, label="share underflowed or overflowed", pad=0.01, extend="min"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _grid(sites: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
+    figure = Figure(figsize=(14, 2.2 + 0.17 * len(sites)), layout="constrained")
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for panel, name in zip(axes, PANELS, strict=True):
+        panel.set_title(name, fontsize=10)
+        panel.tick_params(labelsize=7)
+        panel.spines[:].set_visible(False)
+    axes[0].set_yticks(range(len(sites)), list(sites))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure, axes
+
+
+def _sites(rows: Sequence[Row]) -> list[str]:
+    """Every site that was measured, in the order of the model: blocks by number, ends outside."""
+    paths = dict.fromkeys(path.rsplit("/", 1)[0] for row in rows for path in row["tensors"])
+    before = [path for path in ("embed", "positions") if path in paths]
+    inside = [path for path in paths if path.startswith("blocks/")]
+    inside.sort(key=lambda path: int(path.split("/")[1]))
+    after = [path for path in paths if path not in {*before, *inside}]
+    return [*before, *inside, *sorted(after, key=["norm", "head", "loss"].index)]
+
+
+def _tensor(row: Row, site: str, roles: Sequence[str]) -> Mapping[str, Any]:
+    for role in roles:
+        if f"{site}/{role}" in row["tensors"]:
+            return row["tensors"][f"{site}/{role}"]
+    return {}
+
+
+def _shares(tensor: Mapping[str, Any]) -> np.ndarray:
+    """Share of the elements with each exponent; the outermost take up what lies beyond."""
+    shares = np.zeros(_HIGH - _LOW)
+    for exponent, count in tensor.get("exponents", {}).items():
+        shares[np.clip(int(exponent) - _LOW, 0, len(shares) - 1)] += count / tensor["size"]
+    return shares
+
+
+def _format(text: str) -> Format:
+    return parse_quantizer(text).format
+
+
+def _mark_range(panel: Axes, index: int, number_format: Format) -> None:
+    """Short vertical lines at the ends of a format's range, where the panel reaches that far."""
+    marks = {
+        np.log2(number_format.smallest_subnormal): _RANGE,
+        np.log2(number_format.smallest_normal): _SUBNORMAL,
+        np.log2(number_format.largest_finite): _RANGE,
+    }
+    for exponent, color in marks.items():
+        if _LOW < exponent < _HIGH:
+            panel.plot([exponent] * 2, [index - 0.5, index + 0.5], color=color, linewidth=1.2)
