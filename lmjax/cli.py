@@ -252,7 +252,7 @@ def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")]) -> int:
 def sites(
     experiment: tyro.conf.Positional[str], /, precision: str | None = None, json: bool = False
 ) -> int:
-    """What each tensor of each site of an experiment's model resolves to.
+    """What each tensor of each site of an experiment's model resolves to, phase by phase.
 
     Args:
       experiment: Module, such as experiments.quickstart.
@@ -262,12 +262,17 @@ def sites(
     config = load_experiment(experiment)
     if precision is not None:
         config = _bad_input(dataclasses.replace, config, precision=precision)
-    resolved = config.sites
+    phases = {
+        start: {path: site.rows() for path, site in phase.sites.items()}
+        for start, phase in config.phases
+    }
     if json:
-        _print_json({path: site.rows() for path, site in resolved.items()})
-    else:
-        rows = ((path, *site.rows().values()) for path, site in resolved.items())
-        _print_table(("site", *KEYS), rows)
+        _print_json(phases if len(phases) > 1 else phases[0])
+        return DONE
+    for start, resolved in phases.items():
+        if len(phases) > 1:
+            print(f"from step {start} on: {config.at(start).precision}")
+        _print_table(("site", *KEYS), ((path, *row.values()) for path, row in resolved.items()))
     return DONE
 
 

@@ -2,7 +2,8 @@
 
 Parameters: `apply_updates` adds an f32 update to a stored parameter and rounds once, to nearest,
 stochastically, or with Kahan compensation. Moments: `with_stored_moments` lets any optax optimizer
-see f32 moments and keeps them as the policy says between steps.
+see f32 moments and keeps them as the policy says between steps. `convert_params` and
+`convert_moments` carry both over into the formats of another policy.
 
 Knows JAX, optax and what a policy says of a parameter.
 """
@@ -20,9 +21,9 @@ import numpy as np
 import optax
 
 from lmjax.precision import paths
-from lmjax.precision.bits import floor_log2
+from lmjax.precision.bits import floor_log2, join, split, unsigned, widen
 from lmjax.precision.exact import at_least_f32
-from lmjax.precision.policy import NATIVE, SitePolicy
+from lmjax.precision.policy import NATIVE, SitePolicy, carrier
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.rounding import Overflow, ldexp, quantize, to_native
 from lmjax.precision.scaling import Quantized, dequantize, quantize_with_scale
@@ -127,9 +128,76 @@ def update_census(
 def _stored(value: jax.Array, site: SitePolicy, key: jax.Array | None) -> jax.Array:
     if site.update == "sr" and key is not None:
         # Too large a value becomes what rounding to nearest would make of it.
-        overflow: Overflow = "native" if site.params.name in NATIVE else "saturate"
-        value = quantize(value, site.params, "stochastic", key, overflow)
+        value = quantize(value, site.params, "stochastic", key, _overflow(site))
     return site.to_params(value)
+
+
+def _overflow(site: SitePolicy) -> Overflow:
+    return "native" if site.params.name in NATIVE else "saturate"
+
+
+def convert_params(
+    params: Any, residuals: Any, old: ParamSites, new: ParamSites
+) -> tuple[Any, Any]:
+    """Parameters and residuals as another policy stores them.
+
+    What a parameter has come to is itself plus its residual, if it has one. This sum is rounded to
+    the new format once, and to nearest however updates are rounded: no update can get lost here. A
+    new residual takes up what that rounding has lost.
+
+    Args:
+      params: parameters as stored under `old`.
+      residuals: what compensated ones have lost to rounding under `old`.
+      old: how each parameter has been stored.
+      new: how it is stored from now on.
+
+    Returns:
+      Parameters and residuals as stored under `new`; the same arrays where nothing changes.
+    """
+    flat, kept = paths.flatten(params), paths.flatten(residuals)
+    for path, param in flat.items():
+        site, compensated = new[path], new[path].update == "kahan"
+        if site.params == old[path].params and compensated == (path in kept):
+            continue
+        total, rest = _exact_sum(param, kept.pop(path, None), site)
+        flat[path] = _rounded_sum(total, rest, site)
+        if compensated:
+            kept[path] = site.to_params(total - flat[path].astype(total.dtype) + rest)
+    return paths.unflatten(flat), paths.unflatten(kept)
+
+
+def _exact_sum(
+    param: jax.Array, residual: jax.Array | None, site: SitePolicy
+) -> tuple[jax.Array, jax.Array]:
+    """Their sum and its rounding error, in at least f32 and no less than the new format needs.
+
+    The error of a sum is itself a number: TwoSum (Knuth, The Art of Computer Programming, volume 2,
+    section 4.2.2, theorem B).
+    """
+    dtype = jnp.promote_types(at_least_f32(param.dtype), carrier(site.params))
+    x = widen(param).astype(dtype)
+    if residual is None:
+        return x, jnp.zeros_like(x)
+    y = widen(residual).astype(dtype)
+    total = x + y
+    y_seen = total - x
+    return total, (x - (total - y_seen)) + (y - y_seen)
+
+
+def _rounded_sum(total: jax.Array, rest: jax.Array, site: SitePolicy) -> jax.Array:
+    """`total + rest`, rounded once to the stored format.
+
+    Rounded in two steps, a sum can come out on the wrong side of a tie. It does not if the first
+    step rounds to odd and keeps two more bits than the second (Boldo and Melquiond 2008, "Emulation
+    of a FMA and correctly rounded sums", theorem 2).
+    """
+    work, sign, magnitude = split(total)
+    if site.params.mantissa_bits + 2 <= work.mantissa_bits:
+        one = unsigned(work)(1)
+        odd = jnp.where((rest > 0) == (total > 0), magnitude + one, magnitude - one)
+        inexact = (rest != 0) & jnp.isfinite(rest) & (magnitude & one == 0)
+        total = join(sign, jnp.where(inexact, odd, magnitude), total.dtype)
+    return site.to_params(quantize(total, site.params, overflow=_overflow(site)))
 
 
 def with_stored_moments(
@@ -155,27 +223,45 @@ def with_stored_moments(
     return optax.GradientTransformation(init, update)
 
 
-def _map_moments(change: Callable[[Any, Quantizer], Any], state: Any, sites: ParamSites) -> Any:
-    """Applies `change` to every moment anywhere in an optimizer state."""
+def convert_moments(state: Any, old: ParamSites, new: ParamSites) -> Any:
+    """An optimizer state with its moments as another policy stores them.
+
+    Args:
+      state: an optimizer state, anywhere in which there may be moments stored under `old`.
+      old: how the moments of each parameter have been stored.
+      new: how they are stored from now on.
+
+    Returns:
+      The state with those moments read and stored anew whose format changes; the rest as it is.
+    """
+
+    def convert(stored: Any, before: Quantizer, after: Quantizer) -> Any:
+        return stored if before == after else _encode(_decode(stored, before), after)
+
+    return _map_moments(convert, state, old, new)
+
+
+def _map_moments(change: Callable[..., Any], state: Any, *sites: ParamSites) -> Any:
+    """Applies `change` to every moment anywhere in an optimizer state and to its quantizers."""
 
     def one(node: Any) -> Any:
         if not hasattr(node, "mu"):
             return node
         moments = {name: getattr(node, name) for name in ("mu", "nu") if hasattr(node, name)}
         return node._replace(
-            **{name: _map_tree(change, tree, sites, name) for name, tree in moments.items()}
+            **{name: _map_tree(change, tree, name, *sites) for name, tree in moments.items()}
         )
 
     return jax.tree.map(one, state, is_leaf=lambda node: hasattr(node, "mu"))
 
 
-def _map_tree(
-    change: Callable[[Any, Quantizer], Any], tree: Any, sites: ParamSites, moment: str
-) -> Any:
+def _map_tree(change: Callable[..., Any], tree: Any, moment: str, *sites: ParamSites) -> Any:
+    def one(keys: Any, leaf: Any) -> Any:
+        path = paths.path_string(keys)
+        return change(leaf, *(getattr(by_path[path], moment) for by_path in sites))
+
     return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: change(leaf, getattr(sites[paths.path_string(keys)], moment)),
-        tree,
-        is_leaf=lambda node: isinstance(node, Quantized),
+        one, tree, is_leaf=lambda node: isinstance(node, Quantized)
     )
 
 

@@ -60,6 +60,8 @@ def run(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 BAD_FLAGS = {
     "unknown flag": ("--presicion f32", ["presicion"]),
     "unknown format": ("--precision c=f33", ["f33"]),
+    "step of a phase": ("--precision '0: f32 | 1e3: bf16'", ["1e3", "character 9"]),
+    "phase after the end": ("--precision '0: f32 | 40: bf16'", ["step 40", "40 steps", "--steps"]),
     "no number": ("--steps many", ["steps", "many"]),
     "no steps": ("--steps 0", ["steps is 0"]),
     "heads": ("--model.heads 3", ["model.heads is 3", "model.width 16"]),
@@ -260,6 +262,30 @@ def test_verbs_print_strict_json(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert lmjax("sites", MODULE, "--precision", "mixed_bf16", "--json") == cli.DONE
     head = printed_json(capsys)["head"]
     assert (head["p"], head["c"], head["o"], head["w"]) == ("f32", "bf16", "f32", "bf16")
+
+
+def test_sites_of_a_policy_with_phases_are_shown_phase_by_phase(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    policy = "0: mixed_bf16 | 100: f32"
+    assert lmjax("sites", MODULE, "--precision", policy, "--json") == cli.DONE
+    phases = printed_json(capsys)
+    assert {start: phase["head"]["c"] for start, phase in phases.items()} == {
+        "0": "bf16",
+        "100": "f32",
+    }
+    assert lmjax("sites", MODULE, "--precision", policy) == cli.DONE
+    lines = capsys.readouterr().out.splitlines()
+    headings = [index for index, line in enumerate(lines) if line.startswith("from step ")]
+    assert [lines[index] for index in headings] == [
+        "from step 0 on: p=f32,c=bf16,o=f32",
+        "from step 100 on: p=f32,c=f32,o=f32",
+    ]
+    heads = [index for index, line in enumerate(lines) if line.startswith("head ")]
+    assert headings[0] < heads[0] < headings[1] < heads[1]
+    assert [lines[index].split()[2] for index in heads] == ["bf16", "f32"]
+    assert lmjax("sites", MODULE) == cli.DONE
+    assert "from step" not in capsys.readouterr().out
 
 
 def test_non_finite_results_are_strict_json(

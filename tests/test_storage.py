@@ -9,7 +9,14 @@ import optax
 import pytest
 
 from lmjax.precision import exact, parse_policy
-from lmjax.storage import apply_updates, initial_residuals, with_stored_moments
+from lmjax.storage import (
+    _encode,
+    apply_updates,
+    convert_moments,
+    convert_params,
+    initial_residuals,
+    with_stored_moments,
+)
 
 SITE = "head"
 
@@ -134,3 +141,127 @@ def test_bf16_second_moment_with_b2_999_never_decays():
 
     assert after("f32") == pytest.approx(0.999**1000, rel=1e-3)
     assert after("f32,nu=bf16") == 1.0
+
+
+# --- From the formats of one policy to those of another
+
+
+def converted(old: str, new: str, values: np.ndarray, residuals: np.ndarray | None = None):
+    """Values stored under `old`, with their residuals, as `new` stores them: values, residuals."""
+    before, after = sites_for(old), sites_for(new)
+    params = {"w": before["w"].to_params(jnp.asarray(values))}
+    kept = {} if residuals is None else {"w": before["w"].to_params(jnp.asarray(residuals))}
+    new_params, new_kept = exact.jit(lambda p, r: convert_params(p, r, before, after))(params, kept)
+    return new_params["w"], new_kept.get("w")
+
+
+def every_value(name: str) -> np.ndarray:
+    """All finite values of a 16-bit format, in its own dtype; both zeros."""
+    dtype = parse_policy(name).resolve(SITE).params.dtype
+    values = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(dtype)
+    return values[np.isfinite(values.astype(np.float32))]
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_widening_loses_nothing_and_leads_back(name: str):
+    values = every_value(name)
+    wide, _ = converted(f"p={name}", "p=f32", values)
+    assert wide.dtype == jnp.float32
+    np.testing.assert_array_equal(wide, values.astype(np.float32))
+    back, _ = converted("p=f32", f"p={name}", np.asarray(wide))
+    np.testing.assert_array_equal(np.asarray(back).view(np.uint16), values.view(np.uint16))
+
+
+@pytest.mark.parametrize(("old", "new"), [("bf16", "f16"), ("f16", "bf16"), ("f16", "e4m3")])
+def test_narrowing_rounds_once_to_nearest_however_updates_are_rounded(old: str, new: str):
+    from lmjax.precision import parse_format, quantize
+
+    values, number_format = every_value(old), parse_format(new)
+    overflow = "saturate" if new == "e4m3" else "native"
+    expected = quantize(jnp.asarray(values.astype(np.float32)), number_format, overflow=overflow)
+    for update in ("", ".sr", ".kahan"):
+        stored, _ = converted(f"p={old},c=f32", f"p={new}{update},c=f32", values)
+        assert stored.dtype == (jnp.float32 if new == "e4m3" else number_format.dtype)
+        np.testing.assert_array_equal(np.asarray(stored, np.float32), expected)
+
+
+def sums_near_ties() -> tuple[np.ndarray, np.ndarray]:
+    """Values of f32 halfway between values of f16, subnormal ones too, and what is beside them."""
+    values = np.unique(every_value("f16").astype(np.float64))[1:-1]
+    middle = ((values[1:] + values[:-1]) / 2).astype(np.float32)
+    signs = np.resize([-1.0, 1.0, 0.0], middle.shape)
+    return middle, (signs * np.abs(middle) * 2.0**-40).astype(np.float32)
+
+
+def test_a_residual_that_disappears_is_rounded_into_its_parameter_once():
+    """Added in f32 first, each of these sums would be a tie, and half of them would go astray."""
+    param, residual = sums_near_ties()
+    stored, kept = converted("p=f32.kahan", "p=f16,c=f32", param, residual)
+    assert kept is None
+    exactly = (param.astype(np.float64) + residual).astype(np.float16)
+    np.testing.assert_array_equal(stored, exactly)
+    assert np.mean((param + residual).astype(np.float16) != exactly) > 0.2
+
+
+def test_widening_takes_the_residual_along():
+    param = np.linspace(-2, 2, 999, dtype=np.float32)
+    rounded = np.asarray(sites_for("p=bf16")["w"].to_params(jnp.asarray(param)))
+    residual = param - rounded.astype(np.float32)
+    stored, kept = converted("p=bf16.kahan", "p=f32", rounded, residual)
+    residual = np.asarray(jnp.asarray(residual, jnp.bfloat16), np.float32)
+    assert kept is None
+    np.testing.assert_array_equal(stored, rounded.astype(np.float32) + residual)
+    assert np.any(residual != 0)
+
+
+def test_a_residual_that_appears_holds_what_narrowing_lost():
+    values = np.random.default_rng(0).normal(size=999).astype(np.float32)
+    stored, kept = converted("p=f32", "p=bf16.kahan", values)
+    lost = jnp.asarray(values - np.asarray(stored, np.float32), jnp.bfloat16)
+    np.testing.assert_array_equal(kept, lost)
+    assert np.any(np.asarray(lost, np.float32) != 0)
+    stored, kept = converted("p=bf16", "p=bf16.kahan", np.asarray(stored))
+    assert kept.dtype == jnp.bfloat16
+    assert not np.any(np.asarray(kept, np.float32))
+
+
+def test_residuals_move_to_another_format_with_their_parameters():
+    stored, kept = converted("p=f32", "p=bf16.kahan", np.float32([1 + 2**-9 + 2**-15, 65535]))
+    stored, kept = converted("p=bf16.kahan", "p=f16.kahan,c=f32", stored, kept)
+    assert stored.dtype == kept.dtype == jnp.float16
+    assert float(stored[0]) + float(kept[0]) == 1 + 2**-9 + 2**-15
+    assert np.isinf(stored[1]), "f16 ends there, as it does for an update"
+
+
+def test_what_stays_alike_is_not_touched():
+    old = sites_for("p=bf16.kahan,mu=int8@block16,nu=f32")
+    new = sites_for("p=bf16.kahan,c=f32,mu=int8@block16,nu=bf16")
+    params, residuals = {"w": jnp.ones(32, jnp.bfloat16)}, {"w": jnp.ones(32, jnp.bfloat16)}
+    kept_params, kept_residuals = convert_params(params, residuals, old, new)
+    assert kept_params["w"] is params["w"]
+    assert kept_residuals["w"] is residuals["w"]
+    state = with_stored_moments(optax.adamw(1e-3), old).init({"w": jnp.ones(32, jnp.float32)})
+    after = convert_moments(state, old, new)
+    assert after[0].count is state[0].count
+    assert after[0].mu["w"].values is state[0].mu["w"].values
+    assert after[0].mu["w"].scale is state[0].mu["w"].scale
+    assert after[0].nu["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["bf16", "e5m7", "int8@block16", "e4m3@tensor"])
+def test_moments_are_read_and_stored_anew(name: str):
+    wide, narrow = sites_for("f32"), sites_for(f"f32,mu={name}")
+    mu = jnp.asarray(np.random.default_rng(0).normal(size=(3, 32)), jnp.float32)
+    tx = with_stored_moments(optax.scale_by_lion(), wide)
+    state = tx.init({"w": mu})._replace(mu={"w": mu})
+    there = convert_moments(state, wide, narrow)
+    assert bits(there.mu["w"]) == bits(_encode(mu, narrow["w"].mu))
+    back = convert_moments(there, narrow, wide).mu["w"]
+    assert back.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(back - mu))) < 0.25
+    again = convert_moments(state._replace(mu={"w": back}), wide, narrow)
+    assert bits(again.mu["w"]) == bits(there.mu["w"]), "widening lost nothing"
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]

@@ -22,7 +22,8 @@ class TrainedModel:
     """A run's newest parameters with all that is needed to call them.
 
     Attributes:
-      config: the run's resolved config; its policy decides the formats here as in training.
+      config: the run's resolved config; its policy decides the formats here as in training. Of a
+        policy that changes with the step, it is the phase that the parameters are in.
       params: the parameters, in their stored formats.
       step: the training step they come from.
       tokenizer: the run's own copy.
@@ -65,12 +66,13 @@ def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedM
         if step is None:
             raise InputError(f"{workdir} has no complete checkpoint yet; train it further")
         mesh = sharding.make_mesh(sharding.MeshConfig())
+        config = config.after(step)
         params = checkpoints.restore(step, abstract_state(config, mesh)).state.params
     finally:
         checkpoints.close()
     if precision is not None:
         try:
-            config = dataclasses.replace(config, precision=precision)
+            config = dataclasses.replace(config, precision=precision).after(step)
         except ValueError as error:
             raise InputError(str(error)) from error
     return TrainedModel(

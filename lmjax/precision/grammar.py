@@ -4,6 +4,7 @@
     p=f32,c=bf16,o=f32; **/softmax: c=bf16             rules by path after semicolons
     mixed_bf16; blocks/0: c=f32; blocks/-1: c=f32      presets by name, indices from the end
     c=bf16,w=e4m3@tensor,x=e4m3@tensor,g=e5m2@tensor   fp8 matmuls with a scale per tensor
+    0: mixed_bf16; head: c=f32 | 1000: f32             phases: a whole policy from each step on
 
 `KEYS` lists what can be set and how each value is written. Every string that jmp accepts means what
 it means to jmp, with one exception: a key given twice with different values, where jmp lets the
@@ -16,7 +17,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from lmjax.precision.policy import (
     NATIVE,
     Accumulator,
     Operand,
+    Phase,
     Policy,
     PolicyError,
     Rule,
@@ -142,9 +145,47 @@ def parse_policy(text: str) -> Policy:
     Raises:
       PolicyError: with the position of the first character that cannot be right.
     """
-    segments = _split(text, 0, ";")
-    base = _parse_base(text, *segments[0])
-    return Policy(base, tuple(_parse_rule(text, *segment) for segment in segments[1:]), text)
+    # No format, preset or key begins with a digit or a sign: what does was meant as a step.
+    if "|" not in text and not re.match(r"\s*[-+0-9]", text):
+        return _parse_phase_policy(text, text, 0)
+    phases: list[Phase] = []
+    for segment, start in _split(text, 0, "|"):
+        phases.append(_parse_phase(text, segment, start, phases))
+    return replace(phases[0].policy, later=tuple(phases[1:]))
+
+
+def _parse_phase(text: str, segment: str, start: int, earlier: Sequence[Phase]) -> Phase:
+    """`STEP: POLICY`, which comes after some earlier phases."""
+    step, colon, policy = segment.partition(":")
+    name, position = _strip(step, start)
+    # Ten digits hold every step that an int32 counts, and Python reads them.
+    if not colon or not re.fullmatch(r"[0-9]{1,10}", name):
+        raise PolicyError(
+            "expected a phase: the step it begins at, a colon and a policy, such as 0: f32",
+            text=text,
+            position=position,
+        )
+    first = int(name)
+    if not earlier and first:
+        raise PolicyError(
+            f"the first phase begins at step {first}; it must begin at 0",
+            text=text,
+            position=position,
+        )
+    if earlier and first <= earlier[-1].start:
+        raise PolicyError(
+            f"a phase begins at step {first} after one that begins at {earlier[-1].start}; put "
+            "phases in order, each at a step of its own",
+            text=text,
+            position=position,
+        )
+    return Phase(first, _parse_phase_policy(text, policy, start + len(step) + 1))
+
+
+def _parse_phase_policy(text: str, segment: str, start: int) -> Policy:
+    """Base and rules."""
+    base, *rules = _split(segment, start, ";")
+    return Policy(_parse_base(text, *base), tuple(_parse_rule(text, *r) for r in rules), text)
 
 
 def _parse_base(text: str, segment: str, start: int) -> dict[str, Any]:

@@ -15,6 +15,9 @@ sites within follow by default. The difference matters twice:
 The base `o` belongs to the logits alone, as in jmp; inside the model a site hands on its own
 compute format unless a rule that names it sets `o`.
 
+A policy may change with the step. It then has phases, each a policy of its own, and what a site
+resolves to is a question about one phase: `policy.at(step).resolve(path)`.
+
 Knows formats, quantizers and jmp; which sites a model has it learns from the paths it is given.
 """
 
@@ -23,7 +26,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,13 +240,37 @@ class Rule:
         return f"{self.pattern}: {settings_string(self.settings)}"
 
 
+class Phase(NamedTuple):
+    """A policy and the first step it holds for, counted in steps attempted before that one."""
+
+    start: int
+    policy: Policy
+
+
 @dataclass(frozen=True)
 class Policy:
-    """A parsed policy. `str(policy)` is its canonical string; parsing that gives it back."""
+    """A parsed policy. `str(policy)` is its canonical string; parsing that gives it back.
+
+    Attributes:
+      base: settings of every site.
+      rules: settings by path.
+      text: what it was read from.
+      later: phases after this one, first to last; each replaces base and rules as a whole.
+    """
 
     base: Settings = field(hash=False)
     rules: tuple[Rule, ...] = ()
     text: str = field(default="", compare=False)
+    later: tuple[Phase, ...] = ()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All phases, the first of which starts at 0; none of their policies has phases itself."""
+        return (Phase(0, replace(self, later=())), *self.later)
+
+    def at(self, step: int) -> Policy:
+        """The policy of the phase that a step belongs to, given the number of steps before it."""
+        return [policy for start, policy in self.phases if start <= step][-1]
 
     def resolve(self, path: str, depth: int | None = None) -> SitePolicy:
         """What the tensors of one site are.
@@ -254,7 +281,11 @@ class Policy:
 
         Returns:
           The site's formats after the base and every rule that reaches it, in order.
+
+        Raises:
+          ValueError: the policy has phases; what a site is depends on the step.
         """
+        self._refuse_phases()
         kind = path.rsplit("/", 1)[-1]
         settings = _inherited(self.base, kind)
         if path != OUTPUT_SITE:
@@ -276,7 +307,9 @@ class Policy:
 
         Raises:
           PolicyError: a rule matches nothing; the message lists the paths there are.
+          ValueError: the policy has phases.
         """
+        self._refuse_phases()
         for rule in self.rules:
             if not any(any(_reach(rule.pattern, path, depth)) for path in site_paths):
                 raise PolicyError(
@@ -287,7 +320,16 @@ class Policy:
                 )
         return {path: self.resolve(path, depth) for path in site_paths}
 
+    def _refuse_phases(self) -> None:
+        if self.later:
+            raise ValueError(
+                f"the policy '{self}' changes with the step; ask the policy or the config of one "
+                "phase, which their method at(step) gives"
+            )
+
     def __str__(self) -> str:
+        if self.later:
+            return " | ".join(f"{start}: {policy}" for start, policy in self.phases)
         return "; ".join([settings_string(self.base), *map(str, self.rules)])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from lmjax.optimizer import learning_rate_schedule
 from lmjax.precision.formats import Format
 from lmjax.train.config import Config
 
@@ -18,12 +19,36 @@ def warnings(config: Config) -> list[str]:
       less than half a unit in the last place of the weight changes nothing.
     - *Stuck moments.* The second moment falls by at most the share 1 - b2 in a step. Stored in a
       format whose spacing is wider than that, it cannot fall at all.
+
+    A policy that changes with the step is judged phase by phase, each at the largest learning rate
+    that it will see.
     """
-    return [*_lost_updates(config), *_stuck_moments(config)]
+    if len(config.phases) == 1:
+        return _warnings(config, "the peak learning rate", config.optimizer.learning_rate)
+    ends = [start for start, _ in config.phases[1:]] + [config.steps]
+    return [
+        f"from step {start} on, {warning}"
+        for (start, phase), end in zip(config.phases, ends, strict=True)
+        for warning in _warnings(
+            phase, "the phase's largest learning rate", _largest_rate(config, start, end)
+        )
+    ]
 
 
-def _lost_updates(config: Config) -> list[str]:
-    rate = config.optimizer.learning_rate
+def _largest_rate(config: Config, start: int, end: int) -> float:
+    """The largest learning rate of steps `start` to `end - 1`.
+
+    Schedules rise until the warm-up ends and never again.
+    """
+    peak = min(max(config.optimizer.warmup_steps, start), end - 1)
+    return float(learning_rate_schedule(config.optimizer, config.steps)(peak))
+
+
+def _warnings(config: Config, rate_name: str, rate: float) -> list[str]:
+    return [*_lost_updates(config, rate_name, rate), *_stuck_moments(config)]
+
+
+def _lost_updates(config: Config, rate_name: str, rate: float) -> list[str]:
     found: dict[tuple[str, float], float] = {}
     for path, site in config.param_sites.items():
         if site.update != "nearest":
@@ -32,8 +57,8 @@ def _lost_updates(config: Config) -> list[str]:
         if size and rate < half_ulp(size, site.params):
             found.setdefault((site.params.name, size), half_ulp(size, site.params))
     return [
-        f"p={name}: an update of the peak learning rate {rate:.1e} is less than half a unit in the "
-        f"last place ({half:.1e}) of a parameter of size {size:g}, and is lost when rounded to "
+        f"p={name}: an update of {rate_name} {rate:.1e} is less than half a unit in the last place "
+        f"({half:.1e}) of a parameter of size {size:g}, and is lost when rounded to "
         f"nearest; use p={name}.sr, p={name}.kahan or p=f32"
         for (name, size), half in found.items()
     ]

@@ -105,11 +105,44 @@ class Config:
                 f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} "
                 "micro-batches; choose numbers that divide"
             )
-        resolve_sites(self.model, parse_policy(self.precision))
+        for start, policy in parse_policy(self.precision).phases:
+            resolve_sites(self.model, policy)
+            if start >= self.steps:
+                raise ValueError(
+                    f"the policy's phase from step {start} on would never run, for the run ends "
+                    f"after {self.steps} steps; start it earlier or raise --steps"
+                )
+
+    @property
+    def phases(self) -> tuple[tuple[int, Config], ...]:
+        """The first step of each phase of the policy, and the config of that phase."""
+        starts = (start for start, _ in parse_policy(self.precision).phases)
+        return tuple((start, self.at(start)) for start in starts)
+
+    def at(self, step: int) -> Config:
+        """The config of the phase that a step belongs to; without phases, this one.
+
+        It differs in the policy alone, and fixes what all phases have in common: the kind of loss
+        scaling, whose state passes from phase to phase.
+
+        Args:
+          step: number of steps attempted before it, as `TrainState.step` counts.
+        """
+        policy = parse_policy(self.precision)
+        if not policy.later:
+            return self
+        return dataclasses.replace(self.resolved(), precision=str(policy.at(step)))
+
+    def after(self, steps: int) -> Config:
+        """The config of the phase that a state is in after so many steps: that of the last one.
+
+        The state moves into the next phase's formats when that phase computes its first step.
+        """
+        return self.at(max(steps - 1, 0))
 
     @property
     def sites(self) -> Sites:
-        """The formats of every site of the model under this policy."""
+        """The formats of every site of the model under this policy, which must have one phase."""
         return resolve_sites(self.model, parse_policy(self.precision))
 
     @property
@@ -119,7 +152,12 @@ class Config:
 
     def resolved(self) -> Config:
         """The same run with nothing left to be derived: what `config.json` records."""
-        sites = self.sites.values()
+        policy = parse_policy(self.precision)
+        sites = [
+            site
+            for phase in policy.phases
+            for site in resolve_sites(self.model, phase.policy).values()
+        ]
         exponents = [f.exponent_bits for site in sites for f in (site.params, site.compute)]
         scale = dataclasses.replace(
             self.loss_scale, kind=resolve_kind(self.loss_scale.kind, min(exponents))
@@ -129,7 +167,7 @@ class Config:
         rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
         return dataclasses.replace(
             self,
-            precision=str(parse_policy(self.precision)),
+            precision=str(policy),
             model=self.model.resolved(),
             loss_scale=scale,
             evaluation=dataclasses.replace(self.evaluation, batch_size=rows),

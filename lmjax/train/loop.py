@@ -2,7 +2,8 @@
 
 `train` checks its input before it writes anything, finds or makes the run directory, restores the
 newest checkpoint, and calls the step until the planned length is reached or somebody asks it to
-stop. What a step computes is decided in step.py alone.
+stop. What a step computes is decided in step.py alone; where the policy changes with the step, the
+loop moves the state from one phase to the next and compiles that one's step.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from lmjax.train.run_directory import (
     record_environment,
 )
 from lmjax.train.signals import StopRequest
-from lmjax.train.state import TrainState, abstract_state, create_state
+from lmjax.train.state import TrainState, abstract_state, change_phase, create_state
 from lmjax.train.step import make_eval_step, make_train_step
 
 
@@ -141,7 +142,8 @@ def _checked(config: Config, progress: bool) -> tuple[Config, TokenizedCorpus, s
 
 
 def _refuse_f64_without_x64(config: Config) -> None:
-    formats = {f.name for s in config.sites.values() for f in (s.params, s.compute, s.output)}
+    sites = [site for _, phase in config.phases for site in phase.sites.values()]
+    formats = {f.name for site in sites for f in (site.params, site.compute, site.output)}
     if "f64" in formats and not jax.config.read("jax_enable_x64"):
         raise ValueError("f64 needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment")
 
@@ -164,9 +166,9 @@ def _start(
     )
     latest = checkpoints.latest()
     if latest is None:
-        state = create_state(config, mesh)
+        state = create_state(config.at(0), mesh)
         return _Run(config, corpus, mesh, workdir, checkpoints, data, state, 0.0)
-    restored = checkpoints.restore(latest, abstract_state(config, mesh))
+    restored = checkpoints.restore(latest, abstract_state(config.after(latest), mesh))
     if restored.progress["corpus"] != corpus.fingerprint:
         raise InputError(
             f"{workdir} was trained on another text: the files or the tokenizer behind "
@@ -186,18 +188,26 @@ def _loop(run: _Run, stop: StopRequest, stop_after: int | None, progress: bool) 
     last = min(config.steps, first + stop_after) if stop_after else config.steps
     if first >= last:
         return first >= config.steps
-    eval_step = make_eval_step(config, run.mesh)
     batch = _next_batch(run)
-    train_step = make_train_step(config, run.mesh).lower(run.state, batch).compile()
+    train_step, eval_step = _enter_phase(run, batch)
+    boundaries = {start for start, _ in config.phases if start > first}
     with (
         MetricsWriter(run.workdir, first) as writer,
         Reporter(first, config.steps, enabled=progress) as report,
     ):
         report.note(_introduction(run))
+        if config.at(first) != config.after(first):
+            report.note(_phase_note(config, first))
         for warning in warnings(config):
             report.note(f"warning: {warning}")
         log = _Log(writer, report, run, first)
         for step in range(first + 1, last + 1):
+            if step - 1 in boundaries:
+                log.flush()
+                _pause(run, log)
+                train_step, eval_step = _enter_phase(run, batch)
+                report.note(_phase_note(config, step - 1))
+                log.resume()
             run.state, metrics = train_step(run.state, batch)
             report.advance(step)
             # Fetching the metrics of the step before, now that this one is on its way, keeps the
@@ -223,6 +233,23 @@ def _loop(run: _Run, stop: StopRequest, stop_after: int | None, progress: bool) 
             why = stop.received or f"--stop-after {stop_after}"
             report.note(f"stopped by {why} at step {step}; run the same command again to go on")
     return step >= config.steps
+
+
+def _enter_phase(run: _Run, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
+    """The compiled train and evaluation steps of the phase that the next step belongs to.
+
+    The state moves into that phase's formats now and not after its predecessor's last step, so that
+    a checkpoint, an evaluation or the end of a run there holds what the predecessor has made.
+    """
+    left, entered = run.config.after(run.step), run.config.at(run.step)
+    if left != entered:
+        run.state = change_phase(run.state, left, entered, run.mesh)
+    train_step = make_train_step(entered, run.mesh).lower(run.state, batch).compile()
+    return train_step, make_eval_step(entered, run.mesh)
+
+
+def _phase_note(config: Config, step: int) -> str:
+    return f"step {step}  from here on {config.at(step).precision}"
 
 
 def _introduction(run: _Run) -> str:
@@ -292,8 +319,7 @@ def _next_batch(run: _Run) -> dict[str, jax.Array]:
 
 
 def _evaluate(run: _Run, eval_step: Any, log: _Log, batches: int) -> None:
-    jax.block_until_ready(run.state.params)
-    log.pause()
+    _pause(run, log)
     loss = held_out_loss(
         eval_step, run.state.params, run.corpus, run.config, run.mesh, batches=batches
     )
@@ -302,10 +328,14 @@ def _evaluate(run: _Run, eval_step: Any, log: _Log, batches: int) -> None:
     log.resume()
 
 
-def _save(run: _Run, log: _Log) -> None:
-    # Saving waits for the step anyway; waiting first gives the step's time to the run.
+def _pause(run: _Run, log: _Log) -> None:
     jax.block_until_ready(run.state.params)
     log.pause()
+
+
+def _save(run: _Run, log: _Log) -> None:
+    # Saving waits for the step anyway; waiting first gives the step's time to the run.
+    _pause(run, log)
     run.train_seconds = log.train_seconds
     progress = {"train_seconds": run.train_seconds, "corpus": run.corpus.fingerprint}
     run.checkpoints.save(run.step, run.state, run.data.get_state(), progress)
@@ -320,7 +350,7 @@ def _finish(run: _Run) -> dict[str, Any]:
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
     config = run.config
-    eval_step = make_eval_step(config, run.mesh)
+    eval_step = make_eval_step(config.after(config.steps), run.mesh)
     loss = held_out_loss(eval_step, run.state.params, run.corpus, config, run.mesh)
     with MetricsWriter(run.workdir, config.steps) as writer:
         row = {"step": config.steps, "eval_loss": loss}

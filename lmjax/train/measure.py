@@ -39,6 +39,21 @@ def initial_scaling(config: Config) -> Tree:
     return site_tree(config.model, one)
 
 
+def carried_scaling(scaling: Tree, old: Config, new: Config) -> Tree:
+    """The histories of one phase of a policy as the next one needs them.
+
+    An operand that is quantized alike in both keeps its history; any other starts a fresh one.
+    """
+    kept = paths.flatten(scaling, _is_delayed)
+    fresh = paths.flatten(initial_scaling(new), _is_delayed)
+    same = {
+        path: kept[path]
+        for path in fresh
+        if path in kept and _quantizer(old, path) == _quantizer(new, path)
+    }
+    return paths.unflatten(fresh | same)
+
+
 def factors(scaling: Tree, scale: jax.Array) -> Tree:
     """The scale factor of every operand with delayed scaling, for a step at this loss scale.
 
@@ -84,8 +99,7 @@ def updated_scaling(config: Config, scaling: Tree, measured: Tree, scale: jax.Ar
     maxima = _asked_by("delayed", measured)
     updated = {}
     for path, delayed in paths.flatten(scaling, _is_delayed).items():
-        site, role = path.rsplit("/", 1)
-        quantizer = _delayed(config, site.replace("blocks/", "blocks/0/", 1))[role]
+        quantizer = _quantizer(config, path)
         maximum = maxima[path].maximum / _cotangent_scale(path, scale)
         update = lambda state, amax, q=quantizer: update_delayed_scale(state, amax, q)
         updated[path] = (jax.vmap(update) if maximum.ndim else update)(delayed, maximum)
@@ -142,6 +156,12 @@ def _delayed(config: Config, path: str) -> dict[str, Quantizer]:
                     f"{operand.quantizer} in another; give every block the same"
                 )
     return found
+
+
+def _quantizer(config: Config, path: str) -> Quantizer:
+    """The delayed quantizer of an operand, by its path in `TrainState.scaling`."""
+    site, role = path.rsplit("/", 1)
+    return _delayed(config, site.replace("blocks/", "blocks/0/", 1))[role]
 
 
 def _sites(config: Config, path: str) -> list[SitePolicy]:

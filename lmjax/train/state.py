@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,9 @@ from lmjax.model import Params, initial_params, structure
 from lmjax.optimizer import make_optimizer
 from lmjax.precision import exact
 from lmjax.sharding import Mesh, state_shardings
-from lmjax.storage import initial_residuals
+from lmjax.storage import convert_moments, convert_params, initial_residuals
 from lmjax.train.config import Config
-from lmjax.train.measure import initial_scaling
+from lmjax.train.measure import carried_scaling, initial_scaling
 
 
 class TrainState(NamedTuple):
@@ -74,3 +75,36 @@ def create_state(config: Config, mesh: Mesh) -> TrainState:
     """A fresh state, each array made on the devices where it lives."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return exact.jit(lambda: initial_state(config), out_shardings=shardings)()
+
+
+def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
+    """The state of one phase of a policy as the next phase stores it: a pure function.
+
+    Parameters with their residuals and moments are converted where their formats change (see
+    `convert_params` and `convert_moments`), and histories of delayed scaling kept where the next
+    phase has the same. Everything else is handed on bit for bit: the step, the loss scale and its
+    counters, the counts of the optimizer, the key.
+
+    Args:
+      state: as a step of `old` left it.
+      old: the config of the phase before; see `Config.at`.
+      new: the config of the phase to come.
+    """
+    before, after = old.param_sites, new.param_sites
+    params, residuals = convert_params(state.params, state.residuals, before, after)
+    return state._replace(
+        params=params,
+        residuals=residuals,
+        opt_state=convert_moments(state.opt_state, before, after),
+        scaling=carried_scaling(state.scaling, old, new),
+    )
+
+
+def change_phase(state: TrainState, old: Config, new: Config, mesh: Mesh) -> TrainState:
+    """`carry_over` on the devices of a mesh; it donates the state it is given."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(new, mesh))
+    convert = lambda state: carry_over(state, old, new)
+    with warnings.catch_warnings():
+        # The memory of an array whose format changes is of no use, and nobody needs to be told.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return exact.jit(convert, donate_argnums=0, out_shardings=shardings)(state)

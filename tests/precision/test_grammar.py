@@ -237,6 +237,26 @@ def test_names_of_the_same_thing_are_the_same_policy(key: str, text: str, canoni
         ("mixed_bf16,mu=bf16,first_moment=f16", "first_moment"),
         ("f32; head: w=e4m3@tensr", "e4m3@tensr"),
         ("f32;", None),
+        ("f32 | 1000: f16", "f32"),
+        ("0: f32 | f16", "f16"),
+        ("0: f32 | **/softmax: c=f16", "**/softmax"),
+        ("0: f32 |", None),
+        ("0: f32 || 9: f16", "| 9"),
+        ("0 f32", "0 f32"),
+        ("0", "0"),
+        ("0:", None),
+        ("5: f32 | 9: f16", "5"),
+        ("-1: f32", "-1"),
+        ("0: f32 | 1e3: f16", "1e3"),
+        ("0: f32 | -9: f16", "-9"),
+        ("0: f32 | ٣: f16", "٣"),
+        ("0: f32 | 99999999999: f16", "99999999999"),
+        ("0: f32 | 7: f16 | 7: bf16", "7: b"),
+        ("0: f32 | 7: f16 |  6: bf16", "6: b"),
+        ("0: f32 | 00: bf16", "00"),
+        ("0: f32 | 7: c=f17", "f17"),
+        ("0: f32 | 7: f16; **/norm: c=bf61", "bf61"),
+        ("0: f32; a b: c=f16 | 7: f32", " b"),
     ],
 )
 def test_the_position_points_at_the_offender(text: str, offender: str | None):
@@ -246,6 +266,24 @@ def test_the_position_points_at_the_offender(text: str, offender: str | None):
     assert caught.value.position == expected, str(caught.value)
     assert f"at character {expected}" in str(caught.value)
     assert repr(text) in str(caught.value)
+
+
+def test_a_policy_may_change_with_the_step():
+    policy = parse_policy(" 0:mixed_bf16; **/norm: c=bf16|\n010 : f32,a=bf16 | 1000: f16")
+    assert str(policy) == (
+        "0: p=f32,c=bf16,o=f32; **/norm: c=bf16 | 10: p=f32,c=f32,o=f32,a=bf16 | "
+        "1000: p=f16,c=f16,o=f16"
+    )
+    assert policy == parse_policy(str(policy))
+    assert policy != parse_policy(str(policy).replace("1000", "1001"))
+    assert policy != parse_policy("mixed_bf16; **/norm: c=bf16")
+    assert policy.at(9) == parse_policy("mixed_bf16; **/norm: c=bf16")
+    assert policy.at(10) == policy.at(999) == parse_policy("f32,a=bf16"), "the rule stays behind"
+
+
+def test_a_single_phase_is_a_policy_without_phases():
+    assert parse_policy("0: mixed_bf16; head: c=f32") == parse_policy("mixed_bf16; head: c=f32")
+    assert str(parse_policy("0: f32")) == "p=f32,c=f32,o=f32"
 
 
 def test_a_misspelt_format_gets_a_suggestion():
@@ -293,11 +331,18 @@ assignments = st.lists(one_of(*KEYS), min_size=1, unique=True).flatmap(
 pattern = one_of("head", "**/softmax", "blocks/-1", "blocks/*/mlp/**", "blocks/[01]/**", "**")
 rule = st.builds("{}: {}".format, pattern, assignments)
 name = one_of(*NATIVE, *PRESETS)
-policy_text = st.builds(
+phase_text = st.builds(
     lambda base, rules: "; ".join([base, *rules]),
     assignments | name | st.builds("{},{}".format, name, assignments),
     st.lists(rule, max_size=3),
 )
+starts = st.sets(st.integers(1, 10**9), max_size=2).map(lambda later: [0, *sorted(later)])
+phased_text = starts.flatmap(
+    lambda starts: st.tuples(
+        *(st.builds("{}{}:{}".format, one_of("", " ", "0"), st.just(n), phase_text) for n in starts)
+    ).map("|".join)
+)
+policy_text = phase_text | phased_text
 
 
 def test_every_key_is_generated():
@@ -318,15 +363,17 @@ def test_the_canonical_string_parses_to_the_same_policy(text: str):
     again = parse_policy(str(policy))
     assert again == policy
     assert str(again) == str(policy)
-    for path in PATHS:
-        assert again.resolve(path, 3) == policy.resolve(path, 3)
+    assert [start for start, _ in again.phases] == [start for start, _ in policy.phases]
+    for (_, ours), (_, theirs) in zip(again.phases, policy.phases, strict=True):
+        for path in PATHS:
+            assert ours.resolve(path, 3) == theirs.resolve(path, 3)
 
 
 fragment = one_of(
     *KEYS, "params", "first_moment", "=", ",", ";", ":", "/", "**", "*", "-1", "[", "]", "?", ".",
     "@", "f", "bf", "e", "m", "int", "16", "32", "8", "0", "e4m3", "bf16", "mxfp8", "nvfp4", "sr",
     "kahan", "tensor", "channel", "block", "affine", "delayed", "tf32", " ", "\t", "\n", "half",
-    "mixed_bf16", "fp8", "norm", "²", "٣",
+    "mixed_bf16", "fp8", "norm", "²", "٣", "|", "0:", "7:", "| 100: f32",
 )  # fmt: skip
 
 
@@ -335,8 +382,9 @@ def refusal(text: str) -> PolicyError | None:
         policy = parse_policy(text)
     except PolicyError as error:
         return error
-    for path in PATHS:
-        policy.resolve(path, 3)
+    for _, phase in policy.phases:
+        for path in PATHS:
+            phase.resolve(path, 3)
     return None
 
 

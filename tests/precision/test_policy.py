@@ -126,3 +126,33 @@ def test_wide_sites_are_wide_for_emulated_formats_too():
     site = parse_policy("c=e4m3").resolve("blocks/0/attention/softmax")
     assert (site.compute.name, site.output.name) == ("f32", "f32")
     assert parse_policy("c=e4m3").resolve("blocks/0/mlp/up").compute.name == "e4m3"
+
+
+def test_each_step_belongs_to_the_last_phase_that_has_started():
+    policy = parse_policy("0: f32 | 3: bf16 | 7: f16")
+    compute = [policy.at(step).resolve("head").compute.name for step in range(9)]
+    assert compute == ["f32"] * 3 + ["bf16"] * 4 + ["f16"] * 2
+    assert policy.phases == tuple((start, policy.at(start)) for start in (0, 3, 7))
+    assert all(phase.phases == ((0, phase),) for _, phase in policy.phases)
+
+
+def test_a_policy_without_phases_is_its_own_only_phase():
+    policy = parse_policy("mixed_bf16; head: c=f32")
+    assert policy.phases == ((0, policy),)
+    assert policy.at(10**9) == policy
+
+
+def test_a_policy_with_phases_does_not_say_what_a_site_is_at_no_step():
+    policy = parse_policy("0: f32 | 7: f16")
+    with pytest.raises(ValueError, match=r"changes with the step.*at\(step\)"):
+        policy.resolve("head")
+    with pytest.raises(ValueError, match="changes with the step"):
+        policy.resolve_all(SITES)
+
+
+def test_a_rule_of_a_later_phase_that_matches_nothing_is_pointed_at():
+    text = "0: f32; **/softmax: c=bf16 | 7: f32; **/sofmax: c=f32"
+    with pytest.raises(PolicyError) as caught:
+        parse_policy(text).at(7).resolve_all(SITES, depth=3)
+    assert caught.value.position == text.index("**/sofmax")
+    assert repr(text) in str(caught.value)

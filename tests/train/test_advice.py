@@ -86,3 +86,23 @@ def test_only_adamw_has_a_second_moment_to_stick(tiny):
     stuck = {"b2": 0.999}
     assert warnings(tiny("f32,nu=bf16", optimizer=stuck))
     assert warnings(tiny("f32,nu=bf16", optimizer=stuck | {"name": "lion"})) == []
+
+
+def test_each_phase_is_judged_by_itself_and_by_the_learning_rates_it_sees(tiny):
+    """Half a unit in the last place of 1 is 2^-8 in bf16: the cosine falls below it on its way."""
+    rates = {"learning_rate": 1e-2, "warmup_steps": 5}
+    assert warnings(tiny("0: bf16 | 30: f32", optimizer=rates)) == []
+    (line,) = warnings(tiny("0: f32 | 90: bf16", optimizer=rates))
+    assert line.startswith("from step 90 on, p=bf16: ")
+    expected = 1e-3 + 9e-3 * (1 + np.cos(np.pi * (90 - 5) / 95)) / 2
+    assert f"the phase's largest learning rate {expected:.1e}" in line
+    (line,) = warnings(tiny("0: bf16 | 2: f32", optimizer=rates | {"learning_rate": 8e-3}))
+    assert f"largest learning rate {8e-3 * 2 / 5:.1e}" in line, "of two steps of warm-up"
+    assert line.startswith("from step 0 on, ")
+    (line,) = warnings(tiny("0: f32 | 9: f32,nu=bf16", optimizer=rates | {"b2": 0.999}))
+    assert line.startswith("from step 9 on, nu=bf16: ")
+
+
+def test_a_policy_without_phases_is_judged_by_the_peak_learning_rate(tiny):
+    first, *_ = warnings(tiny("bf16", optimizer={"learning_rate": 1e-5}))
+    assert first.startswith("p=bf16: an update of the peak learning rate 1.0e-05 is less than half")

@@ -53,12 +53,63 @@ def test_loss_scaling_follows_the_policy_unless_told_otherwise(policy, kind, tin
     assert tiny(policy, loss_scale=told).resolved().loss_scale.kind == "static"
 
 
+@pytest.mark.parametrize(
+    ("policy", "kind"),
+    [
+        ("0: f32 | 9: mixed_bf16", "none"),
+        ("0: f32 | 9: mixed_f16", "dynamic"),
+        ("0: mixed_f16 | 9: f32", "dynamic"),
+        ("0: f32 | 9: f32 | 19: mixed_bf16; blocks/0/mlp/up: c=f16", "dynamic"),
+    ],
+)
+def test_loss_scaling_is_the_same_in_every_phase(policy, kind, tiny):
+    config = tiny(policy)
+    assert config.resolved().loss_scale.kind == kind
+    for made in (config, config.resolved()):
+        assert {phase.resolved().loss_scale.kind for _, phase in made.phases} == {kind}
+    told = dataclasses.replace(config.loss_scale, kind="static")
+    assert tiny(policy, loss_scale=told).at(9).loss_scale.kind == "static"
+
+
+def test_a_phase_is_the_config_with_the_policy_of_that_phase(tiny):
+    config = tiny("0: mixed_bf16 | 9: f32; **/norm: c=bf16").resolved()
+    first = dataclasses.replace(config, precision="p=f32,c=bf16,o=f32")
+    second = dataclasses.replace(config, precision="p=f32,c=f32,o=f32; **/norm: c=bf16")
+    assert [config.at(step) for step in (0, 8, 9, 99)] == [first, first, second, second]
+    assert config.phases == ((0, first), (9, second))
+    assert second.resolved() == second
+    # A state belongs to the phase of the step that made it, not of the one that reads it.
+    assert [config.after(steps) for steps in (0, 1, 9, 10)] == [first, first, first, second]
+
+
+def test_without_phases_nothing_is_filled_in(tiny):
+    config = tiny("mixed_f16")
+    assert config.at(50) is config.after(50) is config
+    assert config.phases == ((0, config),)
+
+
+def test_a_phase_that_would_never_run_is_refused(tiny):
+    assert tiny("0: f32 | 99: bf16", steps=100)
+    with pytest.raises(ValueError, match=r"step 100 on would never run.*100 steps.*--steps"):
+        tiny("0: f32 | 100: bf16", steps=100)
+
+
+def test_every_phase_must_fit_the_model(tiny):
+    with pytest.raises(PolicyError, match="matches no site"):
+        tiny("0: f32 | 9: f32; **/rope: c=bf16")
+    with pytest.raises(PolicyError, match="differs between blocks"):
+        tiny("0: f32 | 9: f32; blocks/0/mlp/up: p=bf16")
+
+
 def test_resolved_leaves_nothing_open_and_is_idempotent(tiny):
     resolved = tiny("mixed_f16", micro_batches=2).resolved()
     assert resolved.precision == "p=f32,c=f16,o=f32"
     assert resolved.model.mlp_width == 64
     assert resolved.evaluation.batch_size == 2
     assert resolved.resolved() == resolved
+    phased = tiny("0:mixed_f16|10:f32").resolved()
+    assert phased.precision == "0: p=f32,c=f16,o=f32 | 10: p=f32,c=f32,o=f32"
+    assert phased.resolved() == phased
 
 
 def test_survives_json(tiny):
