@@ -13,7 +13,7 @@ from lmjax.model.decoder import (
     site_tree,
     structure,
 )
-from lmjax.model.layers import Constrain, Context, Sites
+from lmjax.model.layers import Constrain, Context, Sites, input_format
 from lmjax.model.loss import log_probabilities, token_losses
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "block_groups",
     "gpt2",
     "initial_params",
+    "input_format",
     "llama_1b",
     "log_probabilities",
     "param_sites",

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.model.config import ModelConfig
-from lmjax.precision.formats import parse_format
+from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.matmul import Key, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe, Rounded, report, report_cotangent
@@ -354,6 +354,35 @@ class Block(nnx.Module):
         y = self.mlp(x, within(sites, "mlp"), context.at("mlp"))
         x = x + residual.to_compute(dropout(y, self.rate, context.at("dropout 2").key))
         return give(x, residual, probe)
+
+
+def input_format(path: str, sites: Sites) -> Format:
+    """The format in which an elementwise site's input arrives, and its cotangent leaves.
+
+    Args:
+      path: of a site that is no product.
+      sites: the formats of every site of the model.
+    """
+    parent, _, kind = path.rpartition("/")
+    if kind in ("embed", "positions"):
+        return sites[path].params
+    if kind in ("loss", "residual"):
+        return sites["head" if kind == "loss" else path].output
+    if kind == "norm":
+        if not parent:
+            blocks = [site for site in sites if site.endswith("/residual")]
+            return sites[blocks[-1]].output
+        return sites[parent.rpartition("/")[0] + "/residual"].compute
+    before = {
+        "query_norm": ["query"],
+        "key_norm": ["key"],
+        "rope": ["query_norm", "query"],
+        "softmax": ["scores"],
+        "activation": ["up"],
+    }
+    return next(
+        sites[f"{parent}/{name}"].output for name in before[kind] if f"{parent}/{name}" in sites
+    )
 
 
 def block_sites(config: ModelConfig) -> list[str]:

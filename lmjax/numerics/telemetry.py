@@ -24,18 +24,20 @@ This file turns those counts into rows of `telemetry.jsonl`. A row is `step`, `t
         lost                  share whose update is less than half a unit in the last place, not 0
         relative              root mean square of the updates over that of the parameters
 
-Knows NumPy, probes and policies; nothing of the loop that calls it.
+Knows NumPy, probes, policies and the sites of a model; nothing of the loop that calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmjax.precision.policy import ACTIVATION_PRODUCTS, SitePolicy
+from lmjax.model import input_format
+from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
 from lmjax.precision.probes import Census
 from lmjax.storage import UpdateCensus
 
@@ -67,14 +69,14 @@ def telemetry_row(
       step: the step that was watched.
       tensors: counts by site and role, stacked for blocks, as NumPy arrays.
       updates: counts by path of the parameter, stacked likewise.
-      sites: the formats of every site of the model.
+      sites: the formats of every site of the model, in its order, which rows keep.
     """
+    by_site: dict[str, dict[str, Any]] = {site: {} for site in sites}
+    for path, census in _unstacked(tensors):
+        by_site[path.rsplit("/", 1)[0]][path] = _tensor(census, tensor_format(path, sites))
     return {
         "step": step,
-        "tensors": {
-            path: _tensor(census, tensor_format(path, sites))
-            for path, census in _unstacked(tensors)
-        },
+        "tensors": {path: row for site in by_site.values() for path, row in site.items()},
         "updates": {path: _update(census) for path, census in _unstacked(updates)},
     }
 
@@ -88,7 +90,19 @@ def tensor_format(path: str, sites: Mapping[str, SitePolicy]) -> str:
     operand = {"w": site.weights, "x": site.activations, "g": site.grads}.get(role)
     if operand is not None:
         return str(operand.quantizer)
-    return site.output.name if role == "y" else site.compute.name
+    if role == "y":
+        return site.output.name
+    product = site_path.rsplit("/", 1)[-1] in PRODUCT_SITES
+    return (site.compute if product else input_format(site_path, sites)).name
+
+
+def draw_telemetry(rows: Sequence[Mapping[str, Any]], title: str, directory: Path) -> None:
+    """Draws `telemetry.png`, the last watched step, and `telemetry_course.png`, all of them."""
+    from lmjax.numerics.telemetry_plot import draw_course, draw_exponents
+
+    step = rows[-1]["step"]
+    draw_exponents(rows[-1], directory / "telemetry.png", f"{title}   step {step}")
+    draw_course(rows, directory / "telemetry_course.png", title)
 
 
 def _unstacked(stacked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -120,13 +120,8 @@ def _grid(sites: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
 
 
 def _sites(rows: Sequence[Row]) -> list[str]:
-    """Every site that was measured, in the order of the model: blocks by number, ends outside."""
-    paths = dict.fromkeys(path.rsplit("/", 1)[0] for row in rows for path in row["tensors"])
-    before = [path for path in ("embed", "positions") if path in paths]
-    inside = [path for path in paths if path.startswith("blocks/")]
-    inside.sort(key=lambda path: int(path.split("/")[1]))
-    after = [path for path in paths if path not in {*before, *inside}]
-    return [*before, *inside, *sorted(after, key=["norm", "head", "loss"].index)]
+    """Every site that was measured, in the order of the model."""
+    return list(dict.fromkeys(path.rsplit("/", 1)[0] for row in rows for path in row["tensors"]))
 
 
 def _tensor(row: Row, site: str, roles: Sequence[str]) -> Mapping[str, Any]:

@@ -16,14 +16,16 @@ from typing import Any
 from lmjax.data import DataConfig
 from lmjax.loss_scale import LossScaleConfig, narrowest, resolve_kind
 from lmjax.model import ModelConfig, Sites, param_sites, resolve_sites
+from lmjax.numerics.telemetry import TelemetryConfig
 from lmjax.optimizer import OptimizerConfig
 from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.policy import SitePolicy
 from lmjax.sharding import MeshConfig
 
-NOT_IDENTITY = ("mesh", "data.cache_dir")
-"""Parts of the config that a resumed run may change: where it runs is recorded, not identity."""
+NOT_IDENTITY = ("mesh", "data.cache_dir", "telemetry")
+"""Parts of the config that a resumed run may change: where it runs, and how closely it is watched,
+is recorded but not identity."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Config:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:

@@ -13,13 +13,14 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from lmjax import sharding
 from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
 from lmjax.model import parameter_count
+from lmjax.numerics.telemetry import draw_telemetry, telemetry_row
 from lmjax.precision import exact
 from lmjax.train.advice import warnings
 from lmjax.train.checkpoint import Checkpoints
@@ -189,10 +190,10 @@ def _loop(run: _Run, stop: StopRequest, stop_after: int | None, progress: bool) 
     if first >= last:
         return first >= config.steps
     batch = _next_batch(run)
-    train_step, eval_step = _enter_phase(run, batch)
+    programs = _enter_phase(run, batch)
     boundaries = {start for start, _ in config.phases if start > first}
     with (
-        MetricsWriter(run.workdir, first) as writer,
+        MetricsWriter(run.workdir, first, telemetry=config.telemetry.every > 0) as writer,
         Reporter(first, config.steps, enabled=progress) as report,
     ):
         report.note(_introduction(run))
@@ -205,22 +206,24 @@ def _loop(run: _Run, stop: StopRequest, stop_after: int | None, progress: bool) 
             if step - 1 in boundaries:
                 log.flush()
                 _pause(run, log)
-                train_step, eval_step = _enter_phase(run, batch)
+                programs = _enter_phase(run, batch)
                 report.note(_phase_note(config, step - 1))
                 log.resume()
+            watched = config.telemetry.every and step % config.telemetry.every == 0
+            train_step = programs.watched if watched else programs.train
             run.state, metrics = train_step(run.state, batch)
             report.advance(step)
             # Fetching the metrics of the step before, now that this one is on its way, keeps the
             # device busy.
             log.flush()
-            if step % config.log_every == 0 or step == config.steps:
+            if step % config.log_every == 0 or watched or step == config.steps:
                 log.pending(step, metrics)
             if (
                 config.evaluation.every
                 and step % config.evaluation.every == 0 < config.steps - step
             ):
                 log.flush()
-                _evaluate(run, eval_step, log, config.evaluation.batches)
+                _evaluate(run, programs.evaluate, log, config.evaluation.batches)
             stopping = stop.received is not None or step == last
             if stopping or step % config.checkpoint.every == 0:
                 log.flush()
@@ -235,8 +238,16 @@ def _loop(run: _Run, stop: StopRequest, stop_after: int | None, progress: bool) 
     return step >= config.steps
 
 
-def _enter_phase(run: _Run, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
-    """The compiled train and evaluation steps of the phase that the next step belongs to.
+class _Programs(NamedTuple):
+    """The compiled steps of one phase; `watched` is the train step with telemetry, if any."""
+
+    train: Any
+    watched: Any
+    evaluate: Any
+
+
+def _enter_phase(run: _Run, batch: dict[str, jax.Array]) -> _Programs:
+    """The programs of the phase that the next step belongs to.
 
     The state moves into that phase's formats now and not after its predecessor's last step, so that
     a checkpoint, an evaluation or the end of a run there holds what the predecessor has made.
@@ -244,8 +255,14 @@ def _enter_phase(run: _Run, batch: dict[str, jax.Array]) -> tuple[Any, Any]:
     left, entered = run.config.after(run.step), run.config.at(run.step)
     if left != entered:
         run.state = change_phase(run.state, left, entered, run.mesh)
-    train_step = make_train_step(entered, run.mesh).lower(run.state, batch).compile()
-    return train_step, make_eval_step(entered, run.mesh)
+    compiled = lambda step: step.lower(run.state, batch).compile()
+    return _Programs(
+        train=compiled(make_train_step(entered, run.mesh)),
+        watched=compiled(make_train_step(entered, run.mesh, telemetry=True))
+        if entered.telemetry.every
+        else None,
+        evaluate=make_eval_step(entered, run.mesh),
+    )
 
 
 def _phase_note(config: Config, step: int) -> str:
@@ -283,7 +300,9 @@ class _Log:
             return
         step, arrays = self._waiting
         self._waiting = None
-        values = {name: value.item() for name, value in jax.device_get(arrays).items()}
+        fetched = jax.device_get(arrays)
+        tensors, updates = fetched.pop("telemetry", None), fetched.pop("updates", None)
+        values = {name: value.item() for name, value in fetched.items()}
         self.pause()
         elapsed, steps = self.train_seconds - self._logged_seconds, step - self._logged_step
         self._logged_step, self._logged_seconds = step, self.train_seconds
@@ -296,6 +315,9 @@ class _Log:
         }
         self.writer.write(row)
         self.report.metrics(row)
+        if tensors is not None:
+            sites = self.config.after(step).sites
+            self.writer.write_telemetry(telemetry_row(step, tensors, updates, sites))
         # A run too short for the limit has still failed when it skipped every step.
         if skips >= min(self.config.loss_scale.max_consecutive_skips, self.config.steps):
             raise TrainingFailed(
@@ -373,3 +395,6 @@ def _draw(run: _Run) -> None:
     title = f"{run.workdir.name}   {run.config.precision}"
     if rows:
         draw_curves(rows, title, run.workdir / "curves.png")
+    telemetry = read_rows(run.workdir / "telemetry.jsonl")
+    if telemetry:
+        draw_telemetry(telemetry, title, run.workdir)

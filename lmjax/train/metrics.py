@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 Row = Mapping[str, Any]
 
@@ -50,15 +50,15 @@ class MetricsWriter:
     manager: what goes wrong in it must not cost the rows written so far.
     """
 
-    def __init__(self, workdir: Path, resumed_step: int):
+    def __init__(self, workdir: Path, resumed_step: int, *, telemetry: bool = False):
         from tensorboardX import SummaryWriter
 
         # A skipped step has an infinite gradient norm; the row says so, a warning need not.
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
-        path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(path) if row["step"] <= resumed_step]
-        replace_text(path, "".join(strict_json(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _reopened(workdir / "metrics.jsonl", resumed_step)
+        self._telemetry = (
+            _reopened(workdir / "telemetry.jsonl", resumed_step) if telemetry else None
+        )
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
 
     def __enter__(self) -> MetricsWriter:
@@ -82,10 +82,30 @@ class MetricsWriter:
             if name != "step":
                 self._events.add_scalar(name, value, row["step"])
 
+    def write_telemetry(self, row: Row) -> None:
+        """Writes a row of `telemetry.jsonl`; what was lost also becomes TensorBoard scalars."""
+        assert self._telemetry is not None
+        self._telemetry.write(strict_json(row) + "\n")
+        self._telemetry.flush()
+        for path, tensor in row["tensors"].items():
+            for name in ("underflow", "overflow"):
+                self._events.add_scalar(f"{name}/{path}", tensor[name], row["step"])
+        for path, update in row["updates"].items():
+            self._events.add_scalar(f"unchanged/{path}", update["unchanged"], row["step"])
+
     def close(self) -> None:
         """Flushes everything to disk."""
         self._file.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
         self._events.close()
+
+
+def _reopened(path: Path, resumed_step: int) -> TextIO:
+    """A file of rows, open for appending, without those of steps after the resumed one."""
+    kept = [row for row in read_rows(path) if row["step"] <= resumed_step]
+    replace_text(path, "".join(strict_json(row) + "\n" for row in kept))
+    return path.open("a", encoding="utf-8")
 
 
 def replace_text(path: Path, text: str) -> None:

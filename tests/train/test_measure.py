@@ -232,3 +232,13 @@ def test_a_predicted_scale_for_each_block(tiny, draw_state, draw_batch, step_of)
     assert int(metrics["skipped_steps"]) == 0
     assert state.opt_state.scale.shape == (3,)
     assert len(set(np.asarray(state.opt_state.scale).tolist())) > 1
+
+
+def test_a_new_phase_keeps_the_histories_that_it_can_use(tiny, draw_state):
+    old = tiny("f32,w=e4m3@tensor.delayed4,x=e4m3@tensor.delayed4")
+    new = tiny("f32,w=e4m3@tensor.delayed4,x=e5m2@tensor.delayed4,g=e5m2@tensor.delayed4")
+    seen = jax.tree.map(lambda leaf: leaf + 3, draw_state(old).scaling)
+    carried = measure.carried_scaling(seen, old, new)
+    assert jax.tree.structure(carried) == jax.tree.structure(measure.initial_scaling(new))
+    up = carried["blocks"]["mlp"]["up"]
+    assert [float(up[role].history[0, 0]) for role in ("w", "x", "g")] == [3, 0, 0]
