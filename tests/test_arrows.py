@@ -31,6 +31,10 @@ ARROWS = {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding",
         "precision", "numerics",
     },
+    "ablation": {
+        "train", "model", "data", "optimizer", "storage", "loss_scale", "sharding", "precision",
+        "numerics",
+    },
 }  # fmt: skip
 """What each room of lmjax may import from the others; a room that is not listed may import all."""
 

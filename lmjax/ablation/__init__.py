@@ -1,0 +1,38 @@
+"""Ablations: arms times seeds, paired statistics, verdicts in words, and the report.
+
+statistics.py   intervals, tests and power for paired differences
+verdict.py      an arm against its control, and what that comes to in words
+report.py       run directories to one HTML page and one Markdown table
+"""
+
+from lmjax.ablation.report import write_report
+from lmjax.ablation.report_data import compare_cells
+from lmjax.ablation.statistics import (
+    Estimate,
+    GapTest,
+    Interval,
+    bootstrap_interval,
+    gap_test,
+    holm,
+    seeds_needed,
+    smallest_detectable,
+)
+from lmjax.ablation.verdict import Comparison, Criteria, Verdict, compare_arms, seeds_to_add
+
+__all__ = [
+    "Comparison",
+    "Criteria",
+    "Estimate",
+    "GapTest",
+    "Interval",
+    "Verdict",
+    "bootstrap_interval",
+    "compare_arms",
+    "compare_cells",
+    "gap_test",
+    "holm",
+    "seeds_needed",
+    "seeds_to_add",
+    "smallest_detectable",
+    "write_report",
+]

@@ -1,0 +1,290 @@
+"""What an ablation found, arm by arm: a comparison with the control and a verdict in words.
+
+    worse by 0.165 ± 0.004 nats (5 seeds)    the interval leaves zero out
+    better by 0.049 ± 0.012 nats (5 seeds)
+    equivalent within 0.005                  the interval lies inside the margin
+    undecided: needs about 7 seeds           neither
+    failed on 3 of 3 seeds: loss is nan      runs of the arm ended without a finite value
+
+± is half the interval at 95%, widened for the number of arms. A difference that is certain but
+smaller than the margin is called equivalent: the margin says what matters. One seed never decides
+anything, and a failed run is a result: it is counted, and the seeds that survived are compared.
+
+Knows `statistics.py`; nothing about runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from lmjax.ablation.statistics import (
+    ALPHA,
+    FEWEST_SEEDS,
+    Estimate,
+    Interval,
+    Monitoring,
+    bootstrap_interval,
+    holm,
+    seeds_needed,
+    smallest_detectable,
+)
+
+Kind = Literal["worse", "better", "equivalent", "undecided", "failed"]
+Values = Mapping[str, Mapping[int, float]]
+Reasons = Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """How comparisons are judged.
+
+    Attributes:
+      margin: the largest difference that does not matter, in the unit of the metric.
+      alpha: probability of a wrong verdict.
+      monitoring: `anytime` where seeds are added until the question is settled.
+      unit: of the metric, for the words.
+    """
+
+    margin: float
+    alpha: float = ALPHA
+    monitoring: Monitoring = "fixed"
+    unit: str = "nats"
+
+    def __post_init__(self) -> None:
+        """Refuses a margin inside which nothing could lie."""
+        if not self.margin > 0:
+            raise ValueError(f"margin is {self.margin}; it must be positive")
+
+
+class Verdict(NamedTuple):
+    """The finding about one arm, as a word to act on and as a sentence to print."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against its control, paired by seed.
+
+    Attributes:
+      arm: name of the arm.
+      control: name of the arm that it is compared with.
+      differences: arm minus control, by seed, where both are finite.
+      failures: why runs of the arm have no finite value, by seed.
+      control_failures: the same of the control.
+      ended: runs of the arm that finished or failed.
+      control_ended: the same of the control.
+      estimate: mean and sd of the differences.
+      criteria: how they are judged.
+      interval: of the mean, at 95% after correction for the number of arms.
+      equivalence_interval: the one that has to lie inside the margin, after correction.
+      p: of the hypothesis that there is no difference, corrected (Holm).
+      equivalence_p: of the hypothesis that the difference is `margin` or more, corrected (Holm).
+      strictest: level of the most demanding test of the family, the first step of Holm's method.
+    """
+
+    arm: str
+    control: str
+    differences: Mapping[int, float]
+    failures: Mapping[int, str]
+    control_failures: Mapping[int, str]
+    ended: int
+    control_ended: int
+    estimate: Estimate
+    criteria: Criteria
+    interval: Interval
+    equivalence_interval: Interval
+    p: float
+    equivalence_p: float
+    strictest: float
+
+    @property
+    def bootstrap(self) -> Interval:
+        """BCa interval of the mean at 95%, uncorrected, to be looked at beside `interval`."""
+        return bootstrap_interval(tuple(self.differences.values()), self.criteria.alpha)
+
+    @property
+    def smallest_detectable(self) -> float:
+        """The smallest difference that so many seeds with this sd find 80% of the time."""
+        return smallest_detectable(
+            self.estimate.sd,
+            self.estimate.n,
+            self.strictest,
+            monitoring=self.criteria.monitoring,
+        )
+
+    @property
+    def seeds_needed(self) -> int:
+        """Seeds in all, more than there are, that settle the question 80% of the time."""
+        needed = seeds_needed(
+            self.estimate.mean,
+            self.estimate.sd,
+            self.criteria.margin,
+            self.strictest,
+            monitoring=self.criteria.monitoring,
+        )
+        return max(needed, self.estimate.n + 1)
+
+    @property
+    def verdict(self) -> Verdict:
+        """All of it in words."""
+        rest = _of_differences(self)
+        if self.failures:
+            text = _failed_on(self.failures, self.ended)
+            if rest.kind != "undecided":
+                text += f"; on the other {self.estimate.n}: {rest.text}"
+            return Verdict("failed", text)
+        if self.control_failures and not self.estimate.n:
+            text = _failed_on(self.control_failures, self.control_ended)
+            return Verdict("undecided", f"undecided: the control {self.control} {text}")
+        return rest
+
+
+def compare_arms(
+    values: Values,
+    controls: Mapping[str, str],
+    criteria: Criteria,
+    reasons: Reasons | None = None,
+) -> dict[str, Comparison]:
+    """Compares every arm with its control; the verdicts hold together.
+
+    The probability that any arm is called different although it is not is at most `alpha`, and so
+    is that of any false equivalence: both families of tests are corrected by Holm's method.
+
+    Args:
+      values: the metric, by arm and seed; lower is better. NaN and infinities are failed runs, and
+        seeds that have not run yet are left out.
+      controls: by arm, the arm that it is compared with. These arms are the family.
+      criteria: margin, error rate, way of looking.
+      reasons: why runs failed, by arm and seed, where the value alone does not say it.
+
+    Returns:
+      Comparisons by arm, in the order of `controls`.
+    """
+    alpha, look = criteria.alpha, criteria.monitoring
+    differences = [_differences(values, arm, control) for arm, control in controls.items()]
+    estimates = [Estimate.of(tuple(found.values())) for found in differences]
+    unequal = holm([e.p_value(0.0, look) for e in estimates], alpha)
+    equal = holm([e.equivalence_p_value(criteria.margin, look) for e in estimates], alpha)
+    found = {}
+    for number, (arm, control) in enumerate(controls.items()):
+        estimate = estimates[number]
+        found[arm] = Comparison(
+            arm=arm,
+            control=control,
+            differences=differences[number],
+            failures=_failures(values, reasons, arm),
+            control_failures=_failures(values, reasons, control),
+            ended=len(values.get(arm, {})),
+            control_ended=len(values.get(control, {})),
+            estimate=estimate,
+            criteria=criteria,
+            interval=estimate.interval(unequal[number].alpha, look),
+            equivalence_interval=estimate.equivalence_interval(equal[number].alpha, look),
+            p=unequal[number].p,
+            equivalence_p=equal[number].p,
+            strictest=alpha / len(controls),
+        )
+    return found
+
+
+def _differences(values: Values, arm: str, control: str) -> dict[int, float]:
+    """Arm minus control for the seeds where both are finite."""
+    mine, theirs = values.get(arm, {}), values.get(control, {})
+    return {
+        seed: mine[seed] - theirs[seed]
+        for seed in sorted(mine.keys() & theirs.keys())
+        if math.isfinite(mine[seed]) and math.isfinite(theirs[seed])
+    }
+
+
+def _failures(values: Values, reasons: Reasons | None, arm: str) -> dict[int, str]:
+    said = (reasons or {}).get(arm, {})
+    return {
+        seed: said.get(seed) or f"its value is {value}"
+        for seed, value in sorted(values.get(arm, {}).items())
+        if not math.isfinite(value)
+    }
+
+
+def _of_differences(comparison: Comparison) -> Verdict:
+    """What the differences say, failed runs left aside."""
+    criteria, estimate = comparison.criteria, comparison.estimate
+    if comparison.equivalence_p <= criteria.alpha:
+        return Verdict("equivalent", f"equivalent within {criteria.margin:g}")
+    if comparison.p <= criteria.alpha:
+        kind: Kind = "worse" if estimate.mean > 0 else "better"
+        size = plus_minus(abs(estimate.mean), comparison.interval.half_width)
+        return Verdict(kind, f"{kind} by {size} {criteria.unit} ({estimate.n} seeds)")
+    return Verdict("undecided", f"undecided: needs about {_about(comparison.seeds_needed)} seeds")
+
+
+def _failed_on(failures: Mapping[int, str], ended: int) -> str:
+    """How often, and the most frequent reason."""
+    reason = Counter(failures.values()).most_common(1)[0][0]
+    return f"failed on {len(failures)} of {ended} seeds: {reason}"
+
+
+def difference(comparison: Comparison) -> str:
+    """Mean difference with its sign ± half of its interval; the bare difference of one seed."""
+    estimate = comparison.estimate
+    if estimate.n < 2:
+        return f"{estimate.mean:+.4f}" if estimate.n else ""
+    if estimate.sd == 0 == estimate.mean:
+        return "exactly 0"
+    sign = "-" if estimate.mean < 0 else "+"
+    return sign + plus_minus(abs(estimate.mean), comparison.interval.half_width, digits=2)
+
+
+def plus_minus(value: float, half_width: float, digits: int = 1) -> str:
+    """`0.165 ± 0.004`: rounded to what the interval leaves certain.
+
+    The half width keeps `digits` digits, one more if the first is a 1, and more where the rounded
+    interval would reach zero although the exact one does not.
+    """
+    if half_width == 0:
+        return f"{value:.3g} ± 0"
+    if not math.isfinite(half_width):
+        return f"{value:.3g} ± {half_width:g}"
+    magnitude = math.floor(math.log10(half_width))
+    decimals = digits - 1 - magnitude + (half_width < 2 * 10.0**magnitude)
+    while abs(value) > half_width and round(abs(value), decimals) <= round(half_width, decimals):
+        decimals += 1
+    places = max(decimals, 0)
+    return f"{round(value, decimals):.{places}f} ± {round(half_width, decimals):.{places}f}"
+
+
+def _about(seeds: int) -> str:
+    """Exact below 100, then two digits: the plan is no more certain than that."""
+    digits = max(0, len(str(seeds)) - 2)
+    return f"{round(seeds, -digits):,}"
+
+
+def seeds_to_add(comparisons: Mapping[str, Comparison], budget: int) -> dict[str, int]:
+    """How many seeds to run next for each arm that is not settled, in an `anytime` ablation.
+
+    As many as are needed by the present estimate, but never more than there are already, because
+    the sd of a few seeds is itself a guess; none beyond the budget.
+
+    Args:
+      comparisons: of all seeds so far, made with `monitoring="anytime"`: only that allows looking
+        again and again.
+      budget: seeds of an arm at most.
+
+    Returns:
+      Seeds to add, by arm; arms that are settled or out of budget are left out. Empty: the ablation
+      is over.
+    """
+    adding = {}
+    for arm, comparison in comparisons.items():
+        left = budget - comparison.ended
+        if comparison.verdict.kind == "undecided" and left > 0:
+            have = comparison.estimate.n
+            wanted = min(comparison.seeds_needed - have, max(have, FEWEST_SEEDS - have))
+            adding[arm] = min(left, wanted)
+    return adding
