@@ -10,7 +10,7 @@ Knows JAX only.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -145,7 +145,7 @@ def batch_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedShar
     Raises:
       ValueError: the batch cannot be divided among the devices.
     """
-    parts = math.prod(mesh.shape[name] for name in RULES["batch"])
+    parts = batch_parts(mesh)
     if shape[0] % parts:
         raise ValueError(
             f"a batch of {shape[0]} rows cannot be divided among {parts} devices (mesh.data x "
@@ -159,6 +159,26 @@ def constrain(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) ->
     if mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
+
+
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a batch is cut, each on devices of its own."""
+    return math.prod(mesh.shape[name] for name in RULES["batch"])
+
+
+def each_part(
+    mesh: Mesh | AbstractMesh, function: Callable[..., Any], in_axes: Sequence[int | None]
+) -> Callable[..., Any]:
+    """`jax.vmap(function, in_axes)` over the parts of a batch, each computed where it lives.
+
+    Inside, activations must be pinned by `constrain_part`, for their batch is no longer cut.
+    """
+    return jax.vmap(function, in_axes, spmd_axis_name=RULES["batch"])
+
+
+def constrain_part(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """As `constrain`, for one part of a batch."""
+    return constrain(mesh, x, tuple("part" if axis == "batch" else axis for axis in axes))
 
 
 def global_batch(mesh: Mesh, rows: dict[str, np.ndarray], processes: int) -> dict[str, jax.Array]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -19,6 +20,7 @@ from lmjax.model import ModelConfig, structure
 from lmjax.precision import paths
 from lmjax.sharding import MeshConfig, mesh_shape
 from lmjax.train import abstract_state
+from lmjax.train.reduction import reduces_narrow
 
 SIZES = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -133,7 +135,44 @@ def trained(sizes: dict[str, int], devices: int) -> dict:
     return {"digest": digest, "losses": losses, "stable": held == after, "cut": len(held) > 1}
 
 
-def test_eight_devices_compute_what_one_computes():
+def reduced(policy: str) -> dict:
+    """The gradient on eight devices: whether its numbers are of bf16, and how far from f32's."""
+    from lmjax.precision import exact
+    from lmjax.train import Config, create_state
+    from lmjax.train.step import make_gradient
+
+    def gradient(policy: str) -> dict:
+        config = Config(
+            precision=policy,
+            context=16,
+            batch_size=8,
+            mesh=MeshConfig(data=4, fsdp=2),
+            model=ModelConfig(vocab_size=64, width=16, layers=2, heads=4),
+        ).resolved()
+        mesh = sharding.make_mesh(config.mesh)
+        tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64, jnp.int32)
+        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh, (8, 16)))
+        arguments = (batch, jax.random.key(0), jnp.float32(1), {}, {})
+        (gradients, _), loss = exact.jit(make_gradient(config, mesh))(
+            create_state(config, mesh).params, *arguments
+        )
+        leaves = paths.flatten(gradients) | {"loss": loss}
+        return {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+
+    exactly, narrow = gradient("f32"), gradient(policy)
+    is_bf16 = lambda x: bool(np.all(x == x.astype(jnp.bfloat16).astype(np.float32)))
+    return {
+        "loss": float(narrow["loss"]) == pytest.approx(float(exactly["loss"]), rel=1e-6),
+        "bf16": {path: is_bf16(leaf) for path, leaf in narrow.items() if path != "loss"},
+        "error": {
+            path: float(np.abs(leaf - exactly[path]).max() / np.abs(exactly[path]).max())
+            for path, leaf in narrow.items()
+        },
+    }
+
+
+def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = subprocess.run(
         [sys.executable, __file__],
@@ -148,15 +187,33 @@ def test_eight_devices_compute_what_one_computes():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    one, *others = json.loads(done.stdout.splitlines()[-1])
+    runs, reductions = json.loads(done.stdout.splitlines()[-1])
+    one, *others = runs
     for other in others:
         assert other["digest"] == one["digest"], "initial parameters do not depend on the mesh"
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert other["stable"], "a step leaves parameters where they were"
         assert other["cut"]
     assert one["losses"][2] < one["losses"][0]
+    everywhere, only_mlp = reductions
+    assert everywhere["loss"]
+    assert all(everywhere["bf16"].values())
+    # Seven roundings of partial sums, each of half a unit in the last of 8 bits.
+    assert all(error < 7 * 2.0**-8 for error in everywhere["error"].values())
+    for path, narrow in only_mlp["bf16"].items():
+        assert narrow == ("mlp/up" in path or "mlp/down" in path), path
+
+
+def test_on_one_device_there_is_nothing_to_reduce(tiny):
+    config = tiny("f32,r=bf16")
+    one = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    assert not reduces_narrow(config.param_sites, one)
+    assert reduces_narrow(config.param_sites, sharding.abstract_mesh(SIZES, 8))
+    assert not reduces_narrow(tiny("f32").param_sites, sharding.abstract_mesh(SIZES, 8))
 
 
 if __name__ == "__main__":
     meshes = [({}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8), ({"tensor": 2, "sequence": 2}, 8)]
-    print(json.dumps([trained(sizes, devices) for sizes, devices in meshes]))
+    runs = [trained(sizes, devices) for sizes, devices in meshes]
+    reductions = [reduced("f32,r=bf16"), reduced("f32; **/mlp/*: r=bf16; **/norm: r=f32")]
+    print(json.dumps([runs, reductions]))

@@ -112,6 +112,7 @@ KEYS = {
     "g": Key("grads", "cotangents entering the backward products", "c", _operand),
     "a": Key("accum", "accumulation of products", "f32", _accumulator),
     "m": Key("matmul", "precision of products of f32 operands", "highest", _matmul),
+    "r": Key("reduce", "gradient reductions across devices", "f32", _format),
     "mu": Key("first_moment", "first moment of the optimizer", "f32", _moment),
     "nu": Key("second_moment", "second moment of the optimizer", "f32", _moment),
 }

@@ -144,6 +144,7 @@ class SitePolicy:
       accum: accumulation of its product.
       matmul: precision of products of f32 operands: `highest` (f32), `tf32`, or whatever the
         backend does by default.
+      reduce: format that its gradients are summed in over devices.
       mu, nu: how the optimizer stores the first and second moment of its parameters.
     """
 
@@ -156,6 +157,7 @@ class SitePolicy:
     grads: Operand | None = None
     accum: Accumulator = SUMMED_IN_F32
     matmul: MatmulPrecision = "highest"
+    reduce: Format = F32
     mu: Quantizer = STORED_AS_F32
     nu: Quantizer = STORED_AS_F32
 
@@ -198,6 +200,7 @@ class SitePolicy:
             "g": str(self.grads or operand),
             "a": str(self.accum),
             "m": self.matmul,
+            "r": self.reduce.name,
             "mu": str(self.mu),
             "nu": str(self.nu),
         }
@@ -352,7 +355,7 @@ def _site_policy(settings: Settings) -> SitePolicy:
     stored, compute = settings["p"], settings["c"]
     names = {
         "w": "weights", "x": "activations", "g": "grads", "a": "accum", "m": "matmul",
-        "mu": "mu", "nu": "nu",
+        "r": "reduce", "mu": "mu", "nu": "nu",
     }  # fmt: skip
     rest = {field: settings[key] for key, field in names.items() if key in settings}
     site = SitePolicy(stored.format, compute, settings.get("o", compute), stored.update)

@@ -165,7 +165,7 @@ class Config:
         scale = dataclasses.replace(
             self.loss_scale, kind=resolve_kind(self.loss_scale.kind, min(exponents))
         )
-        if scale.kind == "predictive" and scale.format == "auto":
+        if scale.format == "auto":
             scale = dataclasses.replace(scale, format=narrowest(_of_cotangents(sites)).name)
         rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
         return dataclasses.replace(

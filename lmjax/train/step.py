@@ -7,6 +7,7 @@ params -> compute format -> logits -> loss in f32 -> times the loss scale -> bac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from lmjax.precision.exact import at_least_f32
 from lmjax.storage import apply_updates, update_census
 from lmjax.train import measure
 from lmjax.train.config import Config
+from lmjax.train.reduction import Gradient, reduced_gradient, reduces_narrow
 from lmjax.train.state import TrainState, abstract_state, optimizer_of
 
 Batch = dict[str, jax.Array]
@@ -61,7 +63,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
     optimizer = optimizer_of(config)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     slots = measure.slots(config, telemetry)
-    gradient = jax.grad(make_scaled_loss(config, mesh), argnums=(0, 4), has_aux=True)
+    gradient = make_gradient(config, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step on `int32[batch_size, context]` inputs and targets."""
@@ -114,7 +116,18 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
     return step
 
 
-def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_gradient(config: Config, mesh: Any) -> Gradient:
+    """The gradient of the scaled loss and what its slots measured; beside them the loss."""
+    of_loss = functools.partial(jax.grad, argnums=(0, 4), has_aux=True)
+    if not reduces_narrow(config.param_sites, mesh):
+        return of_loss(make_scaled_loss(config, mesh))
+    part = of_loss(make_scaled_loss(config, mesh, constrain=sharding.constrain_part))
+    return reduced_gradient(part, config.param_sites, mesh)
+
+
+def make_scaled_loss(
+    config: Config, mesh: Any, *, constrain: Callable[..., jax.Array] = sharding.constrain
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The loss of a micro-batch times the loss scale, and beside it the loss itself.
 
     Traced under strict dtype promotion: an accidental upcast is an error here, not a slower run.
@@ -140,7 +153,7 @@ def make_scaled_loss(config: Config, mesh: Any) -> Callable[..., tuple[jax.Array
                 sites=sites,
                 context=context,
                 cotangent_scales=scale if config.loss_scale.per_block else None,
-                constrain=lambda x, axes: sharding.constrain(mesh, x, axes),
+                constrain=functools.partial(constrain, mesh),
             )
             probe = context.at("loss").probe
             losses = token_losses(logits, batch["targets"], sites["loss"], probe)

@@ -111,13 +111,13 @@ def test_cross_entropy_of_bf16_logits_in_bf16():
 def test_f16_masks_overflow_when_added_twice(compile_fast):
     """-1e9, or the smallest number twice, is -inf in f16, and a masked row NaN (flax#982)."""
     from lmjax.model import ModelConfig
-    from lmjax.model.layers import Attention
+    from lmjax.model.layers import QUIET, Attention
 
     attention = Attention(jax.random.key(0), ModelConfig(width=8, heads=1, max_positions=4))
     sites = {name: parse_policy("f16").resolve(name) for name in ("scores", "softmax")}
     sites["softmax"] = parse_policy("f16; softmax: c=f16").resolve("softmax")
     x = jnp.full((1, 4, 1, 1, 8), 100.0, jnp.float16)
-    of = lambda q: attention.weights(q, -q[:, :, 0], sites, None)
+    of = lambda q: attention.weights(q, -q[:, :, 0], sites, QUIET)
     weights, gradient = compile_fast(
         lambda q: (of(q), jax.grad(lambda p: jnp.sum(of(p)[..., 0]))(q))
     )(x)

@@ -140,6 +140,7 @@ VALUES = {
     "g": "e5m2@block16.e8m0.sr",
     "a": "bf16@block16",
     "m": "tf32",
+    "r": "bf16",
     "mu": "int8@block16",
     "nu": "bf16",
 }
@@ -231,6 +232,7 @@ def test_names_of_the_same_thing_are_the_same_policy(key: str, text: str, canoni
         ("f32,mu=int8@channel", "int8@channel"),
         ("f32,nu=int8@tensor.affine", "int8@tensor.affine"),
         ("f32,nu=bf16.sr", "bf16.sr"),
+        ("f32,r=e5m2@tensor", "e5m2@tensor"),
         ("mixed_bf16,q=f16", "q"),
         ("mixed_bf16,fp8", "fp8"),
         ("mixed_bf16, a=bf17", "bf17"),
@@ -318,6 +320,7 @@ VALUE = {
     "g": operand,
     "a": st.builds("{}{}".format, stored_format, st.just("") | size),
     "m": one_of("highest", "tf32", "default"),
+    "r": stored_format,
     "mu": moment,
     "nu": moment,
 }
