@@ -10,10 +10,10 @@ import pytest
 from run_helpers import result, rows, tiny, untimed, write_texts
 
 POLICIES = (
-    "f32",
+    pytest.param("f32", marks=pytest.mark.long),
     "mixed_bf16",
     "mixed_f16",
-    "nvfp4,p=bf16.sr",
+    pytest.param("nvfp4,p=bf16.sr", marks=pytest.mark.long),
     "p=bf16.kahan,c=bf16,o=f32,mu=bf16,nu=int8@block16",
 )
 
