@@ -25,8 +25,9 @@ from lmjax.precision.bits import floor_log2, join, split, unsigned, widen
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import NATIVE, SitePolicy, carrier
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import Overflow, ldexp, quantize, to_native
-from lmjax.precision.scaling import Quantized, dequantize, quantize_with_scale
+from lmjax.precision.rounding import Overflow, ldexp, quantize
+from lmjax.precision.scaling import Quantized
+from lmjax.precision.stored import decode, encode
 
 ParamSites = Mapping[str, SitePolicy]
 """The formats of each parameter, by its path."""
@@ -217,7 +218,7 @@ def with_stored_moments(
         return _map_moments(_encode, inner.init(params), sites)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = inner.update(gradients, _map_moments(_decode, state, sites), params)
+        updates, state = inner.update(gradients, _map_moments(decode, state, sites), params)
         return updates, _map_moments(_encode, state, sites)
 
     return optax.GradientTransformation(init, update)
@@ -236,7 +237,7 @@ def convert_moments(state: Any, old: ParamSites, new: ParamSites) -> Any:
     """
 
     def convert(stored: Any, before: Quantizer, after: Quantizer) -> Any:
-        return stored if before == after else _encode(_decode(stored, before), after)
+        return stored if before == after else _encode(decode(stored, before), after)
 
     return _map_moments(convert, state, old, new)
 
@@ -266,21 +267,5 @@ def _map_tree(change: Callable[..., Any], tree: Any, moment: str, *sites: ParamS
 
 
 def _encode(moment: jax.Array, quantizer: Quantizer) -> Any:
-    """An f32 moment as it is stored: in the format's own dtype where there is one."""
-    if quantizer.groups == "none":
-        return _native(moment, quantizer)
-    stored = quantize_with_scale(moment, quantizer)
-    return stored._replace(values=_native(stored.values, quantizer))
-
-
-def _decode(stored: Any, quantizer: Quantizer) -> jax.Array:
-    """A stored moment, widened to f32."""
-    if not isinstance(stored, Quantized):
-        return stored.astype(at_least_f32(stored.dtype))
-    wide = stored._replace(values=stored.values.astype(jnp.float32))
-    return dequantize(wide, quantizer)
-
-
-def _native(values: jax.Array, quantizer: Quantizer) -> jax.Array:
-    round_ = quantize if quantizer.format.dtype is None else to_native
-    return round_(values, quantizer.format, overflow="native")
+    # Too large a moment becomes infinite and is seen, where saturating would hide it.
+    return encode(moment, quantizer, overflow="native")

@@ -116,9 +116,9 @@ def test_block_moments_round_like_quantize_and_dequantize():
     tx = with_stored_moments(optax.scale_by_adam(), sites)
     _, state = tx.update(gradients, tx.init(gradients))
     from lmjax.precision.scaling import fake_quantize
-    from lmjax.storage import _decode
+    from lmjax.precision.stored import decode
 
-    read = _decode(state.mu["w"], sites["w"].mu)
+    read = decode(state.mu["w"], sites["w"].mu)
     exact_mu = 0.1 * gradients["w"]
     np.testing.assert_allclose(read, fake_quantize(exact_mu, sites["w"].mu), rtol=1e-6)
     assert float(jnp.max(jnp.abs(read - exact_mu))) > 0

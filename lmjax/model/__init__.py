@@ -13,10 +13,12 @@ from lmjax.model.decoder import (
     site_tree,
     structure,
 )
+from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
 from lmjax.model.layers import Constrain, Context, Sites, input_format
 from lmjax.model.loss import log_probabilities, token_losses
 
 __all__ = [
+    "Cache",
     "Constrain",
     "Context",
     "ModelConfig",
@@ -24,7 +26,10 @@ __all__ = [
     "Sites",
     "apply",
     "block_groups",
+    "decoding_params",
+    "extend",
     "gpt2",
+    "initial_cache",
     "initial_params",
     "input_format",
     "llama_1b",

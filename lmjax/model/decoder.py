@@ -28,9 +28,11 @@ from lmjax.model.layers import (
     Dense,
     Embedding,
     Norm,
+    Position,
     Sites,
     block_sites,
     dropout,
+    positions_from,
     rotary_angles,
     within,
 )
@@ -96,19 +98,40 @@ def apply(
     Returns:
       `[B, T, vocab_size]`, in the output format of the site `head`.
     """
-    length = tokens.shape[1]
-    if config.positions == "learned" and length > config.max_positions:
-        raise ValueError(f"{length} tokens, but the model has {config.max_positions} positions")
+    check_length(config, tokens.shape[1])
     model = nnx.merge(structure(config)[0], params)
-    x = model.embed(tokens, sites["embed"], context.at("embed"))
-    if model.positions is not None:
-        indices = jnp.arange(length, dtype=jnp.int32)
-        rows = model.positions(indices, sites["positions"], context.at("positions"))
-        x = x + sites["embed"].to_output(rows)
+    x = embedded(model, tokens, sites, context)
     x = dropout(x, config.dropout, context.at("dropout").key)
     x = _scan_blocks(
         model.blocks, x, config, sites, context.at("blocks"), cotangent_scales, constrain
     )
+    return logits_of(model, x, sites, context)
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Refuses more tokens than the model has positions.
+
+    Raises:
+      ValueError: positions are learned, and there are fewer.
+    """
+    if config.positions == "learned" and length > config.max_positions:
+        raise ValueError(f"{length} tokens, but the model has {config.max_positions} positions")
+
+
+def embedded(
+    model: Decoder, tokens: jax.Array, sites: Sites, context: Context, start: Position = 0
+) -> jax.Array:
+    """What enters the first block, `[B, T, D]`, for `tokens [B, T]` from position `start` on."""
+    x = model.embed(tokens, sites["embed"], context.at("embed"))
+    if model.positions is None:
+        return x
+    indices = positions_from(start, tokens.shape[1])
+    rows = model.positions(indices, sites["positions"], context.at("positions"))
+    return x + sites["embed"].to_output(rows)
+
+
+def logits_of(model: Decoder, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
+    """The logits `[B, T, V]` of what left the last block, `[B, T, D]`."""
     x = model.norm(x, sites["norm"], context.at("norm"))
     site, head = sites["head"], context.at("head")
     if model.head is not None:
@@ -144,7 +167,7 @@ def _scan_blocks(
             layer_params, *inside, ratio = layer
             x = constrain(x, ("batch", "length", "width"))
             block = nnx.merge(graphdef, layer_params)
-            x = block(x, group, angles, Context(*inside))
+            x, _ = block(x, group, angles, Context(*inside))
             return x if ratio is None else rescale_cotangent(x, ratio), None
 
         x = group["residual"].to_output(group["residual"].to_compute(x))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.matmul import Key, einsum, hand_on
@@ -28,6 +29,7 @@ from lmjax.precision.probes import Probe, Rounded, report, report_cotangent
 
 Sites = Mapping[str, SitePolicy]
 Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
+Position = int | jax.Array
 
 
 def within(sites: Sites, prefix: str) -> dict[str, SitePolicy]:
@@ -164,14 +166,19 @@ class Norm(nnx.Module):
         return give(y, site, context.probe)
 
 
+def positions_from(start: Position, length: int) -> jax.Array:
+    """`int32[length]`, counting from `start`."""
+    return jnp.arange(length, dtype=jnp.int32) + start
+
+
 def rotary_angles(
-    config: ModelConfig, length: int, site: SitePolicy
+    config: ModelConfig, length: int, site: SitePolicy, start: Position = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of position times frequency, `[T, H/2]` each (Su et al. 2021, eq. 15)."""
     half = config.head_size // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / half
     frequencies = site.to_compute(jnp.float32(config.rope_base) ** -exponents)
-    positions = site.to_compute(jnp.arange(length, dtype=jnp.float32))
+    positions = site.to_compute(positions_from(start, length).astype(jnp.float32))
     angles = positions[:, None] * frequencies[None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -226,8 +233,19 @@ class Attention(nnx.Module):
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
         context: Context,
-    ) -> jax.Array:
-        """`[B, T, D]` to `[B, T, D]`."""
+        cache: LayerCache | None = None,
+        start: Position = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, T, D]` to `[B, T, D]`, and the cache with what was read here.
+
+        Args:
+          x: what the residual stream holds at positions `start` to `start + T`.
+          sites: formats.
+          angles: of the same positions, for rotary embeddings.
+          context: randomness and probes.
+          cache: keys and values of the positions before; None: there are none.
+          start: the first position; 0 without a cache.
+        """
         c = self.config
         batch, length, _ = x.shape
         x = self.norm(x, sites["norm"], context.at("norm"))
@@ -245,7 +263,10 @@ class Attention(nnx.Module):
             q = rotate(q, angles, sites["rope"], context.at("rope"))
             k = rotate(k, angles, sites["rope"])
         q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
-        weights = self.weights(q, k, sites, context)
+        if cache is not None:
+            cache = cache.extended(k, v, start, sites)
+            k, v = cache.read(sites)
+        weights = self.weights(q, k, sites, context, start)
         weights = dropout(weights, c.dropout, context.at("dropout").key)
         combine = context.at("combine")
         y = einsum(
@@ -259,11 +280,14 @@ class Attention(nnx.Module):
         )
         y = hand_on(y, sites["combine"], combine.probe)
         y = y.reshape(batch, length, c.heads * c.head_size)
-        return self.out(y, sites["out"], context.at("out"))
+        return self.out(y, sites["out"], context.at("out")), cache
 
-    def weights(self, q: jax.Array, k: jax.Array, sites: Sites, context: Context) -> jax.Array:
+    def weights(
+        self, q: jax.Array, k: jax.Array, sites: Sites, context: Context, start: Position = 0
+    ) -> jax.Array:
         """Attention weights `[B, K, G, T, S]` of `q [B, T, K, G, H]` over `k [B, S, K, H]`.
 
+        Keys stand at positions 0 to S, queries at `start` to `start + T`.
         The factor 1/sqrt(H) is split: its power of two goes to the queries, where it is exact in
         every format and keeps f16 scores in range; the rest is applied in the softmax's format.
         """
@@ -281,8 +305,9 @@ class Attention(nnx.Module):
         )
         softmax, probe = sites["softmax"], context.at("softmax").probe
         scores = take(hand_on(scores, site, products.probe), softmax, probe) * rest
-        positions = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-        causal = positions[:, None] >= positions[None, :]
+        queries = positions_from(start, scores.shape[-2])
+        keys = positions_from(0, scores.shape[-1])
+        causal = queries[:, None] >= keys[None, :]
         # Selected, not added: a large negative number added to a score can overflow f16. Infinite,
         # not large: should all real scores of a row overflow, it becomes NaN and the step is
         # skipped, where a finite mask would win and let the row attend to the future.
@@ -345,15 +370,18 @@ class Block(nnx.Module):
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
         context: Context,
-    ) -> jax.Array:
-        """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream."""
+        cache: LayerCache | None = None,
+        start: Position = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream; see `Attention`."""
         residual, probe = sites["residual"], context.at("residual").probe
         x = take(x, residual, probe)
-        y = self.attention(x, within(sites, "attention"), angles, context.at("attention"))
+        inside = within(sites, "attention"), angles, context.at("attention")
+        y, cache = self.attention(x, *inside, cache, start)
         x = x + residual.to_compute(dropout(y, self.rate, context.at("dropout 1").key))
         y = self.mlp(x, within(sites, "mlp"), context.at("mlp"))
         x = x + residual.to_compute(dropout(y, self.rate, context.at("dropout 2").key))
-        return give(x, residual, probe)
+        return give(x, residual, probe), cache
 
 
 def input_format(path: str, sites: Sites) -> Format:

@@ -95,6 +95,16 @@ def _moment(text: str) -> Quantizer:
     return quantizer
 
 
+def _cache(text: str) -> Quantizer:
+    quantizer = parse_quantizer(_short(text))
+    if quantizer.groups == "tensor" or quantizer.tensor_scale:
+        raise ValueError(
+            "keys and values arrive one position at a time and cannot share a factor; write a "
+            "format, FORMAT@channel or FORMAT@blockN"
+        )
+    return quantizer
+
+
 def _short(name: str) -> str:
     """Long and jmp names of formats, shortened; anything else as it is."""
     try:
@@ -115,6 +125,7 @@ KEYS = {
     "r": Key("reduce", "gradient reductions across devices", "f32", _format),
     "mu": Key("first_moment", "first moment of the optimizer", "f32", _moment),
     "nu": Key("second_moment", "second moment of the optimizer", "f32", _moment),
+    "kv": Key("cache", "keys and values kept while decoding", "c", _cache),
 }
 """Every key, by its short name; the order is that of canonical strings."""
 

@@ -146,6 +146,8 @@ class SitePolicy:
         backend does by default.
       reduce: format that its gradients are summed in over devices.
       mu, nu: how the optimizer stores the first and second moment of its parameters.
+      cache: how decoding keeps its second operand from token to token: keys at `scores`, values at
+        `combine`, after they were cast to the compute format; None leaves them in it.
     """
 
     params: Format
@@ -160,6 +162,7 @@ class SitePolicy:
     reduce: Format = F32
     mu: Quantizer = STORED_AS_F32
     nu: Quantizer = STORED_AS_F32
+    cache: Quantizer | None = None
 
     @property
     def jmp(self) -> jmp.Policy:
@@ -203,6 +206,7 @@ class SitePolicy:
             "r": self.reduce.name,
             "mu": str(self.mu),
             "nu": str(self.nu),
+            "kv": str(self.cache or operand),
         }
 
     def __str__(self) -> str:
@@ -355,7 +359,7 @@ def _site_policy(settings: Settings) -> SitePolicy:
     stored, compute = settings["p"], settings["c"]
     names = {
         "w": "weights", "x": "activations", "g": "grads", "a": "accum", "m": "matmul",
-        "r": "reduce", "mu": "mu", "nu": "nu",
+        "r": "reduce", "mu": "mu", "nu": "nu", "kv": "cache",
     }  # fmt: skip
     rest = {field: settings[key] for key, field in names.items() if key in settings}
     site = SitePolicy(stored.format, compute, settings.get("o", compute), stored.update)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Callable
@@ -16,11 +17,12 @@ import pytest
 from run_helpers import result, tiny
 
 from lmjax.inference import TrainedModel, evaluate, generate, load_model, score
-from lmjax.inference import generate as generate_function
 from lmjax.train import InputError, make_eval_step, train
 from lmjax.train.checkpoint import CheckpointError
 
 CONTEXT = 16
+
+generate_module = importlib.import_module("lmjax.inference.generate")
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +42,21 @@ class Scripted:
     """Logits of a model that says x three times and ends the document, whatever it reads."""
 
     def __init__(self, end: int):
-        self.windows: list[list[int]] = []
+        self.calls = 0
         self._end = end
 
-    def logits(self, params: Any, tokens: np.ndarray) -> jax.Array:
-        """f32[1, T, 256], and a note of what was read."""
-        self.windows.append(tokens[0].tolist())
-        said = self._end if len(self.windows) > 3 else ord("x")
-        return jnp.where(jnp.arange(256) == said, 0.0, -jnp.inf) + jnp.zeros((*tokens.shape, 1))
+    def logits(self, ids: list[int]) -> jax.Array:
+        """f32[256]."""
+        self.calls += 1
+        said = self._end if self.calls > 3 else ord("x")
+        return jnp.where(jnp.arange(256) == said, 0.0, -jnp.inf)
 
 
 @pytest.fixture
 def scripted(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    """Puts a script in the place of the parameters."""
+    """Puts a script in the place of the model."""
     script = Scripted(model.tokenizer.end_of_document)
-    monkeypatch.setattr(TrainedModel, "logits_function", lambda _: script.logits)
+    monkeypatch.setattr(generate_module.Reader, "logits", lambda _, ids: script.logits(ids))
     return script
 
 
@@ -107,43 +109,78 @@ def test_the_seed_decides_the_text(model: TrainedModel) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_temperature_0_takes_the_likeliest_token_at_every_step(model: TrainedModel) -> None:
-    """Against a loop by hand, past the context, where the oldest tokens fall out of the window."""
+@pytest.fixture(scope="module")
+def exact(workdir: Path) -> TrainedModel:
+    """The model in f32, where no likeliest token hangs on a rounding."""
+    return load_model(workdir, precision="f32")
+
+
+def read_whole(model: TrainedModel, prompt: str, tokens: int) -> str:
+    """Greedy decoding without a cache: every token from a forward pass over its whole window."""
     logits_of = model.logits_function()
-    prompt = "the quick brown "
     ids = [model.tokenizer.end_of_document, *map(int, model.tokenizer.encode(prompt))]
-    assert len(ids) > CONTEXT
-    expected = []
-    for _ in range(6):
-        window = np.asarray([ids[-CONTEXT:]], np.int32)
-        ids.append(int(np.argmax(np.asarray(logits_of(model.params, window))[0, -1])))
-        expected.append(ids[-1])
-    text = generate(model, prompt, tokens=6, temperature=0.0)
-    assert text == model.tokenizer.decode(expected)
-    assert text == generate(model, prompt, tokens=6, temperature=1.0, top_k=1, seed=3)
+    said, first = len(ids), max(len(ids) - CONTEXT, 0)
+    for _ in range(tokens):
+        if len(ids) - first > CONTEXT:
+            first = len(ids) - CONTEXT // 2
+        window = np.zeros((1, CONTEXT), np.int32)
+        window[0, : len(ids) - first] = ids[first:]
+        logits = np.asarray(logits_of(model.params, window))[0, len(ids) - first - 1]
+        ids.append(int(np.argmax(logits)))
+    return model.tokenizer.decode(ids[said:])
 
 
-def test_a_prompt_longer_than_the_context_is_read_from_its_last_tokens(
-    scripted: Scripted, model: TrainedModel
+@pytest.mark.parametrize("prompt", ["", "the qu", "the quick brown", "the quick brown fox jumps"])
+@pytest.mark.parametrize("chunk", [64, 4])
+def test_temperature_0_takes_the_likeliest_token_at_every_step(
+    prompt: str, chunk: int, exact: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = "the quick brown fox"
-    generate(model, prompt, tokens=2)
-    assert [bytes(window).decode() for window in scripted.windows] == [
-        prompt[-CONTEXT:],
-        prompt[-CONTEXT + 1 :] + "x",
-    ]
+    """Past the context too, and from prompts shorter, as long, and longer than it."""
+    monkeypatch.setattr(generate_module, "CHUNK", chunk)
+    expected = read_whole(exact, prompt, 40)
+    assert len(expected) == 40
+    assert generate(exact, prompt, tokens=40, temperature=0.0) == expected
+    assert generate(exact, prompt, tokens=40, top_k=1, seed=3) == expected
 
 
-def test_a_short_prompt_is_not_changed_by_padding(model: TrainedModel) -> None:
-    ids = [model.tokenizer.end_of_document, *map(int, model.tokenizer.encode("the qu"))]
-    alone = model.logits_function()(model.params, np.asarray([ids], np.int32))[0, -1]
-    likeliest = model.tokenizer.decode([int(np.argmax(np.asarray(alone)))])
-    assert generate(model, "the qu", tokens=1, temperature=0.0) == likeliest
+@pytest.mark.parametrize("precision", ["f32", "mixed_bf16"])
+def test_every_token_is_read_once_until_the_context_is_full(
+    precision: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate_module, "CHUNK", 4)
+    reader = generate_module.Reader(load_model(workdir, precision=precision), 6)
+    ids = list(range(1, 7))
+    seen = []
+    for token in range(7, 20):
+        reader.logits(ids)
+        seen.append((reader.first, reader.length))
+        ids.append(token)
+    assert seen[:11] == [(0, length) for length in range(6, 17)]
+    assert seen[11:] == [(9, 8), (9, 9)], "half of the context is left when it overflows"
+
+
+def test_programs_are_compiled_once_for_all_prompts(exact: TrainedModel) -> None:
+    generate(exact, "the", tokens=2)
+    read = generate_module._programs(exact.config).read
+    compiled = read._cache_size()
+    for prompt in ("a", "the lazy", "the quick brown fox jumps over"):
+        generate(dataclasses.replace(exact), prompt, tokens=3, seed=1)
+    assert read._cache_size() == compiled
+
+
+def test_the_cache_is_that_of_the_phase_the_run_ended_in(
+    workdir: Path, exact: TrainedModel
+) -> None:
+    ids = [exact.tokenizer.end_of_document, *map(int, exact.tokenizer.encode("the quick"))]
+    logits = lambda model: np.asarray(generate_module.Reader(model, len(ids)).logits(ids))
+    coarse = load_model(workdir, precision="0: f32 | 30: f32,kv=int4@channel")
+    difference = np.abs(logits(coarse) - logits(exact)).max()
+    assert 1e-3 < difference < 2.0
 
 
 def test_stops_where_the_document_ends(scripted: Scripted, model: TrainedModel) -> None:
     assert generate(model, "", tokens=50) == "xxx"
-    assert len(scripted.windows) == 4
+    assert scripted.calls == 4
 
 
 def test_no_more_tokens_than_asked_for(model: TrainedModel) -> None:
@@ -154,7 +191,7 @@ def test_no_more_tokens_than_asked_for(model: TrainedModel) -> None:
 @pytest.mark.parametrize("name", ["tokens", "temperature", "top_k", "seed"])
 def test_negative_numbers_are_refused(name: str, model: TrainedModel) -> None:
     with pytest.raises(ValueError, match="must not be negative"):
-        generate_function(model, "the", **{name: -1})
+        generate(model, "the", **{name: -1})
 
 
 # --- Score ---

@@ -143,6 +143,7 @@ VALUES = {
     "r": "bf16",
     "mu": "int8@block16",
     "nu": "bf16",
+    "kv": "int4@block8.affine",
 }
 """A value of every key, unlike what any other key of the table or a default would give."""
 
@@ -155,7 +156,7 @@ def test_every_key_has_a_value_in_the_table():
 def test_a_key_and_its_long_name_set_the_same_thing_and_nothing_else(key: str):
     default = parse_policy("p=f32,c=bf16").resolve("head").rows()
     follows = {"o": "f16"} if key == "c" else {}  # the output follows compute, as in jmp
-    follows |= {operand: "f16" for operand in "wxg" if key == "c"}
+    follows |= {operand: "f16" for operand in ("w", "x", "g", "kv") if key == "c"}
     for name in (key, KEYS[key].long):
         written = {"p": "p=f32", "c": "c=bf16"} | {key: f"{name}={VALUES[key]}"}
         base = parse_policy(",".join(written.values()))
@@ -189,6 +190,7 @@ def test_a_preset_or_a_format_may_be_followed_by_changes():
         ("g", "e2m1@block16.e4m3@tensor", "nvfp4"),
         ("a", "float32", "f32"),
         ("mu", "bfloat16", "bf16"),
+        ("kv", "float8_e4m3fn@channel", "e4m3@channel"),
     ],
 )
 def test_names_of_the_same_thing_are_the_same_policy(key: str, text: str, canonical: str):
@@ -233,6 +235,11 @@ def test_names_of_the_same_thing_are_the_same_policy(key: str, text: str, canoni
         ("f32,nu=int8@tensor.affine", "int8@tensor.affine"),
         ("f32,nu=bf16.sr", "bf16.sr"),
         ("f32,r=e5m2@tensor", "e5m2@tensor"),
+        ("f32,kv=e4m3@tensor", "e4m3@tensor"),
+        ("f32,kv=nvfp4", "nvfp4"),
+        ("f32,kv=e4m3@tensor.delayed", "e4m3@tensor.delayed"),
+        ("f32,kv=int8@channel.sr", "int8@channel.sr"),
+        ("f32; **/scores: kv=e8m0", "e8m0"),
         ("mixed_bf16,q=f16", "q"),
         ("mixed_bf16,fp8", "fp8"),
         ("mixed_bf16, a=bf17", "bf17"),
@@ -288,6 +295,11 @@ def test_a_single_phase_is_a_policy_without_phases():
     assert str(parse_policy("0: f32")) == "p=f32,c=f32,o=f32"
 
 
+def test_a_cache_of_one_factor_is_refused_with_the_reason():
+    with pytest.raises(PolicyError, match=r"one position at a time.*@channel or FORMAT@blockN"):
+        parse_policy("f32,kv=int8@tensor")
+
+
 def test_a_misspelt_format_gets_a_suggestion():
     with pytest.raises(PolicyError, match="did you mean 'bfloat16'"):
         parse_policy("c=bfloat61")
@@ -310,6 +322,9 @@ quantizer = one_of("mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e2m3", "mxfp4", "mxint
     | element
 )
 operand = st.builds("{}{}".format, quantizer, one_of("", ".sr"))
+cache = element | st.builds(
+    "{}{}{}".format, element, one_of("@channel") | size, one_of("", ".e8m0")
+)
 moment = element | st.builds("{}{}".format, element, one_of("@tensor") | size)
 VALUE = {
     "p": st.builds("{}{}".format, stored_format, one_of("", ".sr", ".kahan")),
@@ -323,6 +338,7 @@ VALUE = {
     "r": stored_format,
     "mu": moment,
     "nu": moment,
+    "kv": cache | one_of("mxfp8", "mxint8", "int4@channel.affine"),
 }
 """Every way to write a value of each key."""
 

@@ -122,6 +122,22 @@ def test_accumulators_moments_and_stored_updates_are_inherited_everywhere():
         assert {key: rows[key] for key in expected} == expected, path
 
 
+def test_keys_and_values_are_kept_as_their_products_say():
+    policy = parse_policy(
+        "mixed_bf16,kv=int8@block32; **/scores: kv=e4m3@channel; blocks/2: kv=f16"
+    )
+
+    def kept(index: int) -> list[str]:
+        products = (f"blocks/{index}/attention/{name}" for name in ("scores", "combine"))
+        return [policy.resolve(path).rows()["kv"] for path in products]
+
+    assert kept(0) == ["e4m3@channel", "int8@block32"]
+    assert kept(2) == ["f16", "f16"]
+    default = parse_policy("mixed_bf16").resolve("blocks/0/attention/scores")
+    assert default.cache is None
+    assert default.rows()["kv"] == "bf16"
+
+
 def test_wide_sites_are_wide_for_emulated_formats_too():
     site = parse_policy("c=e4m3").resolve("blocks/0/attention/softmax")
     assert (site.compute.name, site.output.name) == ("f32", "f32")

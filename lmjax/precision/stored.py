@@ -1,0 +1,75 @@
+"""Tensors kept in narrow formats between computations: optimizer moments, keys and values.
+
+Stored is not emulated: elements and factors are held in their formats' own dtypes where JAX has
+them, and in the narrowest one that holds them where not. What is read back is, bit for bit, what
+`fake_quantize` gives.
+
+Knows jax, formats, quantizers and their arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from lmjax.precision.exact import at_least_f32
+from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.rounding import Overflow, quantize
+from lmjax.precision.scaling import Quantized, dequantize, quantize_with_scale
+
+Stored = jax.Array | Quantized
+"""An array, or elements and their factors where the quantizer has any."""
+
+_INTEGERS: Final = tuple(map(parse_format, ("int4", "int8", "int16")))
+_FLOATS: Final = tuple(map(parse_format, ("e3m4", "e5m2", "f16", "bf16", "f32", "f64")))
+
+
+def encode(
+    x: jax.Array, quantizer: Quantizer, *, axis: int = -1, overflow: Overflow = "saturate"
+) -> Stored:
+    """A tensor as it is stored, to nearest.
+
+    Args:
+      x: float array of any shape.
+      quantizer: format and groups.
+      axis: the axis that groups run along.
+      overflow: what becomes of elements beyond the format, see `quantize`; with factors, none are.
+
+    Returns:
+      Elements of the shape of `x`, and factors; the dtype of each is the `holder` of its format.
+    """
+    element = holder(quantizer.format)
+    if quantizer.groups == "none":
+        return quantize(x, quantizer.format, overflow=overflow).astype(element)
+    stored = quantize_with_scale(x, quantizer, axis=axis)
+    zero_point = stored.zero_point
+    return stored._replace(
+        values=stored.values.astype(element),
+        scale=stored.scale.astype(holder(quantizer.scale)),
+        zero_point=None if zero_point is None else zero_point.astype(element),
+    )
+
+
+def decode(stored: Stored, quantizer: Quantizer, *, axis: int = -1) -> jax.Array:
+    """What was stored along the same axis, widened to f32 (f64 stays f64)."""
+    wide = jax.tree.map(lambda leaf: leaf.astype(at_least_f32(leaf.dtype)), stored)
+    if not isinstance(wide, Quantized):
+        return wide
+    return dequantize(wide, quantizer, axis=axis, dtype=wide.values.dtype)
+
+
+@functools.cache
+def holder(number_format: Format) -> np.dtype[Any]:
+    """The format's own dtype, or the narrowest one of JAX that has all its values."""
+    if number_format.dtype is not None:
+        return number_format.dtype
+    whole = number_format.is_integer and number_format.smallest_subnormal == 1
+    for wider in _INTEGERS if whole else _FLOATS:
+        fits = wider.bits >= number_format.bits if whole else wider.contains(number_format)
+        if fits and wider.dtype is not None:
+            return wider.dtype
+    raise ValueError(f"no dtype of JAX holds {number_format}")
