@@ -1,8 +1,9 @@
 """Tensors kept in narrow formats between computations: optimizer moments, keys and values.
 
 Stored is not emulated: elements and factors are held in their formats' own dtypes where JAX has
-them, and in the narrowest one that holds them where not. What is read back is, bit for bit, what
-`fake_quantize` gives.
+them, and in the narrowest one that holds them where not. Of dtypes below a byte no use is made:
+arrays of them come back from a checkpoint in a layout that compiled programs refuse. What is read
+back is, bit for bit, what `fake_quantize` gives.
 
 Knows jax, formats, quantizers and their arithmetic.
 """
@@ -24,7 +25,8 @@ from lmjax.precision.scaling import Quantized, dequantize, quantize_with_scale
 Stored = jax.Array | Quantized
 """An array, or elements and their factors where the quantizer has any."""
 
-_INTEGERS: Final = tuple(map(parse_format, ("int4", "int8", "int16")))
+_BYTE: Final = 8  # bits
+_INTEGERS: Final = tuple(map(parse_format, ("int8", "int16")))
 _FLOATS: Final = tuple(map(parse_format, ("e3m4", "e5m2", "f16", "bf16", "f32", "f64")))
 
 
@@ -64,8 +66,8 @@ def decode(stored: Stored, quantizer: Quantizer, *, axis: int = -1) -> jax.Array
 
 @functools.cache
 def holder(number_format: Format) -> np.dtype[Any]:
-    """The format's own dtype, or the narrowest one of JAX that has all its values."""
-    if number_format.dtype is not None:
+    """The format's own dtype, or the narrowest one of whole bytes that has all its values."""
+    if number_format.dtype is not None and number_format.bits >= _BYTE:
         return number_format.dtype
     whole = number_format.is_integer and number_format.smallest_subnormal == 1
     for wider in _INTEGERS if whole else _FLOATS:

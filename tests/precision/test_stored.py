@@ -17,21 +17,21 @@ from lmjax.precision.stored import decode, encode, holder
 HOLDERS = {
     "bf16": "bfloat16",
     "e4m3": "float8_e4m3fn",
-    "int4": "int4",
+    "int4": "int8",
     "e3m2": "float8_e5m2",
     "e2m3": "float8_e3m4",
     "e4m2": "float8_e5m2",
     "e5m7": "float16",
     "e8m5": "bfloat16",
     "tf32": "float32",
-    "int3": "int4",
+    "int3": "int8",
     "int5": "int8",
     "int13": "int16",
 }
 
 
 @pytest.mark.parametrize(("name", "dtype"), HOLDERS.items())
-def test_the_holder_of_a_format_is_the_narrowest_dtype_with_its_values(name: str, dtype: str):
+def test_the_holder_of_a_format_is_the_narrowest_dtype_of_bytes(name: str, dtype: str):
     number_format = parse_format(name)
     held = holder(number_format)
     assert held.name == dtype
@@ -53,9 +53,9 @@ KINDS = {
     "e4m3@channel": ("float8_e4m3fn", "float32"),
     "int5@block3": ("int8", "float32"),
     "int8@channel.affine": ("int8", "float32", "int8"),
-    "mxfp4": ("float4_e2m1fn", "float8_e8m0fnu"),
+    "mxfp4": ("float8_e3m4", "float8_e8m0fnu"),
     "e4m3@tensor": ("float8_e4m3fn", "float32"),
-    "nvfp4": ("float4_e2m1fn", "float8_e4m3fn", "float32"),
+    "nvfp4": ("float8_e3m4", "float8_e4m3fn", "float32"),
 }
 """Dtypes of elements, factors, and zero points or the factor of factors."""
 

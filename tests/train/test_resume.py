@@ -14,7 +14,7 @@ POLICIES = (
     "mixed_bf16",
     "mixed_f16",
     pytest.param("nvfp4,p=bf16.sr", marks=pytest.mark.long),
-    "p=bf16.kahan,c=bf16,o=f32,mu=bf16,nu=int8@block16",
+    "p=bf16.kahan,c=bf16,o=f32,mu=mxfp4,nu=int8@block16",
 )
 
 
