@@ -9,7 +9,6 @@ what goes wrong into one line on stderr and an exit code:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import importlib
@@ -17,7 +16,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -36,6 +35,7 @@ from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import KEYS
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.checkpoint import CheckpointError
+from lmjax.train.memory import keep_freed_memory
 from lmjax.train.metrics import strict_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -68,27 +68,13 @@ def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
       module: its dotted name, which also names the default run directory.
       config: the module's `config`.
     """
-    _keep_freed_memory()
-    sys.exit(_guarded(lambda: _run_experiment(module, config, sys.argv[1:])))
-
-
-def _keep_freed_memory() -> None:
-    """Asks glibc to keep freed memory for the next step instead of returning it to the kernel.
-
-    XLA on CPU allocates a step's temporaries anew in every step. Given back each time, they cost a
-    page fault per 4 KiB: a third of the time of a small model's step. Elsewhere than on glibc
-    nothing happens.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**30)
+    keep_freed_memory()
+    sys.exit(guarded(lambda: _run_experiment(module, config, sys.argv[1:])))
 
 
 def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequence[str]) -> int:
     default = Launch(config=config(), workdir=Path("runs") / module.rpartition(".")[2])
-    launch = _parse(
+    launch = parse_flags(
         lambda: tyro.cli(
             Launch,
             default=default,
@@ -124,18 +110,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "prepare": prepare,
         "sites": sites,
         "formats": formats,
+        "report": report,
     }
     deferred = {name: _deferred(verb) for name, verb in verbs.items()}
 
     def run() -> int:
-        call = _parse(
+        call = parse_flags(
             lambda: tyro.extras.subcommand_cli_from_dict(
                 deferred, prog="python -m lmjax", description=main.__doc__, args=arguments
             )
         )
         return call()
 
-    sys.exit(_guarded(run))
+    sys.exit(guarded(run))
 
 
 def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
@@ -175,7 +162,7 @@ def generate(
     text = _bad_input(
         generate_text, model, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
     )
-    _print_json({"prompt": prompt, "text": text, "step": model.step}) if json else print(
+    print_json({"prompt": prompt, "text": text, "step": model.step}) if json else print(
         prompt + text
     )
     return DONE
@@ -203,12 +190,12 @@ def score(
             {"token": token, "log_probability": value}
             for token, value in zip(result.tokens, result.log_probabilities, strict=True)
         ]
-        _print_json({**summary, "per_token": tokens})
+        print_json({**summary, "per_token": tokens})
         return DONE
     rows = zip(
         map(repr, result.tokens), map("{:.4f}".format, result.log_probabilities), strict=True
     )
-    _print_table(("token", "log-probability (nats)"), rows)
+    print_table(("token", "log-probability (nats)"), rows)
     print(
         f"total {result.total:.4f} nats over {len(result.tokens)} tokens, "
         f"{result.bits_per_byte:.4f} bits per byte"
@@ -229,7 +216,7 @@ def evaluate(
     model = load_model(run, precision=precision)
     result = _bad_input(evaluate_run, model, progress=not json)
     if json:
-        _print_json(dataclasses.asdict(result))
+        print_json(dataclasses.asdict(result))
     else:
         print(
             f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
@@ -267,12 +254,26 @@ def sites(
         for start, phase in config.phases
     }
     if json:
-        _print_json(phases if len(phases) > 1 else phases[0])
+        print_json(phases if len(phases) > 1 else phases[0])
         return DONE
     for start, resolved in phases.items():
         if len(phases) > 1:
             print(f"from step {start} on: {config.at(start).precision}")
-        _print_table(("site", *KEYS), ((path, *row.values()) for path, row in resolved.items()))
+        print_table(("site", *KEYS), ((path, *row.values()) for path, row in resolved.items()))
+    return DONE
+
+
+def report(directories: tyro.conf.Positional[tuple[Path, ...]], /, json: bool = False) -> int:
+    """Writes the reports of ablations anew from the files of their runs; trains nothing.
+
+    Args:
+      directories: Of ablations, as their --workdir.
+      json: Print JSON.
+    """
+    from lmjax.ablation_cli import report_on
+
+    for directory in directories:
+        report_on(directory, json=json)
     return DONE
 
 
@@ -295,10 +296,10 @@ def formats(
 
         _bad_input(draw_number_lines, _writable(plot), names or DEFAULT_FORMATS)
     if json:
-        _print_json([dataclasses.asdict(row) for row in rows])
+        print_json([dataclasses.asdict(row) for row in rows])
     else:
         header = ("name", "bits", "layout", "bias", "largest", "normal", "subnormal", "inf", "NaN")
-        _print_table((*header, "native"), (map(_cell, dataclasses.astuple(row)) for row in rows))
+        print_table((*header, "native"), (map(_cell, dataclasses.astuple(row)) for row in rows))
     return DONE
 
 
@@ -338,7 +339,7 @@ def load_experiment(name: str) -> Config:
     return module.config()
 
 
-def _parse(parse: Callable[[], T]) -> T:
+def parse_flags(parse: Callable[[], T]) -> T:
     """Runs tyro; its boxed complaint, and that of a config dataclass, becomes one line."""
     complaint = io.StringIO()
     try:
@@ -375,7 +376,8 @@ def _bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
         raise InputError(str(error)) from error
 
 
-def _guarded(call: Callable[[], int]) -> int:
+def guarded(call: Callable[[], int]) -> int:
+    """The exit code of a call; what it raises about its input or its run becomes one line."""
     try:
         return call()
     except (InputError, DataError) as error:
@@ -386,14 +388,17 @@ def _guarded(call: Callable[[], int]) -> int:
         return FAILED
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
+    """Prints strict JSON."""
     print(strict_json(value))
 
 
-def _print_table(header: Sequence[str], rows: Any) -> None:
+def print_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
+    """Prints rows under a header in columns, as wide as they are; only the last may be wrapped."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in header:
+    for title in header[:-1]:
         table.add_column(title, no_wrap=True)
+    table.add_column(header[-1], overflow="fold")
     for row in rows:
         table.add_row(*row)
     # Nothing is cut off where the width is unknown, in a file or a pipe.

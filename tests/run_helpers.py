@@ -125,8 +125,13 @@ def tiny_flags(home: Path, workdir: Path, *, steps: int = 40) -> list[str]:
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
-def start(module: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python -m module` in a process of its own, away from the source tree."""
+def start(
+    module: str, *arguments: str, cwd: Path, group: bool = False, **environment: str
+) -> subprocess.Popen[str]:
+    """`python -m module` in a process of its own, away from the source tree.
+
+    With `group` it leads a process group, which can be killed as a whole.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         cwd=cwd,
@@ -139,6 +144,7 @@ def start(module: str, *arguments: str, cwd: Path, **environment: str) -> subpro
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        process_group=0 if group else None,
     )
 
 

@@ -21,7 +21,7 @@ MODULE = "experiments.quickstart"
 
 def experiment(*flags: str) -> int:
     """The exit code of `python -m experiments.quickstart flags`, in this process."""
-    return cli._guarded(lambda: cli._run_experiment(MODULE, quickstart.config, flags))
+    return cli.guarded(lambda: cli._run_experiment(MODULE, quickstart.config, flags))
 
 
 def lmjax(*arguments: str) -> int:
@@ -229,7 +229,7 @@ def test_failed_training_and_foreign_checkpoints_exit_1(
         def fail(kind: type[Exception] = kind) -> int:
             raise kind("says why")
 
-        assert cli._guarded(fail) == cli.FAILED
+        assert cli.guarded(fail) == cli.FAILED
         assert complaint(capsys) == "error: says why"
 
 
@@ -308,7 +308,7 @@ def test_the_table_of_a_score(run: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_square_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture[str]) -> None:
     """A token may look like the markup of the library that draws tables."""
-    cli._print_table(("token", "value"), [("'[b]'", "1.0")])
+    cli.print_table(("token", "value"), [("'[b]'", "1.0")])
     assert "'[b]'" in capsys.readouterr().out
 
 

@@ -1,10 +1,16 @@
 """Ablations: arms times seeds, paired statistics, verdicts in words, and the report.
 
+grid.py         what an ablation is: arms, seeds, the cells they make and the files of those
+runner.py       everything around the cells; run(ablation, directory) goes on after any interruption
+worker.py       a process that runs cells; pools.py starts such processes here or on Slurm
+progress.py     what a person sees meanwhile
+locks.py        locks on files
 statistics.py   intervals, tests and power for paired differences
 verdict.py      an arm against its control, and what that comes to in words
 report.py       run directories to one HTML page and one Markdown table
 """
 
+from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation.report import write_report
 from lmjax.ablation.report_data import compare_cells
 from lmjax.ablation.statistics import (
@@ -20,6 +26,8 @@ from lmjax.ablation.statistics import (
 from lmjax.ablation.verdict import Comparison, Criteria, Verdict, compare_arms, seeds_to_add
 
 __all__ = [
+    "Ablation",
+    "Cell",
     "Comparison",
     "Criteria",
     "Estimate",

@@ -133,6 +133,41 @@ def gather(ablation: Ablation, cells: Sequence[Cell], monitoring: Monitoring = "
     return Report(ablation, arms, _criteria(ablation, monitoring))
 
 
+def summary(report: Report) -> dict[str, Any]:
+    """What was asked and what was found, for programs to read: verdicts by arm, and all cells."""
+    ablation = report.ablation
+    return {
+        "name": ablation.name,
+        "question": ablation.question,
+        "metric": ablation.metric,
+        "margin": report.criteria.margin,
+        "alpha": report.criteria.alpha,
+        "monitoring": report.criteria.monitoring,
+        "comparisons": {
+            arm.name: _found(arm.comparison) for arm in report.arms if arm.comparison is not None
+        },
+        "cells": [
+            {**run.cell._asdict(), "directory": str(run.cell.directory)} for run in report.runs
+        ],
+    }
+
+
+def _found(comparison: Comparison) -> dict[str, Any]:
+    """A comparison as plain values; what is called interval there is a list here."""
+    return {
+        "control": comparison.control,
+        "verdict": comparison.verdict.kind,
+        "text": comparison.verdict.text,
+        "mean": comparison.estimate.mean,
+        "interval": list(comparison.interval),
+        "p": comparison.p,
+        "equivalence_interval": list(comparison.equivalence_interval),
+        "equivalence_p": comparison.equivalence_p,
+        "differences": {str(seed): value for seed, value in comparison.differences.items()},
+        "failures": {str(seed): reason for seed, reason in comparison.failures.items()},
+    }
+
+
 def _controls(ablation: Ablation) -> dict[str, str]:
     """By arm, the arm that it is compared with: its own control or that of the ablation."""
     return {

@@ -253,10 +253,10 @@ def _setup(report: Report) -> str:
         if not arm.changes:
             text = "the control" if arm.control is None else f"the same config as {against}"
             rows.append([_named(arm), text, "", "", ""])
-    seeds = ", ".join(map(str, report.ablation.seeds))
+    seeds = ", ".join(map(str, sorted({run.cell.seed for run in report.runs})))
     return (
         _table(["arm", "field", "value", "control's value", "control"], rows)
-        + _note(f"Computed from the configs. Seeds: {seeds}; the same in every arm.")
+        + _note(f"Computed from the configs. Seeds: {seeds}; each is the same in every arm.")
         + "<details><summary>What all arms have in common</summary>"
         + _list(shared_config(report))
         + "</details>"

@@ -82,7 +82,7 @@ def markdown(report: Report, directory: Path) -> str:
         "",
         report.ablation.question,
         "",
-        *_table(["arm", metric, "difference", "verdict"], map(_verdict_row, report.arms)),
+        *_table(*verdicts(report)),
         "",
         f"Values: mean over seeds and their range. Differences: paired by seed, ± half the {level} "
         f"interval, corrected for the number of arms. Margin: {report.criteria.margin:g}.",
@@ -94,6 +94,12 @@ def markdown(report: Report, directory: Path) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def verdicts(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of verdicts: a row for each arm, the control first."""
+    header = ["arm", title_of(report.ablation.metric), "difference", "verdict"]
+    return header, [_verdict_row(arm) for arm in report.arms]
 
 
 def _verdict_row(arm: Arm) -> list[str]:

@@ -165,7 +165,7 @@ class Config:
         scale = dataclasses.replace(
             self.loss_scale, kind=resolve_kind(self.loss_scale.kind, min(exponents))
         )
-        if scale.format == "auto":
+        if scale.kind == "predictive" and scale.format == "auto":
             scale = dataclasses.replace(scale, format=narrowest(_of_cotangents(sites)).name)
         rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
         return dataclasses.replace(
@@ -219,12 +219,20 @@ def _read(default: Any, values: Any, prefix: str) -> Any:
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The fields in which two runs differ, by dotted name; `NOT_IDENTITY` does not count."""
-    old_flat, new_flat = _flat(to_json(old)), _flat(to_json(new))
+    old_flat, new_flat = identity(old), identity(new)
     return {
         name: (old_flat.get(name), new_flat.get(name))
         for name in {**old_flat, **new_flat}
         if old_flat.get(name) != new_flat.get(name)
-        and not any(name == part or name.startswith(part + ".") for part in NOT_IDENTITY)
+    }
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The fields that decide what a run computes, by dotted name: all but `NOT_IDENTITY`."""
+    return {
+        name: value
+        for name, value in _flat(to_json(config)).items()
+        if not any(name == part or name.startswith(part + ".") for part in NOT_IDENTITY)
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,12 @@ class _Run:
 
 
 def train(
-    config: Config, workdir: str | Path, *, stop_after: int | None = None, progress: bool = True
+    config: Config,
+    workdir: str | Path,
+    *,
+    stop_after: int | None = None,
+    progress: bool = True,
+    stop: StopRequest | None = None,
 ) -> Outcome:
     """Trains, or goes on training, until the planned number of steps is done.
 
@@ -93,6 +98,8 @@ def train(
       stop_after: stop with a checkpoint after this many steps of this call. The schedule stays
         that of `config.steps`.
       progress: show a progress bar, or lines where the output is no terminal.
+      stop: a request that the caller watches for, over several runs; by default this run takes
+        over the signals itself.
 
     Returns:
       How it ended; `result` is None if it was stopped by `stop_after`, SIGINT or SIGTERM.
@@ -110,7 +117,7 @@ def train(
     open_run(workdir, config)
     with (
         closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep)) as checkpoints,
-        StopRequest() as stop,
+        StopRequest() if stop is None else nullcontext(stop) as stop,
     ):
         run = _start(config, corpus, mesh, workdir, checkpoints)
         if run.step < config.steps:

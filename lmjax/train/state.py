@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lmjax.loss_scale import LossScaleState
@@ -17,6 +18,8 @@ from lmjax.sharding import Mesh, state_shardings
 from lmjax.storage import convert_moments, convert_params, initial_residuals
 from lmjax.train.config import Config
 from lmjax.train.measure import carried_scaling, initial_scaling
+
+KEY_KIND = "threefry2x32"
 
 
 class TrainState(NamedTuple):
@@ -46,9 +49,15 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def initial_state(config: Config) -> TrainState:
-    """A fresh state; a pure function of the config and so of its seed. Call it under jit."""
-    init_key, dropout_key = jax.random.split(jax.random.key(config.seed, impl="threefry2x32"))
+def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:
+    """A fresh state; a pure function of the config and so of its seed. Call it under jit.
+
+    Args:
+      config: the run.
+      key: the key that its seed stands for, by default.
+    """
+    key = _seed_key(config) if key is None else key
+    init_key, dropout_key = jax.random.split(key)
     params = initial_params(init_key, config.model, config.sites)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -72,9 +81,18 @@ def abstract_state(config: Config, mesh: Any) -> TrainState:
 
 
 def create_state(config: Config, mesh: Mesh) -> TrainState:
-    """A fresh state, each array made on the devices where it lives."""
+    """A fresh state, each array made on the devices where it lives.
+
+    The seed is an argument of the compiled program and not a constant in it, so that runs which
+    differ in nothing else find it in the compilation cache.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return exact.jit(lambda: initial_state(config), out_shardings=shardings)()
+
+    def init(data: jax.Array) -> TrainState:
+        return initial_state(config, jax.random.wrap_key_data(data, impl=KEY_KIND))
+
+    seed = np.asarray(jax.random.key_data(_seed_key(config)))
+    return exact.jit(init, out_shardings=shardings)(seed)
 
 
 def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
@@ -108,3 +126,7 @@ def change_phase(state: TrainState, old: Config, new: Config, mesh: Mesh) -> Tra
         # The memory of an array whose format changes is of no use, and nobody needs to be told.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         return exact.jit(convert, donate_argnums=0, out_shardings=shardings)(state)
+
+
+def _seed_key(config: Config) -> jax.Array:
+    return jax.random.key(config.seed, impl=KEY_KIND)

@@ -13,12 +13,17 @@ import jax.numpy as jnp
 import pytest
 
 import experiments
+import experiments.ablations
 from lmjax import sharding
+from lmjax.ablation.grid import Ablation, arm_differences, plan
 from lmjax.train import Config, abstract_state, make_train_step
 from lmjax.train.config import from_json, to_json
 
 NAMES = sorted(
     module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg
+)
+ABLATIONS = sorted(
+    f"ablations.{module.name}" for module in pkgutil.iter_modules(experiments.ablations.__path__)
 )
 LABELS = ("Command", "Hardware", "Time", "Expected")
 MESHES = {
@@ -40,9 +45,10 @@ def labelled(docstring: str) -> dict[str, str]:
 
 def test_the_experiments_are_found() -> None:
     assert {"quickstart", "char_shakespeare", "gpt2_124m", "llama_1b"} <= set(NAMES)
+    assert "ablations.policies" in ABLATIONS
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + ABLATIONS)
 def test_the_docstring_says_command_hardware_time_and_expectation(name: str) -> None:
     said = labelled(experiment(name).__doc__ or "")
     assert set(said) == set(LABELS)
@@ -53,14 +59,28 @@ def test_the_docstring_says_command_hardware_time_and_expectation(name: str) -> 
     assert not [text for text in said.values() if re.fullmatch(r"[A-Z]+", text.strip())]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + ABLATIONS)
 def test_the_module_runs_its_own_config(name: str) -> None:
     """`python -m` runs the module as `__main__`; what it then calls is read from the source."""
     module = experiment(name)
     with open(module.__file__, encoding="utf-8") as file:
         last = ast.unparse(ast.parse(file.read()).body[-1])
     assert last.startswith("if __name__ == '__main__':")
-    assert "run_experiment(__spec__.name, config)" in last
+    what = "ablation" if name in ABLATIONS else "config"
+    runner = {"config": "run_experiment", "ablation": "run_ablation"}[what]
+    assert f"{runner}(__spec__.name, {what})" in last
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_builds_and_its_arms_differ(name: str) -> None:
+    ablation = experiment(name).ablation()
+    assert isinstance(ablation, Ablation)
+    assert f"ablations.{ablation.name}" == name
+    assert len(plan(ablation)) == len(ablation.arms) * len(ablation.seeds)
+    chosen = {
+        difference.field for difference in arm_differences(ablation) if not difference.follows
+    }
+    assert chosen == set(ablation.varies)
 
 
 @pytest.mark.parametrize("name", NAMES)

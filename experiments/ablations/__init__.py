@@ -1,0 +1,1 @@
+"""One module an ablation: `ablation()` returns what `python -m experiments.ablations.NAME` runs."""

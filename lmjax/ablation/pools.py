@@ -1,0 +1,182 @@
+"""Workers, started together: as processes of this machine, or as an array of Slurm jobs.
+
+The only file that knows submitit. What workers do is in worker.py.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import lmjax
+from lmjax.train.run_directory import InputError
+
+
+class Failure(NamedTuple):
+    """What stopped a worker that nobody had asked to stop: a line, and whether input was bad."""
+
+    reason: str
+    bad_input: bool
+
+
+class Pool(Protocol):
+    """Workers of one ablation."""
+
+    def alive(self) -> bool:
+        """Whether any of them is still at work."""
+
+    def failure(self) -> Failure | None:
+        """Why one of them ended before its time."""
+
+    def stop(self) -> None:
+        """Asks all of them to save a checkpoint and end; returns at once."""
+
+    def kill(self) -> None:
+        """Ends those that are left without waiting for anything."""
+
+
+class LocalPool:
+    """Processes of this machine, each with its own XLA threads and a log in `logs/`."""
+
+    def __init__(self, directory: Path, definition: Path, processes: int, threads: int):
+        (directory / "logs").mkdir(exist_ok=True)
+        # Other commands may be at work in this directory, on this machine or another.
+        stem = f"{platform.node()}-{os.getpid()}"
+        self._logs = [directory / "logs" / f"{stem}-{i}.log" for i in range(processes)]
+        self._workers = [_start(directory, definition, threads, log) for log in self._logs]
+
+    def alive(self) -> bool:
+        """Whether any process is running."""
+        return any(worker.poll() is None for worker in self._workers)
+
+    def failure(self) -> Failure | None:
+        """The last line of the log of a worker that failed, and its exit code in words."""
+        for worker, log in zip(self._workers, self._logs, strict=True):
+            code = worker.poll()
+            if code is not None and code < 0:
+                return Failure(f"a worker was ended by {signal.Signals(-code).name}", False)
+            if code in (1, 2):
+                lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+                last = next((line for line in reversed(lines) if line.strip()), "no reason given")
+                return Failure(last if code == 2 else f"{last} (see {log})", code == 2)
+        return None
+
+    def stop(self) -> None:
+        """Closes what the workers read from."""
+        for worker in self._workers:
+            if worker.stdin is not None:
+                worker.stdin.close()
+
+    def kill(self) -> None:
+        """SIGKILL: the locks go with the processes, and training goes on from checkpoints."""
+        for worker, log in zip(self._workers, self._logs, strict=True):
+            worker.kill()
+            worker.wait()
+            if not log.stat().st_size:
+                log.unlink()
+
+
+def _start(directory: Path, definition: Path, threads: int, log: Path) -> subprocess.Popen[bytes]:
+    source = str(Path(lmjax.__file__).parents[1])
+    search = [source, os.environ.get("PYTHONPATH", "")]
+    arguments = (str(directory), str(definition), str(threads))
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lmjax.ablation.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))},
+        )
+
+
+class SlurmPool:
+    """An array of Slurm jobs, each a worker. It outlives the command, unless that is stopped.
+
+    Args:
+      directory: of the ablation, on a file system that all nodes share.
+      definition: what the ablation is; a file that does not change.
+      jobs: length of the array.
+      threads: cores of each job.
+      options: parameters of submitit's `AutoExecutor`, such as `slurm_partition`; `cluster=local`
+        runs the jobs on this machine.
+
+    Raises:
+      InputError: submitit is not installed, or does not know an option.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        definition: Path,
+        jobs: int,
+        threads: int,
+        options: Mapping[str, Any],
+    ):
+        try:
+            import submitit
+        except ImportError as error:
+            raise InputError(
+                "Slurm jobs are submitted through submitit; install it: pip install 'lmjax[slurm]'"
+            ) from error
+        parameters = {"name": "lmjax", "cpus_per_task": threads, "timeout_min": 24 * 60, **options}
+        cluster = parameters.pop("cluster", None)
+        try:
+            executor = submitit.AutoExecutor(folder=directory / "logs", cluster=cluster)
+            executor.update_parameters(**parameters)
+        except (RuntimeError, NameError, TypeError, ValueError) as error:
+            raise InputError(f"submitit cannot submit: {error}") from error
+        work = SlurmWorker(directory, definition, threads)
+        with executor.batch():
+            self._jobs = [executor.submit(work) for _ in range(jobs)]
+
+    def alive(self) -> bool:
+        """Whether any job is queued or running."""
+        return not all(job.done() for job in self._jobs)
+
+    def failure(self) -> Failure | None:
+        """What a job raised."""
+        for job in self._jobs:
+            error = job.exception() if job.done() else None
+            if error is not None:
+                last = str(error).strip().rpartition("\n")[2]
+                return Failure(f"job {job.job_id}: {last} (see {job.paths.stderr})", False)
+        return None
+
+    def stop(self) -> None:
+        """Cancels the jobs; Slurm lets them save a checkpoint before it kills them."""
+        for job in self._jobs:
+            job.cancel()
+
+    def kill(self) -> None:
+        """Cancels what is left of the jobs; does not wait for Slurm."""
+        if self.alive():
+            self.stop()
+
+
+class SlurmWorker:
+    """What a job of the array calls; submitted again as it is when Slurm preempts it."""
+
+    def __init__(self, directory: Path, definition: Path, threads: int):
+        self.directory, self.definition = directory.absolute(), definition.absolute()
+        self.threads = threads
+
+    def __call__(self) -> None:
+        """Works until no cell is left that no other job is at."""
+        from lmjax.ablation import grid, worker
+
+        worker.prepare_process(self.directory, self.threads)
+        with worker.StopRequest() as stop:
+            worker.work(self.directory, grid.read_ablation(self.definition), stop, patient=False)
+
+    def checkpoint(self) -> Any:
+        """The job that goes on with the work of this one: runs resume from their checkpoints."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
