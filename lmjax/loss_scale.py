@@ -53,7 +53,8 @@ class LossScaleConfig:
     """How the loss is scaled. Every number is a power of two, so that scaling is exact."""
 
     kind: Kind = "auto"
-    """none, static, dynamic, predictive; auto: dynamic where the policy uses f16, else none."""
+    """none, static, dynamic, predictive; auto: dynamic where the policy uses f16, unless the model
+    is unit scaled, else none."""
     initial: float = 2.0**15
     """The scale of the first step, and of every step when static."""
     per_block: bool = False

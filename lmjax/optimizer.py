@@ -8,7 +8,9 @@ Knows JAX, optax and paths of parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -51,7 +53,8 @@ class OptimizerConfig:
     adam_learning_rate: float = 1e-3
     """Muon only: peak learning rate of what is no weight matrix of a block."""
     clip_norm: float = 1.0
-    """Largest global norm of the gradients; 0 switches clipping off."""
+    """Largest global norm of the gradients, or in a unit-scaled model largest root mean square; 0
+    switches clipping off."""
 
     def __post_init__(self) -> None:
         """Refuses values outside the range where the formulas mean anything."""
@@ -110,6 +113,7 @@ def make_optimizer(
     steps: int,
     sites: ParamSites,
     blocks: int = 0,
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
     """The whole chain; its state is a `LossScaleState` with everything else inside.
 
@@ -119,13 +123,15 @@ def make_optimizer(
       steps: planned length of the run, for the schedule.
       sites: the formats of each parameter, by its path; they say how moments are stored.
       blocks: number of blocks of the model, for loss scales of their own.
+      rates: what the learning rates of parameters are multiplied by, by path; by default 1.
 
     Returns:
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
       before they reach it, so moments and decay never see a narrow format: eps = 1e-8 is 0 in f16.
     """
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    chain = optax.chain(*clip, _direction(config, steps))
+    multiply = [_multiply(rates)] if rates else []
+    chain = optax.chain(*clip, _direction(config, steps), *multiply)
     return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, blocks)
 
 
@@ -157,6 +163,13 @@ def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformat
         scale,
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _multiply(rates: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the update of each parameter, its weight decay included, by a number."""
+    return optax.stateless(
+        lambda updates, _: _by_path(lambda path, u: u * rates.get(path, 1.0), updates)
     )
 
 

@@ -5,6 +5,7 @@ Knows nothing but Python.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,8 +50,13 @@ class ModelConfig:
     """Rate for embeddings, attention weights and what each half block adds."""
     z_loss: float = 0.0
     """Weight of the squared log-partition in the loss (PaLM, section 5); 1e-4 is usual."""
+    parametrisation: Literal["standard", "unit"] = "standard"
+    """What keeps numbers in range: small initial weights, or unit scaling (Blake et al. 2023), by
+    which weights, activations and gradients start with a standard deviation of about 1 and narrow
+    formats need no loss scale. It wants learning rates of its own; see `unit_scaling.py`."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; divided by sqrt(2 layers) where a block ends."""
+    """Standard deviation of initial weights; divided by sqrt(2 layers) where a block ends. With
+    unit scaling it is 1, whatever stands here."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or everything."""
     unroll: int = 1
@@ -99,6 +105,21 @@ class ModelConfig:
     def mlp_size(self) -> int:
         """Hidden size of the MLP."""
         return self.mlp_width or 4 * self.width
+
+    @property
+    def unit(self) -> bool:
+        """Whether the model is unit scaled."""
+        return self.parametrisation == "unit"
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of initial weights."""
+        return 1.0 if self.unit else self.init_std
+
+    @property
+    def last_weight_std(self) -> float:
+        """The same where a half block ends and is added to the residual stream."""
+        return 1.0 if self.unit else self.init_std / math.sqrt(2 * self.layers)
 
     def resolved(self) -> ModelConfig:
         """The same model with every derived field written out: what a run records."""

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmjax.model import unit_scaling
 from lmjax.model.config import ModelConfig
 from lmjax.model.layers import (
     QUIET,
@@ -51,13 +52,10 @@ class Decoder(nnx.Module):
     def __init__(self, key: jax.Array, config: ModelConfig):
         c = config
         embed_key, position_key, block_key, head_key = jax.random.split(key, 4)
-        self.embed = Embedding(
-            embed_key, c.vocab_size, c.width, axes=("vocab", "embed"), std=c.init_std
-        )
+        table = functools.partial(Embedding, width=c.width, std=c.weight_std, unit=c.unit)
+        self.embed = table(embed_key, c.vocab_size, axes=("vocab", "embed"))
         self.positions = (
-            Embedding(
-                position_key, c.max_positions, c.width, axes=("positions", "embed"), std=c.init_std
-            )
+            table(position_key, c.max_positions, axes=("positions", "embed"))
             if c.positions == "learned"
             else None
         )
@@ -67,7 +65,13 @@ class Decoder(nnx.Module):
             None
             if c.tied
             else Dense(
-                head_key, c.width, c.vocab_size, axes=("embed", "vocab"), std=c.init_std, bias=False
+                head_key,
+                c.width,
+                c.vocab_size,
+                axes=("embed", "vocab"),
+                std=c.weight_std,
+                bias=False,
+                unit=c.unit,
             )
         )
 
@@ -127,7 +131,8 @@ def embedded(
         return x
     indices = positions_from(start, tokens.shape[1])
     rows = model.positions(indices, sites["positions"], context.at("positions"))
-    return x + sites["embed"].to_output(rows)
+    rows = sites["embed"].to_output(rows)
+    return unit_scaling.sum_of_embeddings(x, rows) if model.embed.unit else x + rows
 
 
 def logits_of(model: Decoder, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
@@ -136,8 +141,8 @@ def logits_of(model: Decoder, x: jax.Array, sites: Sites, context: Context) -> j
     site, head = sites["head"], context.at("head")
     if model.head is not None:
         return model.head(x, site, head)
-    table = model.embed.table[...]
-    y = einsum("btd,vd->btv", x, table, site, key=head.key, probe=head.probe)
+    table, unit = model.embed.table[...], model.embed.unit
+    y = einsum("btd,vd->btv", x, table, site, key=head.key, probe=head.probe, unit=unit)
     return hand_on(y, site, head.probe)
 
 
@@ -157,6 +162,7 @@ def _scan_blocks(
         # Going back, a cotangent leaves the block above (or the head) and enters this one.
         ratios = cotangent_scales[:-1] / cotangent_scales[1:]
         x = rescale_cotangent(x, cotangent_scales[-1] / cotangent_scales[0])
+    weights = unit_scaling.branch_weights(config) if config.unit else None
     for first, last in block_groups(config, sites):
         group = within(sites, f"blocks/{first}")
         angles = None
@@ -164,14 +170,14 @@ def _scan_blocks(
             angles = rotary_angles(config, x.shape[1], group["attention/rope"])
 
         def body(x: jax.Array, layer: Any, group: Sites = group, angles: Any = angles) -> Any:
-            layer_params, *inside, ratio = layer
+            layer_params, *inside, ratio, weights = layer
             x = constrain(x, ("batch", "length", "width"))
             block = nnx.merge(graphdef, layer_params)
-            x, _ = block(x, group, angles, Context(*inside))
+            x, _ = block(x, group, angles, Context(*inside), weights)
             return x if ratio is None else rescale_cotangent(x, ratio), None
 
         x = group["residual"].to_output(group["residual"].to_compute(x))
-        everything = (stacked, keys, context.factors, context.slots, ratios)
+        everything = (stacked, keys, context.factors, context.slots, ratios, weights)
         layers = jax.tree.map(lambda leaf, f=first, s=last: leaf[f:s], everything)
         x, _ = jax.lax.scan(_rematerialised(body, config), x, layers, unroll=config.unroll)
     return constrain(x, ("batch", "length", "width"))
@@ -288,6 +294,14 @@ def param_sites(config: ModelConfig, sites: Sites) -> dict[str, SitePolicy]:
 def parameter_count(config: ModelConfig) -> int:
     """Number of values in all parameters; a tied head counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(structure(config)[1]))
+
+
+def learning_rate_factors(config: ModelConfig) -> dict[str, float]:
+    """By what the learning rate of each parameter is multiplied, by its path; nothing at 1."""
+    if not config.unit:
+        return {}
+    shapes = {path: leaf.shape for path, leaf in paths.flatten(structure(config)[1]).items()}
+    return {p: unit_scaling.learning_rate_factor(p, shape, config) for p, shape in shapes.items()}
 
 
 def _stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:

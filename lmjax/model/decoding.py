@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
+from lmjax.model import unit_scaling
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
 from lmjax.model.decoder import (
@@ -115,6 +116,7 @@ def extend(
     model = nnx.merge(structure(config)[0], params | {"blocks": first})
     graphdef, _ = nnx.split(model.blocks)
     x = embedded(model, tokens, sites, QUIET, start)
+    weights = unit_scaling.branch_weights(config) if config.unit else None
     layers = []
     for begin, end in block_groups(config, sites):
         group = within(sites, f"blocks/{begin}")
@@ -124,7 +126,8 @@ def extend(
         x = group["residual"].to_output(group["residual"].to_compute(x))
         for index in range(begin, end):
             block = nnx.merge(graphdef, params["blocks"][index])
-            x, layer = block(x, group, angles, QUIET, cache[index], start)
+            branches = jax.tree.map(lambda weight, i=index: weight[i], weights)
+            x, layer = block(x, group, angles, QUIET, branches, cache[index], start)
             layers.append(layer)
     return logits_of(model, x, sites, QUIET), tuple(layers)
 

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmjax.model import unit_scaling
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
+from lmjax.model.unit_scaling import BranchWeights
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.matmul import Key, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
@@ -100,6 +102,12 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
+def _used(parameter: nnx.Param, uses: int, unit: bool) -> jax.Array:
+    """The value of a parameter that is used so many times."""
+    value = parameter[...]
+    return unit_scaling.shared(value, uses) if unit else value
+
+
 class Dense(nnx.Module):
     """`x @ kernel + bias`, in the compute format of its site."""
 
@@ -112,23 +120,36 @@ class Dense(nnx.Module):
         axes: tuple[str, str],
         std: float,
         bias: bool,
+        unit: bool = False,
     ):
+        self.unit = unit
         self.kernel = normal(key, (fan_in, fan_out), std, axes)
         self.bias = constant(0.0, (fan_out,), axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array, site: SitePolicy, context: Context) -> jax.Array:
         """`[B, T, fan_in]` to `[B, T, fan_out]`."""
-        probe = context.probe
-        y = einsum("btk,kn->btn", x, self.kernel[...], site, key=context.key, probe=probe)
+        probe, kernel = context.probe, self.kernel[...]
+        y = einsum("btk,kn->btn", x, kernel, site, key=context.key, probe=probe, unit=self.unit)
         if self.bias is not None:
-            y = y + site.to_compute(self.bias[...])
+            bias = _used(self.bias, y.size // self.bias.size, self.unit)
+            y = y + site.to_compute(bias)
         return hand_on(y, site, probe)
 
 
 class Embedding(nnx.Module):
     """A table with one row per token or position."""
 
-    def __init__(self, key: jax.Array, rows: int, width: int, *, axes: tuple[str, str], std: float):
+    def __init__(
+        self,
+        key: jax.Array,
+        rows: int,
+        width: int,
+        *,
+        axes: tuple[str, str],
+        std: float,
+        unit: bool = False,
+    ):
+        self.unit = unit
         self.table = normal(key, (rows, width), std, axes)
 
     def __call__(self, indices: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
@@ -137,8 +158,10 @@ class Embedding(nnx.Module):
         Rows are gathered first and cast afterwards, so that the gradients of a token that occurs
         many times are summed in the format of the table and not in the compute format.
         """
-        rows = take(self.table[...][indices], site, context.probe)
-        return give(rows, site, context.probe)
+        rows = self.table[...][indices]
+        if self.unit:
+            rows = unit_scaling.shared(rows, rows.size / self.table.size)
+        return give(take(rows, site, context.probe), site, context.probe)
 
 
 class Norm(nnx.Module):
@@ -150,6 +173,7 @@ class Norm(nnx.Module):
     def __init__(self, width: int, config: ModelConfig, *, kind: str | None = None):
         self.kind = kind or config.norm
         self.epsilon = config.norm_epsilon
+        self.unit = config.unit
         self.scale = constant(1.0, (width,), ("norm",))
         biased = self.kind == "layer" and config.bias
         self.bias = constant(0.0, (width,), ("norm",)) if biased else None
@@ -160,9 +184,10 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = x * jax.lax.rsqrt(mean_square + self.epsilon) * site.to_compute(self.scale[...])
+        used = functools.partial(_used, uses=x.size // x.shape[-1], unit=self.unit)
+        y = x * jax.lax.rsqrt(mean_square + self.epsilon) * site.to_compute(used(self.scale))
         if self.bias is not None:
-            y = y + site.to_compute(self.bias[...])
+            y = y + site.to_compute(used(self.bias))
         return give(y, site, context.probe)
 
 
@@ -209,7 +234,12 @@ class Attention(nnx.Module):
         c = config
         queries, keys_values = c.heads * c.head_size, c.kv_head_count * c.head_size
         inward = functools.partial(
-            Dense, fan_in=c.width, axes=("embed", "heads"), std=c.init_std, bias=c.bias
+            Dense,
+            fan_in=c.width,
+            axes=("embed", "heads"),
+            std=c.weight_std,
+            bias=c.bias,
+            unit=c.unit,
         )
         self.config = config
         self.norm = Norm(c.width, c)
@@ -222,7 +252,8 @@ class Attention(nnx.Module):
             c.width,
             axes=("heads", "embed"),
             bias=c.bias,
-            std=c.init_std / math.sqrt(2 * c.layers),
+            std=c.last_weight_std,
+            unit=c.unit,
         )
         self.query_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
         self.key_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
@@ -277,6 +308,7 @@ class Attention(nnx.Module):
             second="activations",
             key=combine.key,
             probe=combine.probe,
+            unit=c.unit,
         )
         y = hand_on(y, sites["combine"], combine.probe)
         y = y.reshape(batch, length, c.heads * c.head_size)
@@ -290,21 +322,25 @@ class Attention(nnx.Module):
         Keys stand at positions 0 to S, queries at `start` to `start + T`.
         The factor 1/sqrt(H) is split: its power of two goes to the queries, where it is exact in
         every format and keeps f16 scores in range; the rest is applied in the softmax's format.
+        Unit scaling leaves all of it to the product.
         """
-        power = 2.0 ** -math.floor(math.log2(self.config.head_size) / 2)
-        rest = 1.0 / (math.sqrt(self.config.head_size) * power)
+        unit, size = self.config.unit, self.config.head_size
+        power = 2.0 ** -math.floor(math.log2(size) / 2)
+        rest = 1.0 / (math.sqrt(size) * power)
         site, products = sites["scores"], context.at("scores")
         scores = einsum(
             "btkgh,bskh->bkgts",
-            q * power,
+            q if unit else q * power,
             k,
             site,
             second="activations",
             key=products.key,
             probe=products.probe,
+            unit=unit,
         )
         softmax, probe = sites["softmax"], context.at("softmax").probe
-        scores = take(hand_on(scores, site, products.probe), softmax, probe) * rest
+        scores = take(hand_on(scores, site, products.probe), softmax, probe)
+        scores = scores if unit else scores * rest
         queries = positions_from(start, scores.shape[-2])
         keys = positions_from(0, scores.shape[-1])
         causal = queries[:, None] >= keys[None, :]
@@ -312,7 +348,10 @@ class Attention(nnx.Module):
         # not large: should all real scores of a row overflow, it becomes NaN and the step is
         # skipped, where a finite mask would win and let the row attend to the future.
         scores = jnp.where(causal, scores, -jnp.inf)
-        return give(jax.nn.softmax(scores, axis=-1), softmax, probe)
+        weights = jax.nn.softmax(scores, axis=-1)
+        if unit:
+            weights = weights * unit_scaling.softmax_gain(self.config, scores.shape[-1])
+        return give(weights, softmax, probe)
 
 
 class Mlp(nnx.Module):
@@ -326,8 +365,9 @@ class Mlp(nnx.Module):
             fan_in=c.width,
             fan_out=c.mlp_size,
             axes=("embed", "mlp"),
-            std=c.init_std,
+            std=c.weight_std,
             bias=c.bias,
+            unit=c.unit,
         )
         self.norm = Norm(c.width, c)
         self.up = inward(next(keys))
@@ -337,8 +377,10 @@ class Mlp(nnx.Module):
             c.width,
             axes=("mlp", "embed"),
             bias=c.bias,
-            std=c.init_std / math.sqrt(2 * c.layers),
+            std=c.last_weight_std,
+            unit=c.unit,
         )
+        self.config = c
         gated = c.activation == "swiglu"
         self.gate = inward(next(keys)) if gated else None
 
@@ -352,7 +394,19 @@ class Mlp(nnx.Module):
         else:
             gate = site.to_compute(self.gate(x, sites["gate"], context.at("gate")))
             hidden = jax.nn.silu(gate) * hidden
+        if self.config.unit:
+            hidden = hidden * unit_scaling.activation_gain(self.config)
         return self.down(give(hidden, site, probe), sites["down"], context.at("down"))
+
+
+def branched(x: jax.Array, weights: BranchWeights | None) -> jax.Array:
+    """The residual stream as a branch reads it."""
+    return x if weights is None else weights.enter(x)
+
+
+def joined(x: jax.Array, y: jax.Array, weights: BranchWeights | None) -> jax.Array:
+    """The residual stream with the result of a branch, in its format, added."""
+    return x + y if weights is None else weights.add(x, y)
 
 
 class Block(nnx.Module):
@@ -370,17 +424,24 @@ class Block(nnx.Module):
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
         context: Context,
+        weights: BranchWeights | None = None,
         cache: LayerCache | None = None,
         start: Position = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream; see `Attention`."""
+        """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream; see `Attention`.
+
+        Both branches are added as they are, or with unit scaling by `weights`, f32[2] each.
+        """
         residual, probe = sites["residual"], context.at("residual").probe
         x = take(x, residual, probe)
+        first, second = (jax.tree.map(lambda w, i=i: w[i], weights) for i in range(2))
         inside = within(sites, "attention"), angles, context.at("attention")
-        y, cache = self.attention(x, *inside, cache, start)
-        x = x + residual.to_compute(dropout(y, self.rate, context.at("dropout 1").key))
-        y = self.mlp(x, within(sites, "mlp"), context.at("mlp"))
-        x = x + residual.to_compute(dropout(y, self.rate, context.at("dropout 2").key))
+        y, cache = self.attention(branched(x, first), *inside, cache, start)
+        y = residual.to_compute(dropout(y, self.rate, context.at("dropout 1").key))
+        x = joined(x, y, first)
+        y = self.mlp(branched(x, second), within(sites, "mlp"), context.at("mlp"))
+        y = residual.to_compute(dropout(y, self.rate, context.at("dropout 2").key))
+        x = joined(x, y, second)
         return give(x, residual, probe), cache
 
 

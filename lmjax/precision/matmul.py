@@ -58,6 +58,7 @@ def einsum(
     second: Role = "weights",
     key: Key = None,
     probe: Probe | None = None,
+    unit: bool = False,
 ) -> jax.Array:
     """A product of two operands in the formats of a site.
 
@@ -73,6 +74,9 @@ def einsum(
         they are rounded to nearest.
       probe: factors of delayed scaling, without which operands are scaled by their own maximum; and
         slots for what is to be measured of the operands and gradients.
+      unit: divides each of the three products, y, dx and dw, by the root of the number of terms
+        that it sums, in the format of the sum and so before it is rounded: unit scaling, which
+        turns the gradients into multiples of themselves (see `model/unit_scaling.py`).
 
     Returns:
       The product, in the site's compute format.
@@ -86,7 +90,7 @@ def einsum(
     x = _watched(x, site.activations, plan.x_axis, site, factors.get("x"), slots.get("x", {}))
     w = _watched(w, getattr(site, second), plan.w_axis, site, factors.get("w"), slots.get("w", {}))
     gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
-    return _einsum(spec, site, second, x, w, key, factors, gradients)
+    return _einsum(spec, site, second, unit, x, w, key, factors, gradients)
 
 
 def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.Array:
@@ -121,37 +125,40 @@ def _view(
     return Rounded(x, scaled, values, operand.quantizer.format)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _einsum(
     spec: str,
     site: SitePolicy,
     second: Role,
+    unit: bool,
     x: jax.Array,
     w: jax.Array,
     key: Key,
     factors: Factors,
     slots: Slots,
 ) -> jax.Array:
-    return _primal(spec, site, second, x, w, key, factors)
+    return _primal(spec, site, second, unit, x, w, key, factors)
 
 
 def _primal(
     spec: str,
     site: SitePolicy,
     second: Role,
+    unit: bool,
     x: jax.Array,
     w: jax.Array,
     key: Key,
     factors: Factors,
 ) -> jax.Array:
     roles = ("x", site.activations), ("w", getattr(site, second))
-    return site.to_compute(_product(spec, site, (x, w), roles, _fold(key, 0), factors))
+    return site.to_compute(_product(spec, site, unit, (x, w), roles, _fold(key, 0), factors))
 
 
 def _forward(
     spec: str,
     site: SitePolicy,
     second: Role,
+    unit: bool,
     x: jax.Array,
     w: jax.Array,
     key: Key,
@@ -159,7 +166,7 @@ def _forward(
     slots: Slots,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Key, Factors, Slots]]:
     # Not through `_einsum`: a policy of rematerialisation must see the dot to save its result.
-    y = _primal(spec, site, second, x, w, key, factors)
+    y = _primal(spec, site, second, unit, x, w, key, factors)
     return y, (x, w, key, factors, slots)
 
 
@@ -167,19 +174,17 @@ def _backward(
     spec: str,
     site: SitePolicy,
     second: Role,
+    unit: bool,
     saved: tuple[jax.Array, jax.Array, Key, Factors, Slots],
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, Factors, Slots]:
     x, w, key, factors, slots = saved
     x_axes, w_axes, y_axes = _axes(spec)
     of_g, of_x, of_w = ("g", site.grads), ("x", site.activations), ("w", getattr(site, second))
+    dx_spec, dw_spec = f"{y_axes},{w_axes}->{x_axes}", f"{x_axes},{y_axes}->{w_axes}"
     wide = {
-        "dx": _product(
-            f"{y_axes},{w_axes}->{x_axes}", site, (g, w), (of_g, of_w), _fold(key, 1), factors
-        ),
-        "dw": _product(
-            f"{x_axes},{y_axes}->{w_axes}", site, (x, g), (of_x, of_g), _fold(key, 2), factors
-        ),
+        "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
+        "dw": _product(dw_spec, site, unit, (x, g), (of_x, of_g), _fold(key, 2), factors),
     }
     dx, dw = site.to_compute(wide["dx"]), site.to_compute(wide["dw"])
     rounded = {"dx": dx, "dw": dw}
@@ -196,6 +201,7 @@ _einsum.defvjp(_forward, _backward)
 def _product(
     spec: str,
     site: SitePolicy,
+    unit: bool,
     pair: tuple[jax.Array, jax.Array],
     roles: tuple[tuple[str, Operand | None], tuple[str, Operand | None]],
     key: Key,
@@ -214,6 +220,9 @@ def _product(
         product = _contract(spec, x, w, site)
         if site.accum.format.bits < 32:
             product = quantize(product, site.accum.format, overflow="native")
+    if unit:
+        terms = math.prod(x.shape[axis] for axis in plan.x_summed)
+        product = product * jnp.asarray(terms**-0.5, product.dtype)
     return product
 
 

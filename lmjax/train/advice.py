@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+from lmjax.model import learning_rate_factors
+from lmjax.model.unit_scaling import USUAL_RATE
 from lmjax.optimizer import learning_rate_schedule
 from lmjax.precision.formats import Format
 from lmjax.train.config import Config
@@ -19,14 +21,17 @@ def warnings(config: Config) -> list[str]:
       less than half a unit in the last place of the weight changes nothing.
     - *Stuck moments.* The second moment falls by at most the share 1 - b2 in a step. Stored in a
       format whose spacing is wider than that, it cannot fall at all.
+    - *Small steps.* Weights of a unit-scaled model are of size 1, those of others of size 0.02:
+      with their learning rates it hardly moves.
 
     A policy that changes with the step is judged phase by phase, each at the largest learning rate
     that it will see.
     """
     if len(config.phases) == 1:
-        return _warnings(config, "the peak learning rate", config.optimizer.learning_rate)
+        rate = config.optimizer.learning_rate
+        return _small_steps(config) + _warnings(config, "the peak learning rate", rate)
     ends = [start for start, _ in config.phases[1:]] + [config.steps]
-    return [
+    return _small_steps(config) + [
         f"from step {start} on, {warning}"
         for (start, phase), end in zip(config.phases, ends, strict=True)
         for warning in _warnings(
@@ -48,19 +53,32 @@ def _warnings(config: Config, rate_name: str, rate: float) -> list[str]:
     return [*_lost_updates(config, rate_name, rate), *_stuck_moments(config)]
 
 
+def _small_steps(config: Config) -> list[str]:
+    rate = config.optimizer.learning_rate
+    if not config.model.unit or rate > 0.1 * USUAL_RATE:
+        return []
+    move = rate / math.sqrt(config.model.width)
+    return [
+        f"model.parametrisation=unit: a learning rate of {rate:g} moves weights of size 1 by only "
+        f"{move:.1e} in a step, 1/sqrt(width) of it; start from {USUAL_RATE}"
+    ]
+
+
 def _lost_updates(config: Config, rate_name: str, rate: float) -> list[str]:
-    found: dict[tuple[str, float], float] = {}
+    factors = learning_rate_factors(config.model)
+    found: dict[tuple[str, float, float], float] = {}
     for path, site in config.param_sites.items():
         if site.update != "nearest":
             continue
-        size = 1.0 if path.endswith("/scale") else config.model.init_std
-        if size and rate < half_ulp(size, site.params):
-            found.setdefault((site.params.name, size), half_ulp(size, site.params))
+        own = rate * factors.get(path, 1.0)
+        size = 1.0 if path.endswith("/scale") else config.model.weight_std
+        if size and own < half_ulp(size, site.params):
+            found.setdefault((site.params.name, size, own), half_ulp(size, site.params))
     return [
-        f"p={name}: an update of {rate_name} {rate:.1e} is less than half a unit in the last place "
+        f"p={name}: an update of {rate_name} {own:.1e} is less than half a unit in the last place "
         f"({half:.1e}) of a parameter of size {size:g}, and is lost when rounded to "
         f"nearest; use p={name}.sr, p={name}.kahan or p=f32"
-        for (name, size), half in found.items()
+        for (name, size, own), half in found.items()
     ]
 
 

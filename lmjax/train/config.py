@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmjax.data import DataConfig
-from lmjax.loss_scale import LossScaleConfig, narrowest, resolve_kind
+from lmjax.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.model import ModelConfig, Sites, param_sites, resolve_sites
 from lmjax.numerics.telemetry import TelemetryConfig
 from lmjax.optimizer import OptimizerConfig
@@ -78,7 +78,8 @@ class Config:
     """Steps between rows of metrics.jsonl."""
     loss_multiplier: float = 1.0
     """What the gradients are multiplied by, without being divided by it again: 2^-k stands in for a
-    batch or a vocabulary 2^k times as large. Logged losses are without it."""
+    batch or a vocabulary 2^k times as large. Logged losses are without it, and so are the gradients
+    of a unit-scaled model: its constants cancel it, as they do the size of batch and vocabulary."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -153,6 +154,15 @@ class Config:
         """The formats of the site that each parameter belongs to, by the parameter's path."""
         return param_sites(self.model, self.sites)
 
+    def _loss_scale_kind(self, exponent_bits: int) -> Kind:
+        """What the kind stands for, given the fewest exponent bits that the policy asks for.
+
+        A unit-scaled model has its cotangents where narrow formats want them: `auto` is none.
+        """
+        if self.model.unit and self.loss_scale.kind == "auto":
+            return "none"
+        return resolve_kind(self.loss_scale.kind, exponent_bits)
+
     def resolved(self) -> Config:
         """The same run with nothing left to be derived: what `config.json` records."""
         policy = parse_policy(self.precision)
@@ -162,9 +172,7 @@ class Config:
             for site in resolve_sites(self.model, phase.policy).values()
         ]
         exponents = [f.exponent_bits for site in sites for f in (site.params, site.compute)]
-        scale = dataclasses.replace(
-            self.loss_scale, kind=resolve_kind(self.loss_scale.kind, min(exponents))
-        )
+        scale = dataclasses.replace(self.loss_scale, kind=self._loss_scale_kind(min(exponents)))
         if scale.kind == "predictive" and scale.format == "auto":
             scale = dataclasses.replace(scale, format=narrowest(_of_cotangents(sites)).name)
         rows = self.evaluation.batch_size or self.batch_size // self.micro_batches

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -11,7 +13,13 @@ import numpy as np
 import optax
 
 from lmjax.loss_scale import LossScaleState
-from lmjax.model import Params, initial_params, structure
+from lmjax.model import (
+    Params,
+    initial_params,
+    learning_rate_factors,
+    parameter_count,
+    structure,
+)
 from lmjax.optimizer import make_optimizer
 from lmjax.precision import exact
 from lmjax.sharding import Mesh, state_shardings
@@ -44,8 +52,18 @@ class TrainState(NamedTuple):
 
 def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run, with its loss scale around it."""
+    settings = config.optimizer
+    if config.model.unit:
+        # Gradients are of the order of 1, each of them: a bound on their root mean square.
+        norm = settings.clip_norm * math.sqrt(parameter_count(config.model))
+        settings = dataclasses.replace(settings, clip_norm=norm)
     return make_optimizer(
-        config.optimizer, config.loss_scale, config.steps, config.param_sites, config.model.layers
+        settings,
+        config.loss_scale,
+        config.steps,
+        config.param_sites,
+        config.model.layers,
+        learning_rate_factors(config.model),
     )
 
 

@@ -156,7 +156,11 @@ def make_scaled_loss(
                 constrain=functools.partial(constrain, mesh),
             )
             probe = context.at("loss").probe
-            losses = token_losses(logits, batch["targets"], sites["loss"], probe)
+            # What multiplies the loss is part of unit scaling's constants; the loss scale is not.
+            weight = config.loss_multiplier / batch["targets"].size if config.model.unit else None
+            losses = token_losses(
+                logits, batch["targets"], sites["loss"], probe, unit_weight=weight
+            )
             loss = jnp.mean(losses.cross_entropy) + config.model.z_loss * jnp.mean(losses.z)
             loss = loss.astype(at_least_f32(loss.dtype))
             factor = loss_scale.of_the_loss(scale).astype(loss.dtype)

@@ -34,7 +34,7 @@ def config() -> Any:
 def test_config_is_resolved_and_reads_back(config: Any, tmp_path: Path) -> None:
     open_run(tmp_path / "run", config)
     text = (tmp_path / "run" / "config.json").read_text()
-    assert '"auto"' not in text
+    assert '"kind": "auto"' not in text
     recorded = strict_loads(text)
     assert recorded["loss_scale"]["kind"] == "dynamic"
     assert recorded["model"]["mlp_width"] == 4 * config.model.width
