@@ -38,6 +38,7 @@ from lmjax.model.layers import (
     within,
 )
 from lmjax.precision import paths
+from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 from lmjax.precision.probes import rescale_cotangent
@@ -132,7 +133,7 @@ def embedded(
     indices = positions_from(start, tokens.shape[1])
     rows = model.positions(indices, sites["positions"], context.at("positions"))
     rows = sites["embed"].to_output(rows)
-    return unit_scaling.sum_of_embeddings(x, rows) if model.embed.unit else x + rows
+    return unit_scaling.sum_of_embeddings(x, rows) if model.embed.unit else add_to_rows(x, rows)
 
 
 def logits_of(model: Decoder, x: jax.Array, sites: Sites, context: Context) -> jax.Array:

@@ -24,6 +24,7 @@ from lmjax.model import unit_scaling
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
 from lmjax.model.unit_scaling import BranchWeights
+from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.matmul import Key, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
@@ -132,7 +133,7 @@ class Dense(nnx.Module):
         y = einsum("btk,kn->btn", x, kernel, site, key=context.key, probe=probe, unit=self.unit)
         if self.bias is not None:
             bias = _used(self.bias, y.size // self.bias.size, self.unit)
-            y = y + site.to_compute(bias)
+            y = add_to_rows(y, site.to_compute(bias))
         return hand_on(y, site, probe)
 
 

@@ -23,7 +23,7 @@ emulated wherever the program runs. Two things to know about that emulation:
 - Where a product sums over two axes (the weight gradient, over batch and positions), factors run
   along the last one: a block never crosses from one sequence into the next.
 
-Knows policies, quantizers, probes and JAX.
+Knows policies, quantizers, probes, contractions and JAX.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from lmjax.precision.contraction import Plan, axes_of, contract, plan_of
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import Accumulator, Operand, SitePolicy
 from lmjax.precision.probes import Probe, Rounded, Slots, measure, report, report_cotangent
@@ -86,7 +87,7 @@ def einsum(
     """
     _check(spec)
     factors, slots = ({}, {}) if probe is None else probe
-    plan = _plan(spec)
+    plan = plan_of(spec)
     x = _watched(x, site.activations, plan.x_axis, site, factors.get("x"), slots.get("x", {}))
     w = _watched(w, getattr(site, second), plan.w_axis, site, factors.get("w"), slots.get("w", {}))
     gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
@@ -179,7 +180,7 @@ def _backward(
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, Factors, Slots]:
     x, w, key, factors, slots = saved
-    x_axes, w_axes, y_axes = _axes(spec)
+    x_axes, w_axes, y_axes = axes_of(spec)
     of_g, of_x, of_w = ("g", site.grads), ("x", site.activations), ("w", getattr(site, second))
     dx_spec, dw_spec = f"{y_axes},{w_axes}->{x_axes}", f"{x_axes},{y_axes}->{w_axes}"
     wide = {
@@ -208,7 +209,7 @@ def _product(
     factors: Factors,
 ) -> jax.Array:
     """Quantizes both operands along the summed axis and multiplies; not yet rounded to compute."""
-    plan = _plan(spec)
+    plan = plan_of(spec)
     (x_role, of_x), (w_role, of_w) = roles
     x = _quantized(pair[0], of_x, plan.x_axis, _fold(key, 0), factors.get(x_role))
     w = _quantized(pair[1], of_w, plan.w_axis, _fold(key, 1), factors.get(w_role))
@@ -257,10 +258,10 @@ def _contract(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Ar
         accumulate = x.dtype
     exact = x.dtype == at_least_f32(x.dtype) and site.matmul != "default"
     precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
+    return contract(spec, x, w, precision=precision, accumulate=accumulate)
 
 
-def _chunked(plan: _Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax.Array:
+def _chunked(plan: Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax.Array:
     """Sums chunks of terms in f32 and the chunks one after another in a narrow accumulator.
 
     Written as a scan, because XLA adds bf16 sums up in f32 wherever it has the choice.
@@ -291,65 +292,13 @@ def _chunked(plan: _Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax
     return jnp.transpose(total.reshape(*batch_shape, *x_shape, *w_shape), plan.y_order)
 
 
-class _Plan(NamedTuple):
-    """Where each index of a product stands: which axes are shared, kept, summed.
-
-    `x_order` brings x to [batch, kept, summed], `w_order` w to [batch, summed, kept], and
-    `y_order` [batch, x kept, w kept] to the order of the result.
-    """
-
-    batch: str
-    x_kept: str
-    x_summed: tuple[int, ...]
-    w_summed: tuple[int, ...]
-    x_order: tuple[int, ...]
-    w_order: tuple[int, ...]
-    y_order: tuple[int, ...]
-
-    @property
-    def x_axis(self) -> int:
-        """The axis of x that factors run along: the last one summed over."""
-        # The gradient of a scalar product sums over nothing: any axis will do.
-        return (self.x_summed or (-1,))[-1]
-
-    @property
-    def w_axis(self) -> int:
-        """As `x_axis`, of w."""
-        return (self.w_summed or (-1,))[-1]
-
-
-@functools.cache
-def _plan(spec: str) -> _Plan:
-    x_axes, w_axes, y_axes = _axes(spec)
-    summed = "".join(axis for axis in x_axes if axis in w_axes and axis not in y_axes)
-    batch = "".join(axis for axis in x_axes if axis in w_axes and axis in y_axes)
-    x_kept = "".join(axis for axis in x_axes if axis not in w_axes)
-    w_kept = "".join(axis for axis in w_axes if axis not in x_axes)
-    result = batch + x_kept + w_kept
-    return _Plan(
-        batch=batch,
-        x_kept=x_kept,
-        x_summed=tuple(x_axes.index(axis) for axis in summed),
-        w_summed=tuple(w_axes.index(axis) for axis in summed),
-        x_order=tuple(x_axes.index(axis) for axis in batch + x_kept + summed),
-        w_order=tuple(w_axes.index(axis) for axis in batch + summed + w_kept),
-        y_order=tuple(result.index(axis) for axis in y_axes),
-    )
-
-
-def _axes(spec: str) -> tuple[str, str, str]:
-    operands, _, y_axes = spec.partition("->")
-    x_axes, _, w_axes = operands.partition(",")
-    return x_axes, w_axes, y_axes
-
-
 def _fold(key: Key, index: int) -> Key:
     return None if key is None else jax.random.fold_in(key, index)
 
 
 @functools.cache
 def _check(spec: str) -> None:
-    x_axes, w_axes, y_axes = _axes(spec)
+    x_axes, w_axes, y_axes = axes_of(spec)
     for own, others in ((x_axes, w_axes + y_axes), (w_axes, x_axes + y_axes)):
         if len(set(own)) != len(own) or not set(own) <= set(others):
             raise ValueError(

@@ -1,0 +1,1 @@
+"""The same training step, written by other means; nothing here uses lmjax."""

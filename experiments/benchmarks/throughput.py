@@ -1,0 +1,245 @@
+"""Tokens per second of the real train step under several policies, beside its peers, paired.
+
+Command:   python -m experiments.benchmarks.throughput --shape S --rounds 8
+Hardware:  any; the ratios below are of 2 CPU cores
+Time:      not measured yet
+Expected:  not measured yet
+
+Contestants take turns: in each round every one trains for a few steps, and the order rotates from
+round to round, so that whatever else the machine is doing meets all of them alike. A ratio is the
+median of the ratios of the rounds; its interval is the range between two order statistics, which
+holds the median of a continuous distribution with the confidence that is printed (a sign test;
+the whole range, below 9 rounds). All contestants run in memory that is kept rather than given back
+(see `lmjax.train.memory`), on the same tokens, with the same optimizer.
+
+FLOP per token are 6 N + 12 x layers x width x length, not halved for causality, with N the number
+of parameters without the table of positions. The peak is the rate of a square matrix product of
+1024 rows in the same run: of operands in the contestant's format, or of the same operands widened
+to f32 beforehand where that is faster.
+
+The peers are `peers/plain_jnp.py`, in this process, from the same initial parameters, and
+`peers/torch_gpt.py`, in a process of its own (`--torch-python` names the Python that has torch).
+Where torch is not installed or its compiler cannot run, the output says so and goes on without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks.contestants import (
+    FORMATS,
+    SHAPES,
+    TORCH,
+    Contestant,
+    PeerMissing,
+    Shape,
+    jnp_contestant,
+    lmjax_contestant,
+    torch_contestant,
+)
+from lmjax.precision.policy import PolicyError
+from lmjax.train.memory import keep_freed_memory
+
+
+def make_contestants(
+    shape: Shape, policies: Sequence[str], peers: Sequence[str], torch_python: str
+) -> tuple[list[Contestant], list[str]]:
+    """All that can run here, and why the others cannot."""
+    contestants = [lmjax_contestant(shape, policy) for policy in policies]
+    missing = []
+    if "jnp" in peers:
+        contestants += [jnp_contestant(shape, policy) for policy in policies if policy in FORMATS]
+    for name in TORCH if "torch" in peers else ():
+        try:
+            contestants.append(torch_contestant(shape, name, torch_python))
+        except PeerMissing as error:
+            missing.append(str(error))
+    return contestants, missing
+
+
+def product_rates(formats: Sequence[str], rows: int) -> dict[str, Callable[[], float]]:
+    """For each format, a function that measures FLOP/s of a square product, the faster of two ways.
+
+    Args:
+      formats: names of dtypes.
+      rows: size of the product.
+    """
+
+    def rate(name: str) -> Callable[[], float]:
+        operand = jax.random.normal(jax.random.key(0), (rows, rows)).astype(name)
+        multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+        ways = [operand, operand.astype(jnp.float32)]
+
+        def seconds(x: jax.Array) -> float:
+            start = time.perf_counter()
+            multiply(x, x).block_until_ready()
+            return time.perf_counter() - start
+
+        for x in ways:
+            seconds(x)  # compiles
+        return lambda: 2 * rows**3 / min(median(seconds(x) for _ in range(5)) for x in ways)
+
+    return {name: rate(name) for name in formats}
+
+
+def measure(contestants: Sequence[Contestant], shape: Shape, rounds: int) -> dict[str, Any]:
+    """Rounds in which every contestant trains once.
+
+    Returns:
+      `tokens_per_second` by contestant and `peaks`, FLOP/s by format, a list over rounds each;
+      `losses`, the first and the last of each contestant.
+    """
+    rates = product_rates(sorted({c.format for c in contestants}), rows=1024)
+    losses = {c.name: [c.run(1)[1]] for c in contestants}
+    speeds: dict[str, list[float]] = {c.name: [] for c in contestants}
+    peaks: dict[str, list[float]] = {name: [] for name in rates}
+    for index in range(rounds):
+        first = index % len(contestants)
+        for contestant in (*contestants[first:], *contestants[:first]):
+            seconds, loss = contestant.run(shape.steps)
+            speeds[contestant.name].append(shape.tokens * shape.steps / seconds)
+            losses[contestant.name][1:] = [loss]
+        for name, rate in rates.items():
+            peaks[name].append(rate())
+    return {"tokens_per_second": speeds, "peaks": peaks, "losses": losses}
+
+
+class Ratio(NamedTuple):
+    """A paired ratio: its median, and the interval that holds the true median at `confidence`."""
+
+    median: float
+    low: float
+    high: float
+    confidence: float
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """The ratio of two contestants, round by round.
+
+    The narrowest interval between order statistics of at least 95% confidence (Conover 1999,
+    section 3.2), or the whole range where there are too few rounds for that.
+    """
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    count = len(ratios)
+    confidences = [
+        1 - 2 * sum(math.comb(count, i) for i in range(below + 1)) / 2**count
+        for below in range((count + 1) // 2)
+    ]
+    below = max((i for i, confidence in enumerate(confidences) if confidence >= 0.95), default=0)
+    return Ratio(median(ratios), ratios[below], ratios[count - 1 - below], confidences[below])
+
+
+def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The comparisons worth printing: each policy with its peers, and with f32."""
+    wanted = []
+    for policy in FORMATS:
+        ours = f"lmjax {policy}"
+        wanted += [(ours, f"jnp {policy}"), (ours, "lmjax f32")]
+        wanted += [
+            (ours, f"torch {policy.removeprefix('mixed_')}{way}") for way in ("", " compiled")
+        ]
+    return [(a, b) for a, b in wanted if a != b and a in names and b in names]
+
+
+def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict[str, Any]:
+    """Measures, and sums up: what `--json` prints."""
+    raw = measure(contestants, shape, rounds)
+    speeds, flops = raw["tokens_per_second"], shape.flops_per_token
+    rows = {}
+    for contestant in contestants:
+        speed = median(speeds[contestant.name])
+        peak = median(raw["peaks"][contestant.format])
+        rows[contestant.name] = {
+            "tokens_per_second": speed,
+            "flops": speed * flops,
+            "share_of_peak": speed * flops / peak,
+            "compile_seconds": contestant.compile_seconds,
+            "first_loss": raw["losses"][contestant.name][0],
+            "last_loss": raw["losses"][contestant.name][-1],
+        }
+    return {
+        "shape": {**dataclasses.asdict(shape), "flops_per_token": flops},
+        "flop_formula": "6 (parameters without positions) + 12 layers width length, per token",
+        "rounds": rounds,
+        "devices": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "peaks": {name: median(values) for name, values in raw["peaks"].items()},
+        "contestants": rows,
+        "ratios": {
+            f"{a} / {b}": paired_ratio(speeds[a], speeds[b])._asdict() for a, b in pairs(list(rows))
+        },
+        "tokens_per_second": speeds,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The report for human eyes."""
+    giga = 1e-9
+    lines = [
+        f"{result['shape']['flops_per_token'] / 1e6:.1f} MFLOP a token: {result['flop_formula']}",
+        "peak of a product: "
+        + ", ".join(f"{name} {rate * giga:.0f} GFLOP/s" for name, rate in result["peaks"].items()),
+        "",
+        f"{'':24}{'tokens/s':>10}{'GFLOP/s':>10}{'of peak':>9}{'compile':>9}{'losses':>18}",
+    ]
+    for name, row in result["contestants"].items():
+        compile_ = "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s"
+        lines.append(
+            f"{name:24}{row['tokens_per_second']:10.0f}{row['flops'] * giga:10.1f}"
+            f"{row['share_of_peak']:9.1%}{compile_:>9}"
+            f"{row['first_loss']:9.4f}{row['last_loss']:9.4f}"
+        )
+    lines += ["", f"{'ratio of ' + str(result['rounds']) + ' rounds':46}{'median':>8}  interval"]
+    for name, ratio in result["ratios"].items():
+        interval = f"{ratio['low']:.3f} to {ratio['high']:.3f} ({ratio['confidence']:.1%})"
+        lines.append(f"{name:46}{ratio['median']:8.3f}  {interval}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Flags to a report on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = lambda text: [name.strip() for name in text.split(",") if name.strip()]
+    parser.add_argument("--shape", choices=SHAPES, default="S")
+    parser.add_argument("--policies", type=names, default=list(FORMATS), help="presets, by commas")
+    parser.add_argument("--peers", type=names, default=["jnp"], help="jnp, torch, or nothing")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    flags = parser.parse_args(arguments)
+    if unknown := set(flags.peers) - {"jnp", "torch"}:
+        parser.error(f"no peer {sorted(unknown)[0]!r}; the peers are jnp and torch")
+    if flags.rounds < 1:
+        parser.error(f"rounds is {flags.rounds}; it must be at least 1")
+    keep_freed_memory()
+    shape = SHAPES[flags.shape]
+    try:
+        contestants, missing = make_contestants(
+            shape, flags.policies, flags.peers, flags.torch_python
+        )
+    except PolicyError as error:
+        parser.error(str(error))
+    for reason in missing:
+        print(f"left out: {reason}", file=sys.stderr)
+    try:
+        result = report(shape, contestants, flags.rounds)
+    finally:
+        for contestant in contestants:
+            contestant.close()
+    print(json.dumps(result) if flags.json else table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""One product of two arrays, in the form that the backend at hand is fast at.
+
+That is `jnp.einsum`, but for XLA's CPU backend, which is particular:
+
+- It has bf16 kernels, but on many processors they are slower than the f32 ones, and f16 it widens
+  in any case. Narrow operands are therefore multiplied as f32, unless bf16 pays (`bf16_pays`).
+- Before a dot that sums over two axes (the weight gradient, over batch and positions) it transposes
+  an operand in memory, element by element, recomputing on the way what the operand was made of.
+  Where the axes are adjacent they are made one.
+- Where the last index of the result belongs to the first operand, it transposes the result. That
+  operand goes second.
+- Its bf16 kernels never take a first operand whose rows are summed over: x^T g, the weight
+  gradient, runs in f32. Where bf16 pays, the transpose is written out first.
+
+All but the first are for a single device, for axes that a mesh divides cannot be merged in place.
+A product of narrow operands is exact in f32, so no form changes more than the order of the sum.
+
+Knows JAX only.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def contract(
+    spec: str, x: jax.Array, w: jax.Array, *, precision: jax.lax.Precision, accumulate: Any
+) -> jax.Array:
+    """`jnp.einsum` of two operands of one dtype.
+
+    Args:
+      spec: as `lmjax.precision.matmul.einsum` takes it.
+      x: the first operand.
+      w: the second operand.
+      precision: of the product.
+      accumulate: the dtype to sum in, which is also that of the result.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
+    algorithm: Any = precision
+    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
+    if narrow and accumulate == jnp.float32 and not (x.dtype == jnp.bfloat16 and bf16_pays()):
+        algorithm = jax.lax.DotAlgorithmPreset.F32_F32_F32
+    one_device = jax.device_count() == 1
+    product = _on_one_cpu if one_device else jnp.einsum
+    return product(spec, x, w, precision=algorithm, preferred_element_type=accumulate)
+
+
+@functools.cache
+def bf16_pays() -> bool:
+    """Whether this processor multiplies bf16 faster than f32; False where nobody can tell.
+
+    AMD's AVX512-BF16 does, at twice the rate, and AMX. Intel's AVX512-BF16 alone makes as many
+    products a second as its f32 units, and XLA's kernels for it reach 0.6 of that.
+    """
+    try:
+        text = CPU_INFO.read_text()
+    except OSError:
+        return False
+    flags = set(" ".join(re.findall(r"^flags\s*:(.*)$", text, re.MULTILINE)).split())
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in text)
+
+
+def _on_one_cpu(
+    spec: str, x: jax.Array, w: jax.Array, *, precision: Any, preferred_element_type: Any
+) -> jax.Array:
+    x_axes, w_axes, y_axes = axes_of(spec)
+    if y_axes and y_axes[-1] not in w_axes:
+        x, w, x_axes, w_axes = w, x, w_axes, x_axes
+    plan = plan_of(f"{x_axes},{w_axes}->{y_axes}")
+    x_summed, w_summed = plan.x_summed, plan.w_summed
+    if not plan.batch and _adjacent(x_summed) and _adjacent(w_summed):
+        x, w = _merged(x, x_summed), _merged(w, w_summed)
+        x_summed, w_summed = x_summed[:1], w_summed[:1]
+    shared = [[axes.index(axis) for axis in plan.batch] for axes in (x_axes, w_axes)]
+    dot = functools.partial(
+        jax.lax.dot_general, precision=precision, preferred_element_type=preferred_element_type
+    )
+    rows = x.ndim == w.ndim == 2 and x_summed == w_summed == (0,) and x.shape[0] % 2 == 0
+    if rows and x.dtype == jnp.bfloat16 and bf16_pays():
+        return jnp.transpose(_sum_of_rows(dot, x, w), plan.y_order)
+    product = dot(x, w, ((x_summed, w_summed), (shared[0], shared[1])))
+    return jnp.transpose(product, plan.y_order)
+
+
+def _adjacent(axes: tuple[int, ...]) -> bool:
+    return len(axes) > 1 and axes == tuple(range(axes[0], axes[-1] + 1))
+
+
+def _merged(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return x.reshape(*x.shape[: axes[0]], -1, *x.shape[axes[-1] + 1 :])
+
+
+def _sum_of_rows(dot: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x.T @ w` of `[R, M]` and `[R, N]`, R even, for kernels that take no transposed operand."""
+    if x.size > w.size:
+        # The barrier keeps XLA from folding the transpose into the dot, which then fails to run.
+        return jax.lax.optimization_barrier(_sum_of_rows(dot, w, x)).T
+    rows, columns = x.shape
+    # Through pairs of rows: XLA undoes a plain transpose by giving the dot another layout.
+    pairs = x.reshape(rows // 2, 2, columns).transpose(2, 0, 1).reshape(columns, rows)
+    return dot(jax.lax.optimization_barrier(pairs), w, (((1,), (0,)), ((), ())))
+
+
+class Plan(NamedTuple):
+    """Where each index of a product stands: which axes are shared, kept, summed.
+
+    `x_order` brings x to [batch, kept, summed], `w_order` w to [batch, summed, kept], and
+    `y_order` [batch, x kept, w kept] to the order of the result.
+    """
+
+    batch: str
+    x_kept: str
+    x_summed: tuple[int, ...]
+    w_summed: tuple[int, ...]
+    x_order: tuple[int, ...]
+    w_order: tuple[int, ...]
+    y_order: tuple[int, ...]
+
+    @property
+    def x_axis(self) -> int:
+        """The axis of x that factors run along: the last one summed over."""
+        # The gradient of a scalar product sums over nothing: any axis will do.
+        return (self.x_summed or (-1,))[-1]
+
+    @property
+    def w_axis(self) -> int:
+        """As `x_axis`, of w."""
+        return (self.w_summed or (-1,))[-1]
+
+
+@functools.cache
+def plan_of(spec: str) -> Plan:
+    """The plan of an `einsum` specification of two operands."""
+    x_axes, w_axes, y_axes = axes_of(spec)
+    summed = "".join(axis for axis in x_axes if axis in w_axes and axis not in y_axes)
+    batch = "".join(axis for axis in x_axes if axis in w_axes and axis in y_axes)
+    x_kept = "".join(axis for axis in x_axes if axis not in w_axes)
+    w_kept = "".join(axis for axis in w_axes if axis not in x_axes)
+    result = batch + x_kept + w_kept
+    return Plan(
+        batch=batch,
+        x_kept=x_kept,
+        x_summed=tuple(x_axes.index(axis) for axis in summed),
+        w_summed=tuple(w_axes.index(axis) for axis in summed),
+        x_order=tuple(x_axes.index(axis) for axis in batch + x_kept + summed),
+        w_order=tuple(w_axes.index(axis) for axis in batch + summed + w_kept),
+        y_order=tuple(result.index(axis) for axis in y_axes),
+    )
+
+
+def axes_of(spec: str) -> tuple[str, str, str]:
+    """The indices of both operands and of the result."""
+    operands, _, y_axes = spec.partition("->")
+    x_axes, _, w_axes = operands.partition(",")
+    return x_axes, w_axes, y_axes

@@ -1,0 +1,144 @@
+"""Every form in which a product may be written is the same product."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.precision import contraction
+
+SIZES = dict(zip("btskghdnvx", (2, 5, 6, 3, 2, 4, 6, 7, 9, 8), strict=True))
+SPECS = [
+    "btk,kn->btn", "btn,kn->btk", "btk,btn->kn",
+    "btd,vd->btv", "btv,vd->btd", "btd,btv->vd",
+    "btkgh,bskh->bkgts", "bkgts,bskh->btkgh", "btkgh,bkgts->bskh",
+    "btk,tbn->kn", "btn,btk->nk", "nk,nv->kv", "bk,bk->", "bn,xn->xb",
+]  # fmt: skip
+FORMS = {
+    # devices, backend, whether bf16 pays
+    "one device": (1, "cpu", False),
+    "one device, fast bf16": (1, "cpu", True),
+    "eight devices": (8, "cpu", False),
+    "another backend": (1, "gpu", False),
+}
+
+
+@pytest.fixture
+def pretend(monkeypatch) -> Callable[[str], None]:
+    """Makes the next trace believe that it is for one of the `FORMS`."""
+
+    def pretend(form: str) -> None:
+        devices, backend, pays = FORMS[form]
+        monkeypatch.setattr(jax, "device_count", lambda: devices)
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(contraction, "bf16_pays", lambda: pays)
+
+    return pretend
+
+
+def contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    precision = jax.lax.Precision("highest" if x.dtype == jnp.float32 else "default")
+    return contraction.contract(spec, x, w, precision=precision, accumulate=jnp.float32)
+
+
+def draw(spec: str, dtype=jnp.float32) -> list[jax.Array]:
+    generator = np.random.default_rng(0)
+    inputs = spec.partition("->")[0].split(",")
+    shapes = [[SIZES[axis] for axis in axes] for axes in inputs]
+    return [jnp.asarray(generator.normal(size=s).astype(np.float32)).astype(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_form_is_the_product(spec: str, dtype, pretend):
+    x, w = draw(spec, dtype)
+
+    def in_every_form(x: jax.Array, w: jax.Array) -> list[jax.Array]:
+        products = []
+        for form in FORMS:
+            pretend(form)
+            products.append(contract(spec, x, w))
+            stacked = jax.vmap(functools.partial(contract, spec))(x[None], w[None])
+            products.append(stacked[0])
+        return products
+
+    expected = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))
+    for product in jax.jit(in_every_form)(x, w):
+        assert product.dtype == np.float32
+        np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_device_changes_nothing_but_shapes(spec: str, equations, pretend):
+    pretend("one device")
+    jaxpr = jax.make_jaxpr(functools.partial(contract, spec))(*draw(spec))
+    assert {e.primitive.name for e in equations(jaxpr)} <= {"dot_general", "reshape", "transpose"}
+
+
+def dot(equations, spec: str, dtype=jnp.float32):
+    (dot,) = equations(
+        jax.make_jaxpr(functools.partial(contract, spec))(*draw(spec, dtype)), "dot_general"
+    )
+    return dot
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_axes_that_a_mesh_may_divide_are_not_merged(form: str, equations, pretend):
+    pretend(form)
+    summed, _ = dot(equations, "btk,btn->kn").params["dimension_numbers"]
+    assert len(summed[0]) == (1 if form.startswith("one device") else 2)
+
+
+def test_the_last_index_of_the_result_comes_from_the_second_operand(equations, pretend):
+    pretend("one device")
+    # A softmax over s then reads its row in one piece.
+    (product,) = dot(equations, "btkgh,bskh->bkgts").outvars
+    assert product.aval.shape == tuple(SIZES[axis] for axis in "bktgs")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_narrow_operands_are_multiplied_as_f32_where_that_is_faster(
+    dtype, form: str, equations, pretend
+):
+    pretend(form)
+    product = dot(equations, "btk,kn->btn", dtype)
+    assert {operand.aval.dtype for operand in product.invars} == {np.dtype(dtype)}
+    as_f32 = product.params["precision"] == jax.lax.DotAlgorithmPreset.F32_F32_F32
+    _, backend, pays = FORMS[form]
+    slow = dtype == jnp.float16 or (dtype == jnp.bfloat16 and not pays)
+    assert as_f32 == (slow and backend == "cpu")
+
+
+@pytest.mark.parametrize("spec", ["btk,btn->kn", "btd,btv->vd"])
+def test_where_bf16_pays_no_first_operand_is_summed_over_its_rows(spec: str, equations, pretend):
+    pretend("one device, fast bf16")
+    summed, _ = dot(equations, spec, jnp.bfloat16).params["dimension_numbers"]
+    assert summed == ((1,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "pays"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx512f", False),
+        ("GenuineIntel", "avx512_bf16 avx512_fp16", False),
+        ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True),
+        (None, "", False),
+    ],
+)
+def test_bf16_pays_where_the_processor_says_so(vendor, flags, pays, tmp_path, monkeypatch):
+    path = tmp_path / "cpuinfo"
+    if vendor is not None:
+        path.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n\n")
+    monkeypatch.setattr(contraction, "CPU_INFO", path)
+    contraction.bf16_pays.cache_clear()
+    try:
+        assert contraction.bf16_pays() == pays
+    finally:
+        contraction.bf16_pays.cache_clear()
