@@ -130,7 +130,7 @@ def _chosen(ablation: Ablation, launch: Launch) -> Ablation:
         if launch.steps is not None:
             ablation = grid.with_steps(ablation, launch.steps)
         if launch.seeds is not None:
-            ablation = dataclasses.replace(ablation, seeds=_seeds(launch.seeds))
+            ablation = dataclasses.replace(ablation, seeds=parse_seeds(launch.seeds))
         if launch.max_seeds is not None:
             ablation = dataclasses.replace(ablation, max_seeds=launch.max_seeds)
     except ValueError as error:
@@ -138,7 +138,12 @@ def _chosen(ablation: Ablation, launch: Launch) -> Ablation:
     return ablation
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """The numbers of a list such as `0,1,2`.
+
+    Raises:
+      InputError: it is none.
+    """
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:

@@ -111,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "sites": sites,
         "formats": formats,
         "report": report,
+        "reproduce": reproduce,
     }
     deferred = {name: _deferred(verb) for name, verb in verbs.items()}
 
@@ -275,6 +276,43 @@ def report(directories: tyro.conf.Positional[tuple[Path, ...]], /, json: bool = 
     for directory in directories:
         report_on(directory, json=json)
     return DONE
+
+
+def reproduce(
+    claims: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    all: bool = False,
+    quick: bool = False,
+    large: bool = False,
+    workdir: Path = Path("runs/reproduce"),
+    processes: int = 1,
+    seeds: str | None = None,
+    json: bool = False,
+) -> int:
+    """Replays published claims about precision; without arguments, lists them.
+
+    Exit code 0 if every claim was confirmed, 1 if one was refuted or stays undecided.
+
+    Args:
+      claims: Which ones, by name or number.
+      all: All of them.
+      quick: Those that take ten minutes together on two cores.
+      large: The size of the paper, on the hardware that the list names.
+      workdir: Where runs and reports go; the same command again goes on with what is there.
+      processes: Runs at a time, each in a process of its own.
+      seeds: Which seeds, such as 0,1,2, if not the claim's own.
+      json: Print JSON.
+    """
+    from lmjax import reproduce as claims_of
+
+    if not claims and not all and not quick:
+        claims_of.list_claims(json=json)
+        return DONE
+    chosen = claims_of.choose(claims, everything=all, quick=quick)
+    outcome = claims_of.replay(
+        chosen, workdir, large=large, processes=processes, seeds=seeds, json=json
+    )
+    return STOPPED if outcome is None else DONE if outcome == "confirmed" else FAILED
 
 
 def formats(

@@ -15,6 +15,7 @@ import pytest
 import experiments
 import experiments.ablations
 from lmjax import sharding
+from lmjax.ablation.claims import Claim, load_claims
 from lmjax.ablation.grid import Ablation, arm_differences, plan
 from lmjax.train import Config, abstract_state, make_train_step
 from lmjax.train.config import from_json, to_json
@@ -22,9 +23,14 @@ from lmjax.train.config import from_json, to_json
 NAMES = sorted(
     module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg
 )
+SHARED = {"recipes"}
+"""Modules of `experiments.ablations` that are no ablation but what several are made from."""
 ABLATIONS = sorted(
-    f"ablations.{module.name}" for module in pkgutil.iter_modules(experiments.ablations.__path__)
+    f"ablations.{module.name}"
+    for module in pkgutil.iter_modules(experiments.ablations.__path__)
+    if module.name not in SHARED
 )
+CLAIMS = load_claims("experiments.ablations")
 LABELS = ("Command", "Hardware", "Time", "Expected")
 MESHES = {
     "gpt2_124m": sharding.MeshConfig(data=2, fsdp=2, tensor=2),
@@ -52,7 +58,9 @@ def test_the_experiments_are_found() -> None:
 def test_the_docstring_says_command_hardware_time_and_expectation(name: str) -> None:
     said = labelled(experiment(name).__doc__ or "")
     assert set(said) == set(LABELS)
-    assert f"python -m experiments.{name}" in said["Command"]
+    claimed = name.removeprefix("ablations.") in CLAIMS
+    command = name.replace("ablations.", "lmjax reproduce ") if claimed else f"experiments.{name}"
+    assert f"python -m {command}" in said["Command"]
     # Numbers, or why there are none; a placeholder in capitals is neither.
     for label in ("Time", "Expected"):
         assert re.search(r"\d|not measured", said[label]), said[label]
@@ -81,6 +89,34 @@ def test_an_ablation_builds_and_its_arms_differ(name: str) -> None:
         difference.field for difference in arm_differences(ablation) if not difference.follows
     }
     assert chosen == set(ablation.varies)
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=list(CLAIMS))
+def test_a_claim_names_its_source_and_says_what_is_large(claim: Claim) -> None:
+    assert re.search(r"arXiv \d{4}\.\d{5}|issue \d+", claim.source)
+    assert len(plan(claim.large)) == len(claim.large.arms) * len(claim.large.seeds)
+    smallest = min(config.model.width for config in claim.large.arms.values())
+    assert smallest >= 768, "not the size of the paper, nor near it"
+
+
+TRACED = [
+    pytest.param(claim, arm, marks=[] if number == 0 else pytest.mark.long, id=f"{name}-{arm}")
+    for name, claim in CLAIMS.items()
+    for number, arm in enumerate(reversed(claim.large.arms))
+]
+
+
+@pytest.mark.parametrize(("claim", "arm"), TRACED)
+def test_the_large_version_of_a_claim_traces_for_eight_devices(claim: Claim, arm: str) -> None:
+    """The last arm in the default suite, the others in the long one."""
+    config = claim.large.arms[arm].resolved()
+    mesh = sharding.abstract_mesh(sharding.MeshConfig(fsdp=4, tensor=2), 8)
+    shape = (config.batch_size, config.context)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
+    traced = make_train_step(config, mesh).trace(
+        abstract_state(config, mesh), {"inputs": tokens, "targets": tokens}
+    )
+    assert traced.out_info[1]["loss"].shape == ()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,61 @@
+"""The runs that claims are replayed on: a small one for two cores, two for those with accelerators.
+
+A claim changes fields of these by `dataclasses.replace`, so that whatever it does not name is alike
+in all of them, and controls are shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from experiments import gpt2_124m, llama_1b
+from lmjax.model import ModelConfig
+from lmjax.numerics.telemetry import TelemetryConfig
+from lmjax.optimizer import OptimizerConfig
+from lmjax.train import CheckpointConfig, Config, EvaluationConfig
+
+
+def small(**changes: Any) -> Config:
+    """0.44 million parameters on bytes of Shakespeare, 512 tokens a step, 400 steps, in f32.
+
+    Two blocks of width 128; Adam without weight decay; the tensors of steps 200 and 400 are
+    counted. A run takes about a quarter of a minute on one core. Differences of runs that are
+    paired by seed have a standard deviation of about 0.001 nats where formats do not matter,
+    against 0.02 from seed to seed.
+    """
+    config = Config(
+        precision="f32",
+        steps=400,
+        context=64,
+        batch_size=8,
+        log_every=20,
+        model=ModelConfig(
+            vocab_size=256, max_positions=64, width=128, layers=2, heads=4, bias=False, unroll=2
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=40, b2=0.99, weight_decay=0.0),
+        evaluation=EvaluationConfig(every=0, batch_size=64),
+        checkpoint=CheckpointConfig(every=1000, keep=1),
+        telemetry=TelemetryConfig(every=200),
+    )
+    return change(config, **changes)
+
+
+def gpt2_small(**changes: Any) -> Config:
+    """GPT-2 small on English Wikipedia, 10 billion tokens: `experiments.gpt2_124m` in f32."""
+    return change(gpt2_124m.config(), **{"precision": "f32"} | changes)
+
+
+def llama_small(**changes: Any) -> Config:
+    """Llama's shape, 1.2 billion parameters, 21 billion tokens: `experiments.llama_1b` in f32."""
+    return change(llama_1b.config(), **{"precision": "f32"} | changes)
+
+
+def change(config: Config, **changes: Any) -> Config:
+    """`dataclasses.replace`; a dict changes the fields of a part, as `optimizer={"b2": 0.999}`."""
+    parts = {
+        name: dataclasses.replace(getattr(config, name), **fields)
+        for name, fields in changes.items()
+        if isinstance(fields, dict)
+    }
+    return dataclasses.replace(config, **(changes | parts))

@@ -1,0 +1,118 @@
+"""Published claims, replayed: what a paper said, a small version of it, and what that found.
+
+A claim is a module of `experiments/ablations` with a function `claim()`. It names its source, the
+runs that test it (an `Ablation`, unless arithmetic alone does), and how they are judged: a list of
+findings, each of them a sentence that can come out three ways.
+
+    confirmed    the interval excludes everything that would contradict the sentence
+    refuted      the interval lies entirely in what contradicts it, or an exact statement is false
+    undecided    neither: more seeds are needed
+
+A claim is confirmed if all its findings are; each may be wrong with probability 5%, and so may then
+the whole (an intersection-union test). One refuted finding refutes it.
+
+Knows grids and evidence; nothing of how runs are launched or shown.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lmjax.ablation.evidence import Evidence, Finding, Outcome
+from lmjax.ablation.grid import Ablation
+
+
+class PaperRow(NamedTuple):
+    """One result as it was published: what was measured, under which name, and what came out."""
+
+    setting: str
+    result: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that a paper says about precision, and a way to find out here.
+
+    Attributes:
+      number: in the catalogue, such as `A1`; a claim can also be asked for by it.
+      name: of the module.
+      title: a few words.
+      statement: what is claimed, in a sentence.
+      source: authors, year, arXiv number, table or section.
+      paper: results as published, to be shown beside ours.
+      judge: findings, from the runs of `ablation`; without one it measures arithmetic itself.
+      ablation: the small version; None where no training is needed.
+      large: the same arms at the size of the paper, or the nearest that this model can be; not run
+        here, but it traces.
+      hardware: what `large` needs.
+      quick: part of `reproduce --quick`.
+    """
+
+    number: str
+    name: str
+    title: str
+    statement: str
+    source: str
+    paper: tuple[PaperRow, ...]
+    judge: Callable[[Evidence], Iterable[Finding]]
+    ablation: Ablation | None
+    large: Ablation
+    hardware: str
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses an ablation of another name, whose files would be somewhere else."""
+        for ablation in (self.ablation, self.large):
+            if ablation is not None and ablation.name != self.name:
+                raise ValueError(
+                    f"claim {self.name} has an ablation named {ablation.name}; give both one name"
+                )
+
+
+class Judgement(NamedTuple):
+    """What became of a claim."""
+
+    claim: Claim
+    findings: Sequence[Finding]
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of all findings together."""
+        return together(finding.outcome for finding in self.findings)
+
+
+def together(outcomes: Iterable[Outcome]) -> Outcome:
+    """Refuted if one is, else undecided if one is, else confirmed."""
+    found = set(outcomes)
+    return "refuted" if "refuted" in found else "undecided" if "undecided" in found else "confirmed"
+
+
+def judge(claim: Claim, evidence: Evidence) -> Judgement:
+    """The findings of a claim.
+
+    Raises:
+      ValueError: there are none, or a sentence stands there twice.
+    """
+    findings = list(claim.judge(evidence))
+    sentences = [finding.statement for finding in findings]
+    if not findings or len(set(sentences)) < len(sentences):
+        raise ValueError(f"claim {claim.name} has findings {sentences}; give each its own sentence")
+    return Judgement(claim, findings)
+
+
+def load_claims(package: str) -> dict[str, Claim]:
+    """The claims of a package by module name, in the order of their numbers."""
+    path = importlib.import_module(package).__path__
+    modules = (
+        importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)
+    )
+    claims = [module.claim() for module in modules if hasattr(module, "claim")]
+    return {claim.name: claim for claim in sorted(claims, key=lambda claim: _order(claim.number))}
+
+
+def _order(number: str) -> tuple[str, int]:
+    return number[:1], int("".join(c for c in number if c.isdigit()) or 0)
