@@ -34,8 +34,11 @@ from lmjax.precision.formats import Format
 EXPONENTS = 256
 """Length of a histogram of exponents; see `exponent_histogram`."""
 
-SAMPLE = 4096
-"""About how many elements of a tensor a `Spread` looks at."""
+SPREAD_SAMPLE, CENSUS_SAMPLE = 2**12, 2**16
+"""About how many elements of a tensor go into the histogram of a `Spread`, and of a `Census`."""
+
+_ROW = 128
+"""Elements that are counted in one byte."""
 
 
 class Rounded(NamedTuple):
@@ -90,7 +93,7 @@ class Maximum(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The largest magnitude, and how a sample of about `SAMPLE` elements spreads over exponents.
+    """The largest magnitude, and how about `SPREAD_SAMPLE` elements spread over exponents.
 
     Attributes:
       maximum: f32[], over all elements.
@@ -108,11 +111,7 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, tensor: Rounded) -> Spread:
         """One pass for the maximum, and one over the sample."""
-        flat = tensor.raw.reshape(-1)
-        # An odd stride walks through every column of a tensor whose sides are powers of two.
-        sample = flat[:: (flat.size // SAMPLE) | 1]
-        histogram = exponent_histogram(sample) * np.float32(flat.size / sample.size)
-        return cls(_maximum(tensor.raw), histogram)
+        return cls(_maximum(tensor.raw), _sampled_histogram(tensor.raw, SPREAD_SAMPLE))
 
     def combine(self, other: Spread) -> Spread:
         """The larger maximum, and the sum of the histograms."""
@@ -130,7 +129,8 @@ class Census(NamedTuple):
       overflows: finite elements beyond the largest finite value of the format; they saturate or
         become infinite, as the site rounds.
       maximum: the largest magnitude of the unrounded tensor.
-      histogram: f32[EXPONENTS], of all elements, in units of the format.
+      histogram: f32[EXPONENTS], in units of the format, of about `CENSUS_SAMPLE` elements, scaled
+        up to the size of the tensor; tensors smaller than that are counted whole.
     """
 
     size: jax.Array
@@ -149,7 +149,7 @@ class Census(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Rounded) -> Census:
-        """Several passes over the tensor; for steps that are watched."""
+        """One pass for the counts, one for the maximum, and one over the sample."""
         # On bit patterns: compiled comparisons of floats may take subnormals for 0.
         work, _, before = split(tensor.scaled)
         _, _, after = split(tensor.values.astype(work.dtype))
@@ -157,14 +157,20 @@ class Census(NamedTuple):
             pattern(value, work)
             for value in (tensor.format.smallest_normal, tensor.format.largest_finite, np.inf)
         )
+        zeros, underflows, subnormals, overflows = _count_four(
+            before == 0,
+            (before != 0) & (after == 0),
+            (after != 0) & (after < normal),
+            (before > largest) & (before < infinity),
+        )
         return cls(
             size=jnp.asarray(before.size, jnp.float32),
-            zeros=_count(before == 0),
-            underflows=_count((before != 0) & (after == 0)),
-            subnormals=_count((after != 0) & (after < normal)),
-            overflows=_count((before > largest) & (before < infinity)),
+            zeros=zeros,
+            underflows=underflows,
+            subnormals=subnormals,
+            overflows=overflows,
             maximum=_maximum(tensor.raw),
-            histogram=exponent_histogram(tensor.scaled),
+            histogram=_sampled_histogram(tensor.scaled, CENSUS_SAMPLE),
         )
 
     def combine(self, other: Census) -> Census:
@@ -197,8 +203,31 @@ def exponent_histogram(x: jax.Array) -> jax.Array:
       also zeros and subnormals, the last one infinities and NaN. f64 is rounded to f32 first.
     """
     x = x.astype(jnp.float32) if x.dtype == jnp.float64 else x
-    bins = jnp.clip(floor_log2(x) + np.int32(127), 0, np.int32(EXPONENTS - 1))
-    return jnp.zeros((EXPONENTS,), jnp.float32).at[bins.reshape(-1)].add(np.float32(1))
+    bins = jnp.clip(floor_log2(x) + np.int32(127), 0, np.int32(EXPONENTS - 1)).reshape(-1)
+    # Counted as integers: a sum of ones in f32 stops at 2^24.
+    return jnp.zeros((EXPONENTS,), jnp.int32).at[bins].add(1).astype(jnp.float32)
+
+
+def _sampled_histogram(x: jax.Array, size: int) -> jax.Array:
+    """The histogram of about `size` elements, scaled up to the size of the tensor."""
+    flat = x.reshape(-1)
+    # An odd stride walks through every column of a tensor whose sides are powers of two.
+    sample = flat[:: (flat.size // size) | 1]
+    return exponent_histogram(sample) * np.float32(flat.size / sample.size)
+
+
+def _count_four(*masks: jax.Array) -> list[jax.Array]:
+    """f32[] each: how many elements are true. In one pass: a byte of an integer for each mask."""
+    fields = [
+        mask.reshape(-1).astype(jnp.uint32) << np.uint32(8 * i) for i, mask in enumerate(masks)
+    ]
+    packed = functools.reduce(jnp.bitwise_or, fields)
+    packed = jnp.pad(packed, (0, -packed.size % _ROW)).reshape(-1, _ROW)
+    sums = jnp.sum(packed, axis=1, dtype=jnp.uint32)
+    return [
+        jnp.sum((sums >> np.uint32(8 * i)) & np.uint32(255), dtype=jnp.uint32).astype(jnp.float32)
+        for i in range(len(masks))
+    ]
 
 
 def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]) -> jax.Array:
@@ -299,7 +328,3 @@ def is_slot(node: Any) -> bool:
 
 def _maximum(x: jax.Array) -> jax.Array:
     return largest_magnitude(x).astype(jnp.float32)
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, dtype=jnp.float32)

@@ -83,6 +83,29 @@ def test_a_spread_samples_large_tensors_and_misses_no_maximum():
     assert np.abs(np.asarray(spread.histogram) - whole).sum() / x.size < 0.15
 
 
+def test_counts_go_on_where_a_sum_of_ones_in_f32_would_stop():
+    size = 2**24 + 5 * 128
+
+    def counts() -> list[jax.Array]:
+        x = jnp.zeros(size, jnp.bfloat16)
+        census = Census.of(Rounded(x, x, x, parse_format("bf16")))
+        return [census.zeros, exponent_histogram(x)[0]]
+
+    assert list(map(float, exact.jit(counts)())) == [size, size]
+
+
+def test_a_census_counts_all_elements_and_samples_the_histogram():
+    x = spread_out((400, 401))
+    x[123, 45] = 2.0**-30
+    census = Census.of(Rounded(x, x, quantize(x, parse_format("f16")), parse_format("f16")))
+    rounded = x.astype(np.float16)
+    assert float(census.zeros) == np.sum(x == 0)
+    assert float(census.underflows) == np.sum((x != 0) & (rounded == 0)) > 0
+    assert float(jnp.sum(census.histogram)) == pytest.approx(x.size, rel=1e-6)
+    whole = np.asarray(exponent_histogram(jnp.asarray(x)))
+    assert 0 < np.abs(np.asarray(census.histogram) - whole).sum() / x.size < 0.1
+
+
 def test_two_tensors_are_measured_as_one():
     first, second = spread_out((8, 16)), spread_out((8, 16), seed=1) / 8
     f16 = parse_format("f16")
