@@ -1,0 +1,102 @@
+"""What watching costs: steps with telemetry beside steps without, paired, on the quickstart.
+
+Command:   python -m experiments.benchmarks.telemetry_cost --rounds 12
+Hardware:  any
+Time:      not measured yet
+Expected:  not measured yet
+
+A watched step is a second program. In each round either program takes a few steps, in turn and from
+the same state; a ratio is that of the two times of a round. Watching every Nth step costs
+(ratio - 1) / N of a run's step time. What the run does with the counts, a line of JSON each time,
+happens on the host while the next step computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import quickstart
+from experiments.benchmarks.throughput import paired_ratio
+from lmjax import sharding
+from lmjax.train import Config, create_state, make_train_step
+from lmjax.train.memory import keep_freed_memory
+
+
+def stepper(config: Config, *, telemetry: bool) -> Callable[[int], float]:
+    """A function that takes so many steps on one random batch and returns the seconds of one."""
+    mesh = sharding.make_mesh(config.mesh)
+    shape = (config.batch_size, config.context + 1)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    step = make_train_step(config, mesh, telemetry=telemetry)
+    state = create_state(config, mesh)
+
+    def run(steps: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+        return (time.perf_counter() - start) / steps
+
+    run(1)  # compiles
+    return run
+
+
+def report(config: Config, rounds: int, steps: int, every: int) -> dict[str, Any]:
+    """Measures, and sums up: what `--json` prints."""
+    contestants = {
+        name: stepper(config, telemetry=name == "watched") for name in ("plain", "watched")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for index in range(rounds):
+        for name in sorted(contestants, reverse=bool(index % 2)):
+            seconds[name].append(contestants[name](steps))
+    ratio = paired_ratio(seconds["watched"], seconds["plain"])
+    return {
+        "step_seconds": {name: float(np.median(values)) for name, values in seconds.items()},
+        "watched / plain": ratio._asdict(),
+        "every": every,
+        "cost": {
+            name: (value - 1) / every
+            for name, value in ratio._asdict().items()
+            if name != "confidence"
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Flags to a report on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4, help="of each program in a round")
+    parser.add_argument("--every", type=int, default=10, help="steps from one watched to the next")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    flags = parser.parse_args(arguments)
+    for name in ("rounds", "steps", "every"):
+        if getattr(flags, name) < 1:
+            parser.error(f"{name} is {getattr(flags, name)}; it must be at least 1")
+    keep_freed_memory()
+    result = report(quickstart.config().resolved(), flags.rounds, flags.steps, flags.every)
+    if flags.json:
+        print(json.dumps(result))
+        return
+    for name, seconds in result["step_seconds"].items():
+        print(f"{name:8} {seconds * 1e3:8.1f} ms a step")
+    ratio, cost = result["watched / plain"], result["cost"]
+    print(f"ratio    {ratio['median']:8.2f}  ({ratio['low']:.2f} to {ratio['high']:.2f})")
+    print(
+        f"watching every {flags.every} steps costs {cost['median']:.1%} "
+        f"({cost['low']:.1%} to {cost['high']:.1%}) of the step time"
+    )
+
+
+if __name__ == "__main__":
+    main()
