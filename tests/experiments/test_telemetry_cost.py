@@ -11,6 +11,7 @@ from experiments.benchmarks import telemetry_cost
 from lmjax.precision import exact
 
 
+@pytest.mark.long
 def test_the_cost_is_that_of_a_watched_step_spread_over_all(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
