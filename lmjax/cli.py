@@ -16,7 +16,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -31,8 +31,10 @@ from lmjax.inference import evaluate as evaluate_run
 from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
 from lmjax.inference import score as score_text
+from lmjax.model import Sites
 from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import KEYS
+from lmjax.precision.native import Arithmetic, in_words, this_backend
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.checkpoint import CheckpointError
 from lmjax.train.memory import keep_freed_memory
@@ -242,6 +244,9 @@ def sites(
 ) -> int:
     """What each tensor of each site of an experiment's model resolves to, phase by phase.
 
+    The last column says which products are native on this machine, and in what the others are
+    emulated: the product y and its gradients dx and dw.
+
     Args:
       experiment: Module, such as experiments.quickstart.
       precision: Policy, if not the experiment's own.
@@ -250,18 +255,30 @@ def sites(
     config = load_experiment(experiment)
     if precision is not None:
         config = _bad_input(dataclasses.replace, config, precision=precision)
-    phases = {
-        start: {path: site.rows() for path, site in phase.sites.items()}
-        for start, phase in config.phases
-    }
+    resolved = {start: phase.sites for start, phase in config.phases}
+    products = {start: phase.products() for start, phase in config.phases}
     if json:
+        phases = {start: _sites_json(sites, products[start]) for start, sites in resolved.items()}
         print_json(phases if len(phases) > 1 else phases[0])
         return DONE
-    for start, resolved in phases.items():
-        if len(phases) > 1:
+    for start, sites in resolved.items():
+        if len(resolved) > 1:
             print(f"from step {start} on: {config.at(start).precision}")
-        print_table(("site", *KEYS), ((path, *row.values()) for path, row in resolved.items()))
+        words = {path: in_words(product) for path, product in products[start].items()}
+        rows = ((path, *site.rows().values(), words.get(path, "")) for path, site in sites.items())
+        print_table(("site", *KEYS, f"products on {this_backend().platform}"), rows)
     return DONE
+
+
+def _sites_json(
+    sites: Sites, products: Mapping[str, Mapping[str, Arithmetic]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of every site, and of each product how it is computed."""
+    words = {
+        path: {"products": {name: str(one) for name, one in product.items()}}
+        for path, product in products.items()
+    }
+    return {path: site.rows() | words.get(path, {}) for path, site in sites.items()}
 
 
 def report(directories: tyro.conf.Positional[tuple[Path, ...]], /, json: bool = False) -> int:

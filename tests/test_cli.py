@@ -264,6 +264,21 @@ def test_verbs_print_strict_json(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert (head["p"], head["c"], head["o"], head["w"]) == ("f32", "bf16", "f32", "bf16")
 
 
+def test_sites_say_which_products_are_native(capsys: pytest.CaptureFixture[str]) -> None:
+    policy = "f32; blocks/0/mlp/up: g=mxfp8"
+    assert lmjax("sites", MODULE, "--precision", policy, "--json") == cli.DONE
+    sites = printed_json(capsys)
+    assert sites["head"]["products"] == {"y": "native", "dx": "native", "dw": "native"}
+    emulated = {"y": "native", "dx": "emulated in f32", "dw": "emulated in f32"}
+    assert sites["blocks/0/mlp/up"]["products"] == emulated
+    assert "products" not in sites["embed"]
+    assert lmjax("sites", MODULE, "--precision", policy) == cli.DONE
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.rstrip().endswith("products on cpu")
+    (up,) = (line for line in lines if line.startswith("blocks/0/mlp/up "))
+    assert up.rstrip().endswith("y native, dx emulated in f32, dw emulated in f32")
+
+
 def test_sites_of_a_policy_with_phases_are_shown_phase_by_phase(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

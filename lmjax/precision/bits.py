@@ -69,15 +69,15 @@ def pattern(value: float, work: Format) -> np.unsignedinteger[Any]:
     return unsigned(work)(np.array(value, dtype=work.dtype).view(unsigned(work)))
 
 
-def largest_magnitude(x: jax.Array, axis: int | None = None) -> jax.Array:
+def largest_magnitude(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """`max(abs(x))`, subnormals included; NaN if there is a NaN.
 
     Args:
       x: float array of any shape.
-      axis: the axis to reduce; all of them by default.
+      axis: the axis or axes to reduce; all of them by default.
 
     Returns:
-      Array without that axis, float64 for float64 and float32 for everything else.
+      Array without those axes, float64 for float64 and float32 for everything else.
     """
     work, _, magnitude = split(x)
     largest = jnp.max(magnitude, axis=axis, initial=unsigned(work)(0))

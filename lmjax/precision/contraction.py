@@ -34,7 +34,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 def contract(
     spec: str, x: jax.Array, w: jax.Array, *, precision: jax.lax.Precision, accumulate: Any
 ) -> jax.Array:
-    """`jnp.einsum` of two operands of one dtype.
+    """`jnp.einsum` of two operands of one dtype, or of two fp8 dtypes.
 
     Args:
       spec: as `lmjax.precision.matmul.einsum` takes it.
@@ -43,15 +43,22 @@ def contract(
       precision: of the product.
       accumulate: the dtype to sum in, which is also that of the result.
     """
-    if jax.default_backend() != "cpu":
+    backend = jax.default_backend()
+    if backend != "cpu":
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
     algorithm: Any = precision
-    narrow = x.dtype in (jnp.bfloat16, jnp.float16)
-    if narrow and accumulate == jnp.float32 and not (x.dtype == jnp.bfloat16 and bf16_pays()):
+    if accumulate == jnp.float32 and widened(backend, x.dtype):
         algorithm = jax.lax.DotAlgorithmPreset.F32_F32_F32
     one_device = jax.device_count() == 1
     product = _on_one_cpu if one_device else jnp.einsum
     return product(spec, x, w, precision=algorithm, preferred_element_type=accumulate)
+
+
+def widened(platform: str, dtype: Any) -> bool:
+    """Whether `contract` has operands of a dtype multiplied as f32, on a platform of JAX."""
+    if platform != "cpu":
+        return False
+    return dtype == jnp.float16 or (dtype == jnp.bfloat16 and not bf16_pays())
 
 
 @functools.cache
@@ -125,17 +132,6 @@ class Plan(NamedTuple):
     w_order: tuple[int, ...]
     y_order: tuple[int, ...]
 
-    @property
-    def x_axis(self) -> int:
-        """The axis of x that factors run along: the last one summed over."""
-        # The gradient of a scalar product sums over nothing: any axis will do.
-        return (self.x_summed or (-1,))[-1]
-
-    @property
-    def w_axis(self) -> int:
-        """As `x_axis`, of w."""
-        return (self.w_summed or (-1,))[-1]
-
 
 @functools.cache
 def plan_of(spec: str) -> Plan:
@@ -162,3 +158,20 @@ def axes_of(spec: str) -> tuple[str, str, str]:
     operands, _, y_axes = spec.partition("->")
     x_axes, _, w_axes = operands.partition(",")
     return x_axes, w_axes, y_axes
+
+
+def beside_result(factor: jax.Array, axes: str, summed: tuple[int, ...], y_axes: str) -> jax.Array:
+    """A factor of an operand in a shape that broadcasts against the result of the product.
+
+    Args:
+      factor: a single number, or as the operand, but of length 1 at all summed axes.
+      axes: the indices of the operand.
+      summed: its axes that are summed over.
+      y_axes: the indices of the result.
+    """
+    if not factor.ndim:
+        return factor
+    kept = [index for axis, index in enumerate(axes) if axis not in summed]
+    order = [kept.index(index) for index in y_axes if index in kept]
+    missing = [axis for axis, index in enumerate(y_axes) if index not in kept]
+    return jnp.expand_dims(jnp.transpose(jnp.squeeze(factor, summed), order), missing)

@@ -10,20 +10,26 @@ its backward products in f32.
                dw  = round_c( sum_a( Qx(x) * Qg(g) ) )
 
 with c the site's compute format, a its accumulator, g the cotangent of y, which arrives in c, and Q
-the quantizer of each operand. Factors of channels and blocks run along the axis that the product at
-hand sums over, as hardware needs them, so an operand is quantized anew for each product. Gradients
-pass straight through the quantizers.
+the quantizer of each operand. An operand is quantized anew for each product, because factors of
+channels and blocks follow the axes that the product at hand sums over: the terms of one sum are a
+channel, and blocks are cut along the last of those axes, so that none crosses from one sequence
+into the next. Gradients pass straight through the quantizers.
 
-Operands are quantized and widened again before they are multiplied, so the narrow formats are
-emulated wherever the program runs. Two things to know about that emulation:
+Factors are applied as hardware applies them. Where all terms of a sum share them, elements are
+multiplied and summed, and the sum in f32 is multiplied by the factors:
 
-- A quantized operand is held in the compute format. Elements with power-of-two factors (MX) fit
-  bf16 exactly; with other factors `element * factor` is rounded to bf16 once more, which hardware
-  that scales after the sum does not do. With `c=f32` there is no such rounding.
-- Where a product sums over two axes (the weight gradient, over batch and positions), factors run
-  along the last one: a block never crosses from one sequence into the next.
+    sum( Qx(x) * Qw(w) )  =  sx * sw * sum_a( ex * ew )
 
-Knows policies, quantizers, probes, contractions and JAX.
+Elements of narrow formats fit the compute format exactly, so nothing is rounded between quantizing
+and summing; and where the backend multiplies them natively, they are handed to the dot in their own
+dtypes (`native.py`). A narrow accumulator holds sums of elements: those of e4m3, up to 448, leave
+f16 where sums of the operands themselves would not.
+
+Factors that differ among the terms of a sum (blocks) and zero points come before it. Such an
+operand is held in the compute format: exactly with factors that are powers of two (MX) and `c=bf16`
+or wider; with others, `element * factor` is rounded once more.
+
+Knows policies, quantizers, probes, contractions, native products and JAX.
 """
 
 from __future__ import annotations
@@ -32,18 +38,25 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lmjax.precision.contraction import Plan, axes_of, contract, plan_of
+from lmjax.precision.contraction import Plan, axes_of, beside_result, contract, plan_of
 from lmjax.precision.exact import at_least_f32
+from lmjax.precision.native import multiplies_elements, product_dtypes, this_backend
 from lmjax.precision.policy import Accumulator, Operand, SitePolicy
 from lmjax.precision.probes import Probe, Rounded, Slots, measure, report, report_cotangent
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.rounding import quantize
-from lmjax.precision.scaling import elements, fake_quantize
+from lmjax.precision.scaling import (
+    Axis,
+    apply_factor,
+    elements,
+    fake_quantize,
+    quantize_with_scale,
+)
 
 Role = Literal["weights", "activations"]
 Key = jax.Array | None
@@ -88,8 +101,9 @@ def einsum(
     _check(spec)
     factors, slots = ({}, {}) if probe is None else probe
     plan = plan_of(spec)
-    x = _watched(x, site.activations, plan.x_axis, site, factors.get("x"), slots.get("x", {}))
-    w = _watched(w, getattr(site, second), plan.w_axis, site, factors.get("w"), slots.get("w", {}))
+    x = _watched(x, site.activations, plan.x_summed, site, factors.get("x"), slots.get("x", {}))
+    of_w = getattr(site, second)
+    w = _watched(w, of_w, plan.w_summed, site, factors.get("w"), slots.get("w", {}))
     gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
     return _einsum(spec, site, second, unit, x, w, key, factors, gradients)
 
@@ -104,7 +118,7 @@ def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.A
 def _watched(
     x: jax.Array,
     operand: Operand | None,
-    axis: int,
+    axis: Axis,
     site: SitePolicy,
     factor: jax.Array | None,
     slots: Mapping[str, Any],
@@ -115,7 +129,7 @@ def _watched(
 
 
 def _view(
-    x: jax.Array, factor: jax.Array | None, *, operand: Operand | None, axis: int, site: SitePolicy
+    x: jax.Array, factor: jax.Array | None, *, operand: Operand | None, axis: Axis, site: SitePolicy
 ) -> Rounded:
     """What becomes of a tensor that enters a product."""
     if operand is None:
@@ -208,39 +222,61 @@ def _product(
     key: Key,
     factors: Factors,
 ) -> jax.Array:
-    """Quantizes both operands along the summed axis and multiplies; not yet rounded to compute."""
+    """The product of both operands, quantized; not yet rounded to compute."""
     plan = plan_of(spec)
     (x_role, of_x), (w_role, of_w) = roles
-    x = _quantized(pair[0], of_x, plan.x_axis, _fold(key, 0), factors.get(x_role))
-    w = _quantized(pair[1], of_w, plan.w_axis, _fold(key, 1), factors.get(w_role))
-    if site.matmul == "tf32" and x.dtype == jnp.float32:
-        x, w = quantize(x, "tf32"), quantize(w, "tf32")
-    if site.accum.chunk:
-        product = _chunked(plan, x, w, site.accum)
-    else:
-        product = _contract(spec, x, w, site)
-        if site.accum.format.bits < 32:
-            product = quantize(product, site.accum.format, overflow="native")
+    x = _ready(pair[0], of_x, plan.x_summed, site, _fold(key, 0), factors.get(x_role))
+    w = _ready(pair[1], of_w, plan.w_summed, site, _fold(key, 1), factors.get(w_role))
+    terms = math.prod(x.values.shape[axis] for axis in plan.x_summed)
+    dtypes = product_dtypes(this_backend(), site, of_x, of_w, terms)
+    x_dtype, w_dtype = dtypes or (x.values.dtype, w.values.dtype)
+    product = _sum(spec, x.values.astype(x_dtype), w.values.astype(w_dtype), site)
+    x_axes, w_axes, y_axes = axes_of(spec)
+    for operand, axes, summed in ((x, x_axes, plan.x_summed), (w, w_axes, plan.w_summed)):
+        if operand.late is not None:
+            factor, quantizer = operand.late
+            factor = beside_result(factor, axes, summed, y_axes)
+            product = apply_factor(product, factor, quantizer)
     if unit:
-        terms = math.prod(x.shape[axis] for axis in plan.x_summed)
         product = product * jnp.asarray(terms**-0.5, product.dtype)
     return product
 
 
-def _quantized(
-    x: jax.Array, operand: Operand | None, axis: int, key: Key, factor: jax.Array | None
-) -> jax.Array:
+class _Ready(NamedTuple):
+    """An operand as it is multiplied.
+
+    Attributes:
+      values: of its shape and dtype.
+      late: what the sum is still to be multiplied by, and the quantizer that this is a factor of:
+        f32[], or f32 of the operand's shape, but with length 1 at the summed axes.
+    """
+
+    values: jax.Array
+    late: tuple[jax.Array, Quantizer] | None = None
+
+
+def _ready(
+    x: jax.Array,
+    operand: Operand | None,
+    summed: tuple[int, ...],
+    site: SitePolicy,
+    key: Key,
+    factor: jax.Array | None,
+) -> _Ready:
     if operand is None:
-        return x
+        return _Ready(x)
     stochastic = operand.rounding == "stochastic" and key is not None
-    return fake_quantize(
-        x,
-        _current(operand.quantizer, factor),
-        axis=axis,
-        rounding="stochastic" if stochastic else "nearest_even",
-        key=key if stochastic else None,
-        scale=factor,
-    )
+    quantizer = _current(operand.quantizer, factor)
+    how: dict[str, Any] = {
+        "axis": summed,
+        "rounding": "stochastic" if stochastic else "nearest_even",
+        "key": key if stochastic else None,
+        "scale": factor,
+    }
+    if quantizer.groups == "none" or not multiplies_elements(operand, site.compute):
+        return _Ready(fake_quantize(x, quantizer, **how))
+    quantized = quantize_with_scale(x, quantizer, **how)
+    return _Ready(quantized.values.astype(x.dtype), (quantized.factor, quantizer))
 
 
 def _current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
@@ -248,16 +284,34 @@ def _current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
     return quantizer if factor is not None else replace(quantizer, history=0)
 
 
+def _sum(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
+    """Sums of products in the accumulator of the site, held in f32 (f64 for f64)."""
+    if site.matmul == "tf32" and x.dtype == jnp.float32:
+        x, w = quantize(x, "tf32"), quantize(w, "tf32")
+    if site.accum.chunk:
+        return _chunked(plan_of(spec), x, w, site.accum)
+    total = _contract(spec, x, w, site)
+    if site.accum.format.bits < 32:
+        total = quantize(total, site.accum.format, overflow="native")
+    return total
+
+
 def _contract(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
     """The sums of products in f32 (f64 for f64), not yet rounded.
 
-    f32 operands are multiplied as f32: without `HIGHEST`, GPUs would use TF32 and TPUs bf16.
+    f32 operands are multiplied as f32: without `HIGHEST`, GPUs would use TF32 and TPUs bf16. fp8
+    operands are summed as exactly as there is hardware for: without it, Nvidia's GPUs leave the sum
+    to the tensor cores ("fast accumulation"). Integers are summed in int32, without rounding.
     """
     accumulate = at_least_f32(site.accum.format.dtype or jnp.float32)
     if x.dtype == jnp.float64:
         accumulate = x.dtype
-    exact = x.dtype == at_least_f32(x.dtype) and site.matmul != "default"
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    if x.dtype == jnp.int8:
+        whole = contract(spec, x, w, precision=jax.lax.Precision.DEFAULT, accumulate=jnp.int32)
+        return whole.astype(accumulate)
+    careful = x.dtype == at_least_f32(x.dtype) or x.dtype.itemsize == 1
+    highest = careful and site.matmul != "default"
+    precision = jax.lax.Precision.HIGHEST if highest else jax.lax.Precision.DEFAULT
     return contract(spec, x, w, precision=precision, accumulate=accumulate)
 
 

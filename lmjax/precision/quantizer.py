@@ -31,9 +31,9 @@ class Quantizer:
     Attributes:
       format: what the elements are rounded to.
       groups: which elements share a factor. `none`: no factor, a plain cast. `tensor`: all of them.
-        `channel`: those along the axis that a dot product sums over, so that each output channel
-        (or token) has its own. `block`: `block` consecutive ones along that axis; the last block
-        may be shorter.
+        `channel`: the terms of one sum of a dot product, so that each output channel (or token) has
+        its own. `block`: `block` consecutive ones along the axis that is summed over, the last one
+        where there are several; the last block may be shorter.
       block: elements in a block; 0 without blocks.
       scale: what factors are stored in. f32: `amax / largest`, so that the largest element becomes
         the largest value. e4m3: the same, rounded. e8m0: `2**(floor(log2(amax)) - emax)` as in the

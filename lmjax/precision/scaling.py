@@ -36,6 +36,10 @@ _LARGEST_FACTOR: Final = np.float32(2.0**126)
 # Times the smallest e4m3, 2**-9, this is still normal.
 _SMALLEST_TENSOR_FACTOR: Final = np.float32(2.0**-117)
 
+Axis = int | tuple[int, ...]
+"""What groups run along: an axis, or all those that a product sums over. The terms of one sum are
+then one channel, and blocks run along the last of the axes."""
+
 
 class Quantized(NamedTuple):
     """Elements and what is needed to read them.
@@ -43,7 +47,7 @@ class Quantized(NamedTuple):
     Attributes:
       values: shape of the tensor; values of the element format in float32 (float64 for float64).
       scale: float32 factors, values of `Quantizer.scale`: shape [] for a tensor; the tensor's shape
-        with length 1 (channel) or the number of blocks at the grouped axis.
+        with length 1 at the grouped axes (channel), or the number of blocks at the grouped axis.
       zero_point: like `scale`, or None if not affine.
       tensor_scale: float32 [], or None.
     """
@@ -53,9 +57,14 @@ class Quantized(NamedTuple):
     zero_point: jax.Array | None = None
     tensor_scale: jax.Array | None = None
 
+    @property
+    def factor(self) -> jax.Array:
+        """What a group is multiplied by: `scale`, times `tensor_scale`."""
+        return _factor(self.scale, self.tensor_scale)
+
 
 def elements(
-    x: jax.Array, quantizer: Quantizer, *, axis: int = -1, scale: jax.Array | None = None
+    x: jax.Array, quantizer: Quantizer, *, axis: Axis = -1, scale: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """A tensor in units of its format, before and after it is rounded to nearest.
 
@@ -66,7 +75,7 @@ def elements(
         return x, quantize(x, quantizer.format)
     quantized = quantize_with_scale(x, quantizer, axis=axis, scale=scale)
     grouping = _Grouping.of(x, quantizer, axis)
-    factor = grouping.spread(_factor(quantized.scale, quantized.tensor_scale))
+    factor = grouping.spread(quantized.factor)
     scaled = grouping.merge(_divide(grouping.split(widen(x)), factor, quantizer))
     values = quantized.values
     if quantized.zero_point is not None:
@@ -75,11 +84,12 @@ def elements(
     return scaled, values
 
 
+@functools.partial(jax.jit, static_argnames=("quantizer", "axis", "rounding"), inline=True)
 def quantize_with_scale(
     x: jax.Array,
     quantizer: Quantizer,
     *,
-    axis: int = -1,
+    axis: Axis = -1,
     rounding: Rounding = "nearest_even",
     key: jax.Array | None = None,
     scale: jax.Array | None = None,
@@ -92,7 +102,7 @@ def quantize_with_scale(
     Args:
       x: float array of any shape; one dimension at least for channels and blocks.
       quantizer: format and groups; its groups must not be `none`.
-      axis: the axis that groups run along.
+      axis: what groups run along.
       rounding: how elements are rounded; factors are always rounded to nearest.
       key: random key for stochastic rounding.
       scale: float32 [], a factor for the whole tensor to be used instead of finding one (delayed
@@ -110,7 +120,7 @@ def quantize_with_scale(
     if quantizer.affine:
         scale, zero_point = _affine_parameters(groups, grouping, quantizer)
     elif scale is None:
-        amax = largest_magnitude(groups, grouping.reduced)
+        amax = grouping.reduce(largest_magnitude, groups)
         scale = scale_from_maximum(amax, quantizer, tensor_scale)
 
     scaled = _divide(groups, grouping.spread(_factor(scale, tensor_scale)), quantizer)
@@ -123,7 +133,7 @@ def quantize_with_scale(
 
 
 def dequantize(
-    quantized: Quantized, quantizer: Quantizer, *, axis: int = -1, dtype: Any = jnp.float32
+    quantized: Quantized, quantizer: Quantizer, *, axis: Axis = -1, dtype: Any = jnp.float32
 ) -> jax.Array:
     """`(values - zero_point) * scale * tensor_scale`.
 
@@ -139,15 +149,28 @@ def dequantize(
     groups = grouping.split(quantized.values)
     if quantized.zero_point is not None:
         groups = groups - grouping.spread(quantized.zero_point).astype(groups.dtype)
-    factor = grouping.spread(_factor(quantized.scale, quantized.tensor_scale))
-    return grouping.merge(_multiply(groups, factor, quantizer)).astype(dtype)
+    factor = grouping.spread(quantized.factor)
+    return grouping.merge(apply_factor(groups, factor, quantizer)).astype(dtype)
+
+
+def apply_factor(x: jax.Array, factor: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """`x * factor`, in the dtype of `x`; exact for e8m0 factors.
+
+    Args:
+      x: float32 or float64 array: elements, or sums of them.
+      factor: `Quantized.factor`, in a shape that broadcasts against `x`.
+      quantizer: what it is a factor of.
+    """
+    if quantizer.scale == E8M0:
+        return jnp.where(jnp.isnan(factor), jnp.nan, ldexp(x, floor_log2(factor)))
+    return x * factor.astype(x.dtype)
 
 
 def fake_quantize(
     x: jax.Array,
     quantizer: Quantizer,
     *,
-    axis: int = -1,
+    axis: Axis = -1,
     rounding: Rounding = "nearest_even",
     key: jax.Array | None = None,
     scale: jax.Array | None = None,
@@ -169,7 +192,7 @@ def _fake_quantize(
     key: jax.Array | None,
     scale: jax.Array | None,
     quantizer: Quantizer,
-    axis: int,
+    axis: Axis,
     rounding: Rounding,
 ) -> jax.Array:
     quantized = quantize_with_scale(
@@ -181,7 +204,7 @@ def _fake_quantize(
 @_fake_quantize.defjvp
 def _straight_through(
     quantizer: Quantizer,
-    axis: int,
+    axis: Axis,
     rounding: Rounding,
     primals: tuple[jax.Array, jax.Array | None, jax.Array | None],
     tangents: tuple[jax.Array, Any, Any],
@@ -265,24 +288,30 @@ def update_delayed_scale(
 
 @dataclass(frozen=True)
 class _Grouping:
-    """How a tensor of a given shape falls into groups; `axis` is None where it is one group."""
+    """How a tensor of a given shape falls into groups.
+
+    Attributes:
+      shape: of the tensor.
+      reduced: axes of the elements of a group after `split`; None for all of them.
+      axis: the axis that is cut into blocks; None where there are none.
+      size: elements of a block.
+    """
 
     shape: tuple[int, ...]
-    axis: int | None
-    size: int
+    reduced: tuple[int, ...] | None
+    axis: int | None = None
+    size: int = 0
 
     @classmethod
-    def of(cls, x: jax.Array, quantizer: Quantizer, axis: int) -> _Grouping:
+    def of(cls, x: jax.Array, quantizer: Quantizer, axis: Axis) -> _Grouping:
         if quantizer.groups == "tensor":
-            return cls(x.shape, None, x.size)
-        axis = range(x.ndim)[axis]
-        length = x.shape[axis]
-        return cls(x.shape, axis, min(quantizer.block or length, length))
-
-    @property
-    def reduced(self) -> int | None:
-        """The axis of the groups' elements after `split`."""
-        return None if self.axis is None else self.axis + 1
+            return cls(x.shape, None)
+        axes = tuple(range(x.ndim)[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
+        if quantizer.groups == "channel":
+            return cls(x.shape, axes)
+        # The gradient of a scalar product sums over nothing: any axis will do.
+        last = (axes or (x.ndim - 1,))[-1]
+        return cls(x.shape, (last + 1,), last, min(quantizer.block, x.shape[last]))
 
     def split(self, x: jax.Array) -> jax.Array:
         """[..., length, ...] -> [..., groups, size, ...], the last group filled up with zeros."""
@@ -302,9 +331,16 @@ class _Grouping:
         padded = groups.reshape(*before, -1, *after)
         return jax.lax.slice_in_dim(padded, 0, self.shape[self.axis], axis=self.axis)
 
+    def reduce(self, function: Any, groups: jax.Array) -> jax.Array:
+        """`function(groups, axes)` of the elements of each group: one number a group."""
+        result = function(groups, self.reduced)
+        if self.reduced is None or self.axis is not None:
+            return result
+        return jnp.expand_dims(result, self.reduced)
+
     def spread(self, factor: jax.Array) -> jax.Array:
         """Factors, one a group, in a shape that broadcasts against `split`."""
-        return factor if self.reduced is None else jnp.expand_dims(factor, self.reduced)
+        return factor if self.axis is None else jnp.expand_dims(factor, self.axis + 1)
 
 
 def _check_scaled(quantizer: Quantizer, scale: jax.Array | None) -> None:
@@ -326,8 +362,10 @@ def _affine_parameters(
 ) -> tuple[jax.Array, jax.Array]:
     """Factor and zero point that map [min(x, 0), max(x, 0)] onto the whole range of the integer."""
     first, last = quantizer.format.smallest_finite, quantizer.format.largest_finite
-    low = jnp.min(groups, axis=grouping.reduced, initial=0.0).astype(jnp.float32)
-    high = jnp.max(groups, axis=grouping.reduced, initial=0.0).astype(jnp.float32)
+    low, high = (
+        grouping.reduce(functools.partial(extreme, initial=0.0), groups).astype(jnp.float32)
+        for extreme in (jnp.min, jnp.max)
+    )
     scale = jnp.clip(
         (high - low) * np.float32(1.0 / (last - first)), _SMALLEST_FACTOR, _LARGEST_FACTOR
     )
@@ -356,9 +394,3 @@ def _divide(groups: jax.Array, factor: jax.Array, quantizer: Quantizer) -> jax.A
         return jnp.where(jnp.isnan(factor), jnp.nan, ldexp(groups, -floor_log2(factor)))
     reciprocal = jnp.where(factor == 0, np.float32(0.0), np.float32(1.0) / factor)
     return groups * reciprocal.astype(groups.dtype)
-
-
-def _multiply(groups: jax.Array, factor: jax.Array, quantizer: Quantizer) -> jax.Array:
-    if quantizer.scale == E8M0:
-        return jnp.where(jnp.isnan(factor), jnp.nan, ldexp(groups, floor_log2(factor)))
-    return groups * factor.astype(groups.dtype)

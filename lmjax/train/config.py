@@ -20,6 +20,7 @@ from lmjax.numerics.telemetry import TelemetryConfig
 from lmjax.optimizer import OptimizerConfig
 from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
+from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
 from lmjax.sharding import MeshConfig
 
@@ -153,6 +154,10 @@ class Config:
     def param_sites(self) -> dict[str, SitePolicy]:
         """The formats of the site that each parameter belongs to, by the parameter's path."""
         return param_sites(self.model, self.sites)
+
+    def products(self) -> dict[str, dict[str, Arithmetic]]:
+        """How each product of the model is computed on the backend in use, under one phase."""
+        return products(self.sites, self.batch_size // self.micro_batches * self.context)
 
     def _loss_scale_kind(self, exponent_bits: int) -> Kind:
         """What the kind stands for, given the fewest exponent bits that the policy asks for.

@@ -121,7 +121,7 @@ def train(
     ):
         run = _start(config, corpus, mesh, workdir, checkpoints)
         if run.step < config.steps:
-            record_environment(workdir)
+            record_environment(workdir, config)
             corpus.tokenizer.save(workdir / "tokenizer.json")
         finished = _loop(run, stop, stop_after, progress)
         result = _finish(run) if finished else None

@@ -1,7 +1,8 @@
 """The files of a run directory other than metrics and checkpoints.
 
 config.json       the fully resolved config: what the run computes
-environment.json  versions, devices, XLA flags, git revision: where it was computed
+environment.json  versions, devices, XLA flags, git revision, which products are native: where it
+                  was computed
 result.json       once the planned steps are done
 tokenizer.json    a copy, so that the run can generate text on its own
 checkpoints/      see checkpoint.py
@@ -24,6 +25,7 @@ import numpy as np
 
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
+from lmjax.precision.native import summary
 from lmjax.train.config import Config, differences, from_json, to_json
 from lmjax.train.metrics import partial, replace_text
 
@@ -86,9 +88,11 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
         )
 
 
-def record_environment(workdir: Path) -> None:
+def record_environment(workdir: Path, config: Config) -> None:
     """Writes `environment.json`: where the steps from here on are computed."""
-    replace_text(workdir / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    sites = [site for _, phase in config.phases for site in phase.products().values()]
+    recorded = environment() | {"products": summary(sites)}
+    replace_text(workdir / "environment.json", json.dumps(recorded, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lmjax.train.run_directory import (
     open_run,
     parameters_sha256,
     read_config,
+    record_environment,
 )
 
 
@@ -129,6 +130,17 @@ def test_environment_says_where() -> None:
     assert recorded["packages"]["jax"] == jax.__version__
     assert len(recorded["devices"]) == jax.device_count()
     assert recorded["compiler_options"]["xla_allow_excess_precision"] is False
+
+
+def test_the_environment_of_a_run_says_which_products_are_native(tmp_path: Path) -> None:
+    policy = "0: f32 | 5: f32; **/up: w=mxfp8"
+    record_environment(tmp_path, tiny(tmp_path, policy).resolved())
+    recorded = strict_loads((tmp_path / "environment.json").read_text())
+    assert recorded["backend"] == "cpu"
+    assert recorded["products"] == {
+        "native": ["f32 x f32"],
+        "emulated": ["f32 x mxfp8 in f32"],
+    }
 
 
 def params() -> dict[str, Any]:

@@ -1,0 +1,235 @@
+"""Which products the hardware multiplies in their own narrow formats, and which are emulated.
+
+A product is *native* where both operands are handed to the dot in the dtypes of their elements:
+
+    Nvidia GPUs of compute capability 8.9 and above    e4m3 x e4m3, e4m3 x e5m2, e5m2 x e4m3 -> f32
+    GPUs and TPUs                                      int8 x int8 -> int32
+
+Everywhere else the same elements are multiplied in a wider format that has them all, which is exact
+but for the order of the f32 sum. An operand whose factors differ among the terms of one sum, as
+those of blocks do, or that has zero points is multiplied with them first, and so is emulated in the
+compute format.
+
+Native says what XLA is given. Whether it has a kernel for it is seen in the compiled program alone:
+fp8 products that cuBLASLt does not take are widened again. The native forms were compared with the
+emulation on CPUs, where XLA widens fp8; they have not been run on a GPU or TPU. Nvidia's tensor
+cores, for one, are known to keep fewer bits of fp8 sums than f32 has (DeepSeek-V3 technical report,
+arXiv 2412.19437, section 3.3.2).
+
+Knows formats, policies, contractions and JAX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from lmjax.precision.contraction import widened
+from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.policy import (
+    ACTIVATION_PRODUCTS,
+    PRODUCT_SITES,
+    Operand,
+    SitePolicy,
+    carrier,
+)
+
+Dtypes = tuple[np.dtype[Any], np.dtype[Any]]
+
+_E4M3: Final = np.dtype(ml_dtypes.float8_e4m3fn)
+_E5M2: Final = np.dtype(ml_dtypes.float8_e5m2)
+_INT8: Final = np.dtype(np.int8)
+
+_FP8_CAPABILITY: Final = (8, 9)
+# No sum of this many products of int8, -128 times itself included, leaves int32.
+_INT32_TERMS: Final = (2**31 - 1) // 2**14
+# The f32 sum of 2**31 products of elements below this is finite.
+_LARGEST_ELEMENT: Final = 2.0**48
+
+
+class Backend(NamedTuple):
+    """What decides.
+
+    Attributes:
+      platform: as JAX calls it: `cpu`, `gpu`, `tpu`.
+      capability: compute capability of an Nvidia GPU; zeros for everything else.
+    """
+
+    platform: str
+    capability: tuple[int, int] = (0, 0)
+
+
+def this_backend() -> Backend:
+    """The backend in use."""
+    capability = re.fullmatch(
+        r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", ""))
+    )
+    version = (int(capability[1]), int(capability[2])) if capability else (0, 0)
+    return Backend(jax.default_backend(), version)
+
+
+def native_dtypes(backend: Backend, x: Format, w: Format, terms: int) -> Dtypes | None:
+    """The dtypes in which a backend multiplies elements of two narrow formats, or None.
+
+    Args:
+      backend: which one.
+      x: format of the elements of the first operand.
+      w: of the second.
+      terms: length of the sums.
+    """
+    pair = _holder(x), _holder(w)
+    if pair == (_INT8, _INT8):
+        fits = backend.platform in ("gpu", "tpu") and terms <= _INT32_TERMS
+    else:
+        fits = (
+            backend.capability >= _FP8_CAPABILITY
+            and set(pair) <= {_E4M3, _E5M2}
+            and pair != (_E5M2, _E5M2)
+        )
+    return (pair[0], pair[1]) if fits and pair[0] and pair[1] else None
+
+
+def _holder(elements: Format) -> np.dtype[Any] | None:
+    """The narrow dtype of elements, if there is hardware that may multiply it."""
+    if elements.is_integer:
+        return _INT8 if elements.bits <= 8 and elements.smallest_subnormal == 1 else None
+    return elements.dtype if elements.dtype in (_E4M3, _E5M2) else None
+
+
+def multiplies_elements(operand: Operand, compute: Format) -> bool:
+    """Whether an operand's elements are multiplied, and its factors are left for the sum.
+
+    For that all terms of a sum must share them, the carrier of the compute format must have every
+    element, and no f32 sum of products may overflow.
+    """
+    quantizer = operand.quantizer
+    shared = quantizer.groups != "block" and not quantizer.affine
+    small = quantizer.groups == "none" or quantizer.format.largest_finite <= _LARGEST_ELEMENT
+    return shared and small and _carrier(compute).contains(quantizer.format)
+
+
+def multiplied(operand: Operand | None, compute: Format) -> Format:
+    """The format of the numbers that stand for an operand in a product.
+
+    Elements, or else numbers of the compute format's carrier; without a quantizer, of the compute
+    format itself.
+    """
+    if operand is None:
+        return compute
+    elements = multiplies_elements(operand, compute)
+    return operand.quantizer.format if elements else _carrier(compute)
+
+
+def product_dtypes(
+    backend: Backend, site: SitePolicy, x: Operand | None, w: Operand | None, terms: int
+) -> Dtypes | None:
+    """The dtypes in which a product of a site is native on a backend, or None.
+
+    Args:
+      backend: which one.
+      site: the formats.
+      x: how the first operand is quantized.
+      w: the second.
+      terms: length of the sums.
+    """
+    wide = site.compute.bits > 32 or site.accum.format.bits > 32
+    if wide or site.accum.chunk or not (_shows_nan(x) and _shows_nan(w)):
+        return None
+    return native_dtypes(backend, multiplied(x, site.compute), multiplied(w, site.compute), terms)
+
+
+def _shows_nan(operand: Operand | None) -> bool:
+    """Whether a NaN survives in elements or factor. Integers have none, so the factor must."""
+    if operand is None or not operand.quantizer.format.is_integer:
+        return True
+    return operand.quantizer.groups != "none" and not operand.quantizer.history
+
+
+def _carrier(compute: Format) -> Format:
+    return parse_format(np.dtype(carrier(compute)).name)
+
+
+# --- in words
+
+
+class Arithmetic(NamedTuple):
+    """How one product is computed, for people to read.
+
+    Attributes:
+      operands: formats of both operands, as the policy has them.
+      native: whether they are multiplied in those.
+      multiplied: the name of the format that they are multiplied in where they are not.
+    """
+
+    operands: tuple[str, str]
+    native: bool
+    multiplied: str
+
+    def __str__(self) -> str:
+        return "native" if self.native else f"emulated in {self.multiplied}"
+
+
+def products(
+    sites: Mapping[str, SitePolicy], tokens: int, backend: Backend | None = None
+) -> dict[str, dict[str, Arithmetic]]:
+    """How the product `y` of every product site is computed, and its gradients `dx` and `dw`.
+
+    Args:
+      sites: formats by path.
+      tokens: what gradients of weights sum over: those of a micro-batch, on all devices. Sums over
+        a width of the model are taken to be short enough for int32.
+      backend: by default the one in use.
+    """
+    backend = backend or this_backend()
+    return {
+        path: _of_site(site, path.rsplit("/", 1)[-1], tokens, backend)
+        for path, site in sites.items()
+        if path.rsplit("/", 1)[-1] in PRODUCT_SITES
+    }
+
+
+def _of_site(site: SitePolicy, kind: str, tokens: int, backend: Backend) -> dict[str, Arithmetic]:
+    x, g = site.activations, site.grads
+    w = x if kind in ACTIVATION_PRODUCTS else site.weights
+    return {
+        "y": _arithmetic(backend, site, x, w, 1),
+        "dx": _arithmetic(backend, site, g, w, 1),
+        "dw": _arithmetic(backend, site, x, g, tokens),
+    }
+
+
+def _arithmetic(
+    backend: Backend, site: SitePolicy, x: Operand | None, w: Operand | None, terms: int
+) -> Arithmetic:
+    rounded = "tf32" if site.matmul == "tf32" and site.compute.name == "f32" else site.compute.name
+    x_name, w_name = (rounded if o is None else str(o.quantizer) for o in (x, w))
+    held = _carrier(site.compute)
+    wide = bool(site.accum.chunk) or widened(backend.platform, held.dtype)
+    plain = x is None and w is None and rounded == held.name and not wide
+    native = plain or product_dtypes(backend, site, x, w, terms) is not None
+    return Arithmetic((x_name, w_name), native, "f32" if wide else held.name)
+
+
+def in_words(arithmetic: Mapping[str, Arithmetic]) -> str:
+    """The products of one site in a few words: `native`, `y native, dx emulated in bf16, ...`."""
+    words = {name: str(product) for name, product in arithmetic.items()}
+    if len(set(words.values())) == 1:
+        return words["y"]
+    return ", ".join(f"{name} {word}" for name, word in words.items())
+
+
+def summary(arithmetic: Iterable[Mapping[str, Arithmetic]]) -> dict[str, list[str]]:
+    """The kinds of products there are: `{"native": ["e4m3@tensor x e5m2@tensor"], ...}`."""
+    kinds = dict.fromkeys(product for site in arithmetic for product in site.values())
+    name = lambda product: " x ".join(product.operands)
+    return {
+        "native": [name(product) for product in kinds if product.native],
+        "emulated": [
+            f"{name(product)} in {product.multiplied}" for product in kinds if not product.native
+        ],
+    }
