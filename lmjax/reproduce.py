@@ -13,20 +13,23 @@ from typing import Any
 
 from rich.console import Console
 
-from lmjax.ablation.claims import Claim, Judgement, judge, load_claims, together
+from lmjax.ablation.claims import Claim, Judgement, judge, load_claims, order, together
 from lmjax.ablation.evidence import Evidence, Outcome
+from lmjax.ablation.grid import Ablation
 from lmjax.ablation.report import write_report
-from lmjax.ablation.runner import run
+from lmjax.ablation.report_text import markdown_table
+from lmjax.ablation.runner import AblationError, run
 from lmjax.ablation_cli import parse_seeds
 from lmjax.cli import print_json, print_table
-from lmjax.train import InputError
+from lmjax.train import InputError, TrainingFailed
 from lmjax.train.metrics import replace_text
 
 CLAIMS = "experiments.ablations"
+RECORD, TABLE = "claim.json", "claims.md"
 
 
 def choose(asked: Sequence[str], *, everything: bool = False, quick: bool = False) -> list[Claim]:
-    """The claims with these names or numbers, or all, or those that are quick.
+    """The claims with these names or numbers, each once, or all, or those that are quick.
 
     Raises:
       InputError: there is no such claim, or more than one way of choosing was used.
@@ -37,13 +40,13 @@ def choose(asked: Sequence[str], *, everything: bool = False, quick: bool = Fals
     if everything or quick:
         return [claim for claim in known.values() if everything or claim.quick]
     by_number = {claim.number.lower(): claim for claim in known.values()}
-    found = []
+    found = {}
     for name in asked:
         claim = known.get(name) or by_number.get(name.lower())
         if claim is None:
             raise InputError(f"no claim is called {name!r}; there are {', '.join(known)}")
-        found.append(claim)
-    return found
+        found[claim.name] = claim
+    return list(found.values())
 
 
 def replay(
@@ -60,7 +63,8 @@ def replay(
     Args:
       claims: which ones.
       workdir: one directory for all. Runs are below `runs/`, and claims share those that they have
-        in common; `NAME/` holds the report and `claim.json` of each.
+        in common; `NAME/` holds the report and `claim.json` of each, and `claims.md` is a table of
+        every judgement so far.
       large: run their large versions.
       processes: runs at a time.
       seeds: in place of the claims' own, as `0,1,2`.
@@ -68,10 +72,15 @@ def replay(
 
     Returns:
       The outcome of all together; None if a signal stopped it.
+
+    Raises:
+      InputError: `seeds` are none; nothing was run then.
+      TrainingFailed: a run could not be carried out, for a reason that is no result.
     """
+    planned = [(claim, _ablation(claim, large, seeds)) for claim in claims]
     judgements = []
-    for claim in claims:
-        evidence = _evidence(claim, workdir, large, processes, seeds)
+    for claim, ablation in planned:
+        evidence = _evidence(ablation, workdir, processes)
         if evidence is None:
             return None
         judgements.append(judge(claim, evidence))
@@ -85,19 +94,29 @@ def replay(
     return together(judgement.outcome for judgement in judgements)
 
 
-def _evidence(
-    claim: Claim, workdir: Path, large: bool, processes: int, seeds: str | None
-) -> Evidence | None:
-    """The runs of a claim, all done; None if a signal stopped them."""
+def _ablation(claim: Claim, large: bool, seeds: str | None) -> Ablation | None:
+    """What has to be run for a claim; None where arithmetic is enough."""
     ablation = claim.large if large else claim.ablation
+    if seeds is None:
+        return ablation
+    numbers = parse_seeds(seeds)
+    try:
+        return ablation and dataclasses.replace(ablation, seeds=numbers)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _evidence(ablation: Ablation | None, workdir: Path, processes: int) -> Evidence | None:
+    """The runs of an ablation, all done; None if a signal stopped them."""
     if ablation is None:
         return Evidence()
-    if seeds is not None:
-        ablation = dataclasses.replace(ablation, seeds=parse_seeds(seeds))
-    outcome = run(ablation, workdir / "runs", processes=processes)
+    try:
+        outcome = run(ablation, workdir / "runs", processes=processes)
+    except AblationError as error:
+        raise TrainingFailed(f"{error}; run the same command again to go on") from error
     if outcome.stopped_by is not None:
         return None
-    write_report(ablation, outcome.cells, workdir / claim.name)
+    write_report(ablation, outcome.cells, workdir / ablation.name)
     return Evidence(ablation, outcome.cells)
 
 
@@ -124,7 +143,7 @@ def _size(claim: Claim) -> str:
 def _print(judgement: Judgement) -> None:
     """The claim, what its paper reports, and each finding."""
     claim, console = judgement.claim, Console(highlight=False)
-    say = lambda text: console.print(text, markup=False)
+    say = lambda text: console.print(text, markup=False, soft_wrap=True)
     say(f"\n{claim.number} {claim.name}: {judgement.outcome}")
     say(f"{claim.statement} ({claim.source})")
     for row in claim.paper:
@@ -153,10 +172,36 @@ def _count(judgement: Judgement, outcome: str) -> int:
 
 
 def _write(judgement: Judgement, workdir: Path) -> None:
+    """Records a judgement, and writes the table of all that the directory holds."""
     directory = workdir / judgement.claim.name
     directory.mkdir(parents=True, exist_ok=True)
     text = json_format.dumps(_as_json(judgement), indent=2, ensure_ascii=False)
-    replace_text(directory / "claim.json", text + "\n")
+    replace_text(directory / RECORD, text + "\n")
+    replace_text(workdir / TABLE, _markdown(workdir))
+
+
+def _markdown(workdir: Path) -> str:
+    """Every judgement that is recorded in a directory, as a Markdown table."""
+    records = [
+        json_format.loads(path.read_text(encoding="utf-8")) for path in workdir.glob(f"*/{RECORD}")
+    ]
+    header = ("", "claim", "outcome", "here", "as published")
+    rows = (_row(record, workdir) for record in sorted(records, key=lambda r: order(r["number"])))
+    return "\n".join(["# Published claims, replayed", "", *markdown_table(header, rows), ""])
+
+
+def _row(record: dict[str, Any], workdir: Path) -> tuple[str, ...]:
+    name, title = record["name"], record["title"]
+    reported = (workdir / name / "report.html").exists()
+    here = [f"{f['outcome']}: {f['statement']}: {f['found']}" for f in record["findings"]]
+    paper = [f"{row['setting']}: {row['result']}" for row in record["paper"]]
+    return (
+        record["number"],
+        f"[{title}]({name}/report.html)" if reported else title,
+        record["outcome"],
+        "<br>".join(here),
+        "<br>".join([record["source"], *paper]),
+    )
 
 
 def _about(claim: Claim) -> dict[str, Any]:

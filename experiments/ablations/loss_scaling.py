@@ -146,9 +146,10 @@ def claim() -> Claim:
         source="Micikevicius et al. 2018, arXiv 1710.03740, section 3.2, table 2",
         paper=(
             PaperRow(
-                "SSD, VOC07 mAP: f32, f16 without scaling, f16 with scale 8", "76.9, diverges, 77.1"
+                "SSD, VOC07 mAP: f32, f16, f16 with loss scale 8, as a summary quotes it",
+                "76.9, diverges, 77.1",
             ),
-            PaperRow("Faster R-CNN, VOC07 mAP: the same", "69.1, 68.6, 69.7"),
+            PaperRow("Faster R-CNN, the same, as a summary quotes it", "69.1, 68.6, 69.7"),
         ),
         judge=judge,
         ablation=ablation(),

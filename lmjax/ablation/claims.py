@@ -111,8 +111,9 @@ def load_claims(package: str) -> dict[str, Claim]:
         importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)
     )
     claims = [module.claim() for module in modules if hasattr(module, "claim")]
-    return {claim.name: claim for claim in sorted(claims, key=lambda claim: _order(claim.number))}
+    return {claim.name: claim for claim in sorted(claims, key=lambda claim: order(claim.number))}
 
 
-def _order(number: str) -> tuple[str, int]:
+def order(number: str) -> tuple[str, int]:
+    """What numbers of claims are sorted by: A2 comes before A10."""
     return number[:1], int("".join(c for c in number if c.isdigit()) or 0)

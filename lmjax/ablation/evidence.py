@@ -5,10 +5,14 @@ Two kinds of sentences are statistical, about differences that are paired by see
     gap        an arm is worse than its control by at least so much. Confirmed if the one-sided 95%
                t interval of the mean excludes less, and every seed agrees in sign; refuted if the
                interval from the other side excludes as much.
-    parity     two arms differ by less than a margin. Confirmed by two one-sided tests (the 90%
-               interval lies inside the margin); refuted if that interval lies outside it.
+    range      the difference lies between two numbers. Confirmed by two one-sided tests (the 90%
+               interval lies inside the range); refuted if that interval lies outside it. `parity`
+               is the range from `-margin` to `margin`.
 
-All others are exact: a count, a bound, an arithmetic fact. They hold or not.
+One seed decides neither. A run that failed is worse by any amount than one that did not; seeds on
+which the control failed say nothing and are left out.
+
+All others are exact: a count, a bound, an arithmetic fact. They hold or not, once there are runs.
 
 Knows the files of runs and `statistics.py`.
 """
@@ -72,32 +76,33 @@ class Evidence:
     def gap(
         self, statement: str, arm: str, at_least: float, *, control: str | None = None
     ) -> Finding:
-        """That an arm is worse than its control by at least so much; see the module.
-
-        A run of the arm that failed, where the control's did not, is worse by any amount; if every
-        run did, the sentence is confirmed.
-        """
-        differences = list(self.differences(arm, control).values())
-        failed = self._failed(arm)
-        found = self._in_words(differences, failed, len(self.cells(arm)))
-        if failed and not differences:
-            return Finding(
-                statement,
-                found,
-                "confirmed" if not self._failed_control(arm, control) else "undecided",
-            )
-        return Finding(statement, found, gap_outcome(differences, at_least))
+        """That an arm is worse than its control by at least so much; see the module."""
+        differences, lost = self._against(arm, control)
+        if not lost:
+            outcome = gap_outcome(differences, at_least)
+        elif not differences:
+            outcome = "confirmed" if len(lost) > 1 else "undecided"
+        else:
+            # What survived says less than the truth, so it can only confirm.
+            outcome = gap_outcome(differences, at_least)
+            outcome = "undecided" if outcome == "refuted" else outcome
+        return Finding(statement, _in_words(differences, lost), outcome)
 
     def parity(
         self, statement: str, arm: str, within: float, *, control: str | None = None
     ) -> Finding:
         """That an arm and its control differ by less than so much; see the module."""
-        differences = list(self.differences(arm, control).values())
-        failed = self._failed(arm)
-        found = self._in_words(differences, failed, len(self.cells(arm)))
-        if failed and not self._failed_control(arm, control):
-            return Finding(statement, found, "refuted")
-        return Finding(statement, found, parity_outcome(differences, within))
+        return self.between(statement, arm, -within, within, control=control)
+
+    def between(
+        self, statement: str, arm: str, low: float, high: float, *, control: str | None = None
+    ) -> Finding:
+        """That an arm minus its control lies between two numbers; see the module."""
+        differences, lost = self._against(arm, control)
+        outcome = range_outcome(differences, low, high)
+        if lost:
+            outcome = "refuted" if len(differences) + len(lost) > 1 else "undecided"
+        return Finding(statement, _in_words(differences, lost), outcome)
 
     def exceeds(self, statement: str, arm: str, other: str, *, factor: float) -> Finding:
         """That the difference of an arm from its control is `factor` times that of another arm.
@@ -116,11 +121,13 @@ class Evidence:
     def failed(self, statement: str, arm: str) -> Finding:
         """That no run of an arm ends with a finite value."""
         cells = self.cells(arm)
+        if not cells:
+            return Finding(statement, "no runs", "undecided")
         reasons = self._failed(arm)
         found = f"{len(reasons)} of {len(cells)} runs failed"
         if reasons:
             found += f": {next(iter(reasons.values()))}"
-        return holds(statement, found, 0 < len(cells) == len(reasons))
+        return holds(statement, found, len(cells) == len(reasons))
 
     def in_every_run(
         self,
@@ -131,13 +138,21 @@ class Evidence:
         *,
         form: str = "{:.3g}",
     ) -> Finding:
-        """That something measured in a run directory has a property in every run of some arms."""
-        values = {
-            (arm, seed): measure(cell) for arm in arms for seed, cell in self.cells(arm).items()
-        }
-        low, high = min(values.values(), default=math.nan), max(values.values(), default=math.nan)
-        found = form.format(low) if low == high else f"{form.format(low)} to {form.format(high)}"
-        return holds(statement, found, bool(values) and all(map(condition, values.values())))
+        """That something measured in a run directory has a property in every run of some arms.
+
+        A run that failed is not measured, for it may have left nothing to measure, and does not
+        have the property.
+        """
+        cells = [cell for arm in arms for cell in self.cells(arm).values()]
+        if not cells:
+            return Finding(statement, "no runs", "undecided")
+        reasons = [cell.reason for cell in cells if cell.status == "failed"]
+        values = [measure(cell) for cell in cells if cell.status != "failed"]
+        words = [f"{len(reasons)} of {len(cells)} runs failed: {reasons[0]}"] if reasons else []
+        if values:
+            low, high = form.format(min(values)), form.format(max(values))
+            words.append(low if low == high else f"{low} to {high}")
+        return holds(statement, "; ".join(words), not reasons and all(map(condition, values)))
 
     def _control_of(self, arm: str) -> str:
         assert self.ablation is not None, "a claim without runs has no arms"
@@ -146,17 +161,25 @@ class Evidence:
     def _failed(self, arm: str) -> dict[int, str]:
         return {seed: c.reason for seed, c in self.cells(arm).items() if c.status == "failed"}
 
-    def _failed_control(self, arm: str, control: str | None) -> bool:
-        return bool(self._failed(control or self._control_of(arm)))
+    def _against(self, arm: str, control: str | None) -> tuple[list[float], dict[int, str]]:
+        """The differences from a control; and why runs failed whose control did not, by seed."""
+        finished = {
+            seed
+            for seed, cell in self.cells(control or self._control_of(arm)).items()
+            if cell.status == "finished"
+        }
+        lost = {seed: reason for seed, reason in self._failed(arm).items() if seed in finished}
+        return list(self.differences(arm, control).values()), lost
 
-    def _in_words(self, differences: list[float], failed: Mapping[int, str], ended: int) -> str:
-        words = []
-        if failed:
-            reason = next(iter(failed.values()))
-            words.append(f"failed on {len(failed)} of {ended} seeds: {reason}")
-        if differences:
-            words.append(mean_in_words(differences))
-        return "; ".join(words) or "no runs"
+
+def _in_words(differences: list[float], lost: Mapping[int, str]) -> str:
+    words = []
+    if lost:
+        seeds = len(differences) + len(lost)
+        words.append(f"failed on {len(lost)} of {seeds} seeds: {next(iter(lost.values()))}")
+    if differences:
+        words.append(mean_in_words(differences))
+    return "; ".join(words) or "no runs"
 
 
 def gap_outcome(differences: list[float], at_least: float) -> Outcome:
@@ -167,13 +190,12 @@ def gap_outcome(differences: list[float], at_least: float) -> Outcome:
     return "refuted" if estimate.interval(2 * ALPHA).high < at_least else "undecided"
 
 
-def parity_outcome(differences: list[float], within: float) -> Outcome:
-    """Whether differences stay inside a margin; see the module."""
+def range_outcome(differences: list[float], low: float, high: float) -> Outcome:
+    """Whether differences stay between two numbers; see the module."""
     interval = Estimate.of(differences).equivalence_interval()
-    if interval.inside(within):
+    if low < interval.low and interval.high < high:
         return "confirmed"
-    outside = interval.low >= within or interval.high <= -within
-    return "refuted" if outside else "undecided"
+    return "refuted" if interval.low >= high or interval.high <= low else "undecided"
 
 
 def mean_in_words(differences: list[float]) -> str:

@@ -82,12 +82,12 @@ def markdown(report: Report, directory: Path) -> str:
         "",
         report.ablation.question,
         "",
-        *_table(*verdicts(report)),
+        *markdown_table(*verdicts(report)),
         "",
         f"Values: mean over seeds and their range. Differences: paired by seed, ± half the {level} "
         f"interval, corrected for the number of arms. Margin: {report.criteria.margin:g}.",
         "",
-        *_table(
+        *markdown_table(
             ["arm", "seed", "status", metric, "run"],
             (_cell_row(run, directory) for run in report.runs),
         ),
@@ -120,7 +120,8 @@ def _cell_row(run: Run, directory: Path) -> list[str]:
     ]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table; a cell is one line, whatever its text."""
     line = lambda cells: "| " + " | ".join(_cell(cell) for cell in cells) + " |"
     return [line(header), "|" + " --- |" * len(header), *(line(row) for row in rows)]
 

@@ -1,0 +1,320 @@
+"""Claims and the command that replays them: what is refused, printed, recorded, and returned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ablation_helpers import finished
+from run_helpers import strict_loads
+
+from lmjax import cli, reproduce
+from lmjax.ablation import claims
+from lmjax.ablation.claims import Claim, PaperRow, judge, load_claims, together
+from lmjax.ablation.evidence import Evidence, Finding
+from lmjax.ablation.grid import Ablation
+from lmjax.ablation.runner import AblationError
+from lmjax.train import Config, InputError
+
+YES = Finding("it holds", "1", "confirmed")
+NO = Finding("it fails", "2 | 3", "refuted")
+OPEN = Finding("it may", "no runs", "undecided")
+
+
+def ablation(name: str = "example") -> Ablation:
+    """Two policies, two seeds."""
+    base = Config(steps=10)
+    return Ablation(
+        name=name,
+        question="Does it matter?",
+        base=base,
+        arms={"f32": base, "bf16": dataclasses.replace(base, precision="bf16")},
+        varies=("precision",),
+        control="f32",
+        seeds=(0, 1),
+    )
+
+
+def claim(*findings: Finding, name: str = "example", **changes: Any) -> Claim:
+    """A claim of arithmetic with those findings."""
+    values = {
+        "number": "A1",
+        "name": name,
+        "title": f"{name} works",
+        "statement": "It works everywhere.",
+        "source": "Somebody 2020, arXiv 2001.00001",
+        "paper": (PaperRow("nets | all", "1.0"), PaperRow("one", "2.0")),
+        "judge": lambda evidence: iter(findings),
+        "ablation": None,
+        "large": ablation(name),
+        "hardware": "8 GPUs",
+    }
+    return Claim(**values | changes)
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`known(claims...)`: the command knows these claims and no others."""
+
+    def only(*those: Claim) -> None:
+        monkeypatch.setattr(reproduce, "load_claims", lambda package: {c.name: c for c in those})
+
+    return only
+
+
+def lmjax(*arguments: str) -> int:
+    """The exit code of `python -m lmjax reproduce`, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(("reproduce", *arguments))
+    return ended.value.code or cli.DONE
+
+
+# --- Claims ---
+
+
+@pytest.mark.parametrize("field", ["ablation", "large"])
+def test_an_ablation_of_another_name_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match="claim example has an ablation named other"):
+        claim(YES, **{field: ablation("other")})
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "whole"),
+    [
+        (("confirmed", "confirmed"), "confirmed"),
+        (("confirmed", "undecided"), "undecided"),
+        (("undecided", "refuted", "confirmed"), "refuted"),
+    ],
+)
+def test_outcomes_together(outcomes: Iterable[Any], whole: str) -> None:
+    assert together(outcomes) == whole
+    findings = [Finding(str(i), "", outcome) for i, outcome in enumerate(outcomes)]
+    assert judge(claim(*findings), Evidence()).outcome == whole
+
+
+@pytest.mark.parametrize("findings", [(), (YES, OPEN, YES._replace(outcome="refuted"))])
+def test_no_findings_and_sentences_that_stand_twice_are_refused(findings: Any) -> None:
+    with pytest.raises(ValueError, match="claim example has findings"):
+        judge(claim(*findings), Evidence())
+
+
+def test_claims_are_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten comes after two; modules without a claim are left out."""
+    modules = {
+        "package.ten": SimpleNamespace(claim=lambda: claim(YES, name="ten", number="A10")),
+        "package.helper": SimpleNamespace(),
+        "package.two": SimpleNamespace(claim=lambda: claim(YES, name="two", number="A2")),
+    }
+    package = SimpleNamespace(__path__=[])
+    monkeypatch.setattr(claims.importlib, "import_module", lambda name: modules.get(name, package))
+    infos = [SimpleNamespace(name=name.rpartition(".")[2]) for name in modules]
+    monkeypatch.setattr(claims.pkgutil, "iter_modules", lambda path: infos)
+    assert list(load_claims("package")) == ["two", "ten"]
+
+
+# --- Choosing ---
+
+
+def test_choosing_by_name_by_number_and_in_bulk(known: Any) -> None:
+    first = claim(YES, name="first", number="A1", quick=True)
+    second = claim(YES, name="second", number="A12")
+    known(first, second)
+    assert reproduce.choose(["second", "a1"]) == [second, first]
+    assert reproduce.choose(["A12", "second"]) == [second]
+    assert reproduce.choose([], everything=True) == [first, second]
+    assert reproduce.choose([], quick=True) == [first]
+    with pytest.raises(InputError, match="no claim is called 'third'; there are first, second"):
+        reproduce.choose(["first", "third"])
+    for asked, everything, quick in ((["A1"], True, False), (["A1"], False, True), ([], 1, 1)):
+        with pytest.raises(InputError, match="either names of claims, or --all, or --quick"):
+            reproduce.choose(asked, everything=everything, quick=quick)
+
+
+# --- The command ---
+
+
+def test_without_arguments_it_lists_what_there_is(
+    known: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known(claim(YES, quick=True), claim(YES, name="other", number="A2", ablation=ablation("other")))
+    assert lmjax() == cli.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [
+        *("A1", "example", "example", "works"),
+        *("Somebody", "2020,", "arXiv", "2001.00001", "none", "yes"),
+    ]
+    assert "2 arms x 2 seeds" in lines[2]
+    assert lmjax("--json") == cli.DONE
+    listed = strict_loads(capsys.readouterr().out)
+    assert [one["name"] for one in listed] == ["example", "other"]
+    assert listed[0]["paper"][0] == {"setting": "nets | all", "result": "1.0"}
+    assert listed[0]["hardware_for_large"] == "8 GPUs"
+
+
+def test_the_real_claims_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lmjax("--json") == cli.DONE
+    names = [one["name"] for one in strict_loads(capsys.readouterr().out)]
+    assert names == list(load_claims(reproduce.CLAIMS))
+    assert {"loss_scaling", "bf16_weights", "accumulation"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("third",), "no claim is called 'third'"),
+        (("example", "--all"), "either names"),
+        (("example", "--seeds", "0-2"), "'0-2'"),
+        (("example", "other", "--seeds", "1,1"), "seeds are (1, 1)"),
+        (("other", "--processes", "0"), "processes is 0"),
+    ],
+)
+def test_bad_input_exits_2_and_writes_nothing(
+    arguments: tuple[str, ...],
+    words: str,
+    known: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    known(claim(YES), claim(YES, name="other", number="A2", ablation=ablation("other")))
+    workdir = tmp_path / "claims"
+    assert lmjax(*arguments, "--workdir", str(workdir)) == cli.BAD_INPUT
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1
+    assert err[0].startswith("error: ")
+    assert words in err[0]
+    assert not workdir.exists()
+
+
+def test_a_claim_of_arithmetic_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lmjax("accumulation", "--workdir", str(tmp_path)) == cli.DONE
+    out = capsys.readouterr().out
+    assert "A8 accumulation: confirmed" in out
+    assert "(Wang et al. 2018, arXiv 1812.08011, section 2.3)" in out
+    record = strict_loads((tmp_path / "accumulation" / "claim.json").read_text("utf-8"))
+    assert record["outcome"] == "confirmed"
+    assert len(record["findings"]) == 4
+    for finding in record["findings"]:
+        assert finding["outcome"] == "confirmed"
+        assert finding["statement"] in out
+        assert finding["found"] in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("findings", "code"), [((YES,), cli.DONE), ((YES, NO), cli.FAILED), ((YES, OPEN), cli.FAILED)]
+)
+def test_the_exit_code_says_whether_all_were_confirmed(
+    findings: tuple[Finding, ...], code: int, known: Any, tmp_path: Path
+) -> None:
+    known(claim(YES), claim(*findings, name="other", number="A2"))
+    assert lmjax("--all", "--workdir", str(tmp_path)) == code
+
+
+def test_json_is_what_is_recorded(
+    known: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known(claim(YES), claim(NO, OPEN, name="other", number="A2"))
+    assert lmjax("other", "example", "--json", "--workdir", str(tmp_path)) == cli.FAILED
+    printed = strict_loads(capsys.readouterr().out)
+    assert [one["outcome"] for one in printed] == ["refuted", "confirmed"]
+    assert printed[0]["findings"] == [NO._asdict(), OPEN._asdict()]
+    for one in printed:
+        recorded = (tmp_path / one["name"] / "claim.json").read_text("utf-8")
+        assert strict_loads(recorded) == one
+
+
+def test_a_summary_follows_several_claims(
+    known: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known(claim(YES), claim(NO, OPEN, YES, name="other", number="A2"))
+    assert lmjax("--all", "--workdir", str(tmp_path)) == cli.FAILED
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].split() == ["A1", "example", "works", "confirmed", "1", "0", "0"]
+    assert last[1].split() == ["A2", "other", "works", "refuted", "1", "1", "1"]
+
+
+def test_the_table_has_every_judgement_in_the_directory(known: Any, tmp_path: Path) -> None:
+    """Also those of earlier commands, in the order of numbers, and each as it was judged last."""
+    tenth = claim(OPEN, name="tenth", number="A10")
+    second = claim(YES, NO, name="second", number="A2")
+    known(tenth, second)
+    lmjax("tenth", "--workdir", str(tmp_path))
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "report.html").write_text("")
+    lmjax("second", "--workdir", str(tmp_path))
+    paper = "Somebody 2020, arXiv 2001.00001<br>nets \\| all: 1.0<br>one: 2.0"
+    table = (tmp_path / "claims.md").read_text("utf-8").splitlines()[2:]
+    assert table == [
+        "|  | claim | outcome | here | as published |",
+        "| --- | --- | --- | --- | --- |",
+        "| A2 | [second works](second/report.html) | refuted | confirmed: it holds: 1<br>"
+        f"refuted: it fails: 2 \\| 3 | {paper} |",
+        f"| A10 | tenth works | undecided | undecided: it may: no runs | {paper} |",
+    ]
+    known(claim(YES, name="tenth", number="A10"))
+    lmjax("tenth", "--workdir", str(tmp_path))
+    assert "| A10 | tenth works | confirmed |" in (tmp_path / "claims.md").read_text("utf-8")
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Ablation, Path]]:
+    """What was run and where; every run ends at once with a loss of its seed, worse in bf16."""
+    calls: list[tuple[Ablation, Path]] = []
+
+    def run(ablation: Ablation, directory: Path, *, processes: int) -> Any:
+        calls.append((ablation, directory))
+        losses = {arm: 1.0 + number for number, arm in enumerate(ablation.arms)}
+        cells = tuple(
+            finished(arm, seed, directory / f"{arm}{seed}", losses[arm] + seed)
+            for arm in ablation.arms
+            for seed in ablation.seeds
+        )
+        return SimpleNamespace(cells=cells, stopped_by=None)
+
+    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce, "write_report", lambda *arguments: None)
+    return calls
+
+
+def test_a_claim_is_judged_by_the_runs_of_its_ablation(
+    known: Any, ran: list[tuple[Ablation, Path]], tmp_path: Path
+) -> None:
+    def by_gap(evidence: Evidence) -> Iterable[Finding]:
+        yield evidence.gap("bf16 is worse by 0.9", "bf16", 0.9)
+
+    large = dataclasses.replace(ablation(), seeds=(7,))
+    known(claim(judge=by_gap, ablation=ablation(), large=large))
+    assert lmjax("A1", "--workdir", str(tmp_path)) == cli.DONE
+    found = json.loads((tmp_path / "example" / "claim.json").read_text("utf-8"))["findings"]
+    assert found[0]["found"] == "+1 ± 0 (2 seeds)"
+    # One seed decides nothing; the large version has other seeds, and --seeds overrules both.
+    assert lmjax("A1", "--workdir", str(tmp_path), "--large") == cli.FAILED
+    assert lmjax("A1", "--workdir", str(tmp_path), "--large", "--seeds", "3,4") == cli.DONE
+    assert [chosen.seeds for chosen, _ in ran] == [(0, 1), (7,), (3, 4)]
+    assert {directory for _, directory in ran} == {tmp_path / "runs"}
+
+
+def test_a_signal_and_a_worker_that_fails_stop_it(
+    known: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known(claim(YES), claim(YES, name="other", number="A2", ablation=ablation("other")))
+    stopped = SimpleNamespace(cells=(), stopped_by="SIGTERM")
+    monkeypatch.setattr(reproduce, "run", lambda *arguments, **options: stopped)
+    assert lmjax("--all", "--workdir", str(tmp_path)) == cli.STOPPED
+    assert [path.parent.name for path in tmp_path.glob("*/claim.json")] == ["example"]
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise AblationError("a worker was ended by SIGKILL")
+
+    monkeypatch.setattr(reproduce, "run", fail)
+    assert lmjax("--all", "--workdir", str(tmp_path)) == cli.FAILED
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: a worker was ended by SIGKILL; run the same command again to go on"
+    )
