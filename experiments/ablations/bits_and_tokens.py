@@ -11,6 +11,7 @@ f32 run is over, its weights lose more the more tokens they have seen: 0.2 milli
 against 0.8 million, each run with a schedule of its own length. Sizes of the model are not varied.
 """
 
+import functools
 from collections.abc import Iterator
 
 from experiments.ablations import recipes
@@ -61,11 +62,12 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
     yield evidence.exceeds("4 bits cost more than 6", "int4", "int6", factor=1.0)
     yield evidence.exceeds("3 bits cost more than 4", "int3", "int4", factor=1.0)
     short = evidence.cells("f32")
+    growth = lambda bits, cell: damage(cell, bits) - damage(short[cell.seed], bits)
     for bits in AFTERWARDS:
         yield evidence.in_every_run(
             f"quantizing to {bits} bits afterwards costs more after {LONGER} times the tokens",
             ("f32_longer",),
-            lambda cell, bits=bits: damage(cell, bits) - damage(short[cell.seed], bits),
+            functools.partial(growth, bits),
             lambda growth: growth > 0,
             form="{:+.4f}",
         )

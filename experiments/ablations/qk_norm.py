@@ -78,7 +78,7 @@ def largest_logit(cell: Cell, rows: int = 16) -> float:
     model = load_model(cell.directory)
     config, length = model.config.model, model.config.context
     corpus = tokenized_corpus(model.config.data, window=length + 1, progress=False)
-    tokens = np.asarray(corpus.validation[: rows * length], np.int32).reshape(rows, length)
+    tokens = jnp.asarray(corpus.validation[: rows * length], jnp.int32).reshape(rows, length)
     keys_shape = (rows, length, config.kv_head_count, config.head_size)
     queries_shape = (*keys_shape[:3], config.heads // config.kv_head_count, config.head_size)
     empty = {
