@@ -1,6 +1,6 @@
-"""`python -m lmjax VERB`; see lmjax/cli.py."""
+"""`python -m lmjax VERB`; see lmjax/verbs.py."""
 
-from lmjax.cli import main
+from lmjax.verbs import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
-"""The command line: `python -m experiments.NAME` and `python -m lmjax VERB`.
+"""The command line of experiments, and what all command lines here have in common.
 
-Flags are derived from typed dataclasses and functions; this file turns them into calls and turns
-what goes wrong into one line on stderr and an exit code:
+Flags are derived from typed dataclasses and functions, and what goes wrong becomes one line on
+stderr and an exit code:
 
     0 done    2 bad input, nothing written    75 stopped early with a checkpoint    1 anything else
 """
@@ -9,14 +9,10 @@ what goes wrong into one line on stderr and an exit code:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-import importlib
 import io
-import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -25,16 +21,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lmjax.data import DataConfig, DataError
-from lmjax.data import prepare as prepare_data
-from lmjax.inference import evaluate as evaluate_run
+from lmjax.data import DataError
 from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
-from lmjax.inference import score as score_text
-from lmjax.model import Sites
-from lmjax.precision.formats import format_table
-from lmjax.precision.grammar import KEYS
-from lmjax.precision.native import Arithmetic, in_words, this_backend
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.checkpoint import CheckpointError
 from lmjax.train.memory import keep_freed_memory
@@ -103,297 +92,6 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
     return DONE
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Uses what experiments have trained, and shows what they would do."""
-    verbs: dict[str, Callable[..., int]] = {
-        "generate": generate,
-        "score": score,
-        "evaluate": evaluate,
-        "prepare": prepare,
-        "sites": sites,
-        "formats": formats,
-        "report": report,
-        "reproduce": reproduce,
-    }
-    deferred = {name: _deferred(verb) for name, verb in verbs.items()}
-
-    def run() -> int:
-        call = parse_flags(
-            lambda: tyro.extras.subcommand_cli_from_dict(
-                deferred, prog="python -m lmjax", description=main.__doc__, args=arguments
-            )
-        )
-        return call()
-
-    sys.exit(guarded(run))
-
-
-def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """The same signature, but a call only binds: complaints about flags end before work begins."""
-
-    @functools.wraps(verb)
-    def bind(*arguments: Any, **options: Any) -> Callable[[], int]:
-        return functools.partial(verb, *arguments, **options)
-
-    return bind
-
-
-def generate(
-    run: tyro.conf.Positional[Path],
-    /,
-    prompt: str = "",
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    seed: int = 0,
-    precision: str | None = None,
-    json: bool = False,
-) -> int:
-    """Continues a text with the newest checkpoint of a run.
-
-    Args:
-      run: The run directory.
-      prompt: Text to go on from; empty: the start of a document.
-      tokens: Most tokens to generate.
-      temperature: Divides the logits; 0 takes the likeliest token.
-      top_k: Draw from this many likeliest tokens only; 0: from all.
-      seed: Of the draws.
-      precision: Policy to compute with, if not the run's own.
-      json: Print JSON.
-    """
-    model = load_model(run, precision=precision)
-    text = _bad_input(
-        generate_text, model, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    print_json({"prompt": prompt, "text": text, "step": model.step}) if json else print(
-        prompt + text
-    )
-    return DONE
-
-
-def score(
-    run: tyro.conf.Positional[Path], /, text: str, precision: str | None = None, json: bool = False
-) -> int:
-    """Log-probability of a text, per token and in all.
-
-    Args:
-      run: The run directory.
-      text: The text, read as the beginning of a document.
-      precision: Policy to compute with, if not the run's own.
-      json: Print JSON.
-    """
-    result = _bad_input(score_text, load_model(run, precision=precision), text)
-    summary = {
-        "log_probability": result.total,
-        "tokens": len(result.tokens),
-        "bits_per_byte": result.bits_per_byte,
-    }
-    if json:
-        tokens = [
-            {"token": token, "log_probability": value}
-            for token, value in zip(result.tokens, result.log_probabilities, strict=True)
-        ]
-        print_json({**summary, "per_token": tokens})
-        return DONE
-    rows = zip(
-        map(repr, result.tokens), map("{:.4f}".format, result.log_probabilities), strict=True
-    )
-    print_table(("token", "log-probability (nats)"), rows)
-    print(
-        f"total {result.total:.4f} nats over {len(result.tokens)} tokens, "
-        f"{result.bits_per_byte:.4f} bits per byte"
-    )
-    return DONE
-
-
-def evaluate(
-    run: tyro.conf.Positional[Path], /, precision: str | None = None, json: bool = False
-) -> int:
-    """Loss on the whole validation split that a run held out.
-
-    Args:
-      run: The run directory.
-      precision: Policy to compute with, if not the run's own.
-      json: Print JSON.
-    """
-    model = load_model(run, precision=precision)
-    result = _bad_input(evaluate_run, model, progress=not json)
-    if json:
-        print_json(dataclasses.asdict(result))
-    else:
-        print(
-            f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
-            f"{result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
-            f"({result.tokens} tokens)"
-        )
-    return DONE
-
-
-def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")]) -> int:
-    """Prepares a corpus; the only command that downloads, and only a tfds: dataset it is told to.
-
-    Args:
-      data: Which corpus, and how it is tokenized.
-    """
-    prepare_data(data)
-    return DONE
-
-
-def sites(
-    experiment: tyro.conf.Positional[str], /, precision: str | None = None, json: bool = False
-) -> int:
-    """What each tensor of each site of an experiment's model resolves to, phase by phase.
-
-    The last column says which products are native on this machine, and in what the others are
-    emulated: the product y and its gradients dx and dw.
-
-    Args:
-      experiment: Module, such as experiments.quickstart.
-      precision: Policy, if not the experiment's own.
-      json: Print JSON.
-    """
-    config = load_experiment(experiment)
-    if precision is not None:
-        config = _bad_input(dataclasses.replace, config, precision=precision)
-    resolved = {start: phase.sites for start, phase in config.phases}
-    products = {start: phase.products() for start, phase in config.phases}
-    if json:
-        phases = {start: _sites_json(sites, products[start]) for start, sites in resolved.items()}
-        print_json(phases if len(phases) > 1 else phases[0])
-        return DONE
-    for start, sites in resolved.items():
-        if len(resolved) > 1:
-            print(f"from step {start} on: {config.at(start).precision}")
-        words = {path: in_words(product) for path, product in products[start].items()}
-        rows = ((path, *site.rows().values(), words.get(path, "")) for path, site in sites.items())
-        print_table(("site", *KEYS, f"products on {this_backend().platform}"), rows)
-    return DONE
-
-
-def _sites_json(
-    sites: Sites, products: Mapping[str, Mapping[str, Arithmetic]]
-) -> dict[str, dict[str, Any]]:
-    """The settings of every site, and of each product how it is computed."""
-    words = {
-        path: {"products": {name: str(one) for name, one in product.items()}}
-        for path, product in products.items()
-    }
-    return {path: site.rows() | words.get(path, {}) for path, site in sites.items()}
-
-
-def report(directories: tyro.conf.Positional[tuple[Path, ...]], /, json: bool = False) -> int:
-    """Writes the reports of ablations anew from the files of their runs; trains nothing.
-
-    Args:
-      directories: Of ablations, as their --workdir.
-      json: Print JSON.
-    """
-    from lmjax.ablation_cli import report_on
-
-    for directory in directories:
-        report_on(directory, json=json)
-    return DONE
-
-
-def reproduce(
-    claims: tyro.conf.Positional[tuple[str, ...]] = (),
-    /,
-    all: bool = False,
-    quick: bool = False,
-    large: bool = False,
-    workdir: Path = Path("runs/reproduce"),
-    processes: int = 1,
-    seeds: str | None = None,
-    json: bool = False,
-) -> int:
-    """Replays published claims about precision; without arguments, lists them.
-
-    Exit code 0 if every claim was confirmed, 1 if one was refuted or stays undecided.
-
-    Args:
-      claims: Which ones, by name or number.
-      all: All of them.
-      quick: Those that take ten minutes together on two cores.
-      large: The size of the paper, on the hardware that the list names.
-      workdir: Where runs and reports go; the same command again goes on with what is there.
-      processes: Runs at a time, each in a process of its own.
-      seeds: Which seeds, such as 0,1,2, if not the claim's own.
-      json: Print JSON.
-    """
-    from lmjax import reproduce as claims_of
-
-    if not claims and not all and not quick:
-        claims_of.list_claims(json=json)
-        return DONE
-    chosen = claims_of.choose(claims, everything=all, quick=quick)
-    outcome = claims_of.replay(
-        chosen, workdir, large=large, processes=processes, seeds=seeds, json=json
-    )
-    return STOPPED if outcome is None else DONE if outcome == "confirmed" else FAILED
-
-
-def formats(
-    names: tyro.conf.Positional[tuple[str, ...]] = (),
-    /,
-    plot: Path | None = None,
-    json: bool = False,
-) -> int:
-    """The number formats: bits, range, special values, and whether JAX has them natively.
-
-    Args:
-      names: Which ones, such as e4m3 or e5m7 or int8; by default those with a name.
-      plot: Draw their number lines into this PNG.
-      json: Print JSON.
-    """
-    rows = _bad_input(format_table, names or None)
-    if plot is not None:
-        from lmjax.numerics.format_plot import DEFAULT_FORMATS, draw_number_lines
-
-        _bad_input(draw_number_lines, _writable(plot), names or DEFAULT_FORMATS)
-    if json:
-        print_json([dataclasses.asdict(row) for row in rows])
-    else:
-        header = ("name", "bits", "layout", "bias", "largest", "normal", "subnormal", "inf", "NaN")
-        print_table((*header, "native"), (map(_cell, dataclasses.astuple(row)) for row in rows))
-    return DONE
-
-
-def _writable(path: Path) -> Path:
-    """The path itself, if a file can be written there."""
-    try:
-        with path.open("ab"):
-            return path
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _cell(value: object) -> str:
-    """A value as a table shows it: powers of two and other floats short, yes and no in words."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        mantissa, exponent = math.frexp(value)
-        return f"2^{exponent - 1}" if mantissa == 0.5 and abs(value) < 1 else f"{value:.5g}"
-    return "" if value is None else str(value)
-
-
-def load_experiment(name: str) -> Config:
-    """The config of an experiment module.
-
-    Raises:
-      InputError: there is no such module, or it defines no `config`.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
-        ) from error
-    if not callable(getattr(module, "config", None)):
-        raise InputError(f"{name} is no experiment: it defines no config()")
-    return module.config()
-
-
 def parse_flags(parse: Callable[[], T]) -> T:
     """Runs tyro; its boxed complaint, and that of a config dataclass, becomes one line."""
     complaint = io.StringIO()
@@ -421,14 +119,6 @@ def _one_line(boxed: str) -> str:
     ):
         text = re.sub(noise, "", text)
     return text.strip() or "bad flags"
-
-
-def _bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls something that checks user input, whose ValueErrors are therefore the user's."""
-    try:
-        return call(*arguments, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def guarded(call: Callable[[], int]) -> int:

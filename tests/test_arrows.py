@@ -45,7 +45,7 @@ CONFINED = {
     "tensorflow_datasets": ("data/",),
     "array_record": ("data/",),
     "tokenizers": ("data/",),
-    "tyro": ("cli.py", "ablation_cli.py"),
+    "tyro": ("cli.py", "verbs.py", "ablation_cli.py"),
     "submitit": ("ablation/pools.py",),
     "tensorboardX": ("train/metrics.py",),
     "jmp": ("precision/",),

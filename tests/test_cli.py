@@ -12,7 +12,7 @@ import pytest
 from run_helpers import finish, home, result, start, strict_loads, tiny_flags
 
 from experiments import quickstart
-from lmjax import cli
+from lmjax import cli, verbs
 
 __all__ = ["home"]
 
@@ -27,7 +27,7 @@ def experiment(*flags: str) -> int:
 def lmjax(*arguments: str) -> int:
     """The exit code of `python -m lmjax arguments`, in this process."""
     with pytest.raises(SystemExit) as error:
-        cli.main(arguments)
+        verbs.main(arguments)
     return int(error.value.code or 0)
 
 
@@ -368,16 +368,16 @@ def test_a_damaged_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_formats_prints_a_table_and_draws_the_number_lines(tmp_path, capsys):
     picture = tmp_path / "formats.png"
-    assert cli.formats(("e4m3", "bf16"), plot=picture, json=True) == cli.DONE
+    assert verbs.formats(("e4m3", "bf16"), plot=picture, json=True) == cli.DONE
     e4m3, bf16 = strict_loads(capsys.readouterr().out)
     assert (e4m3["largest"], e4m3["infinity"], bf16["bits"]) == (448.0, False, 16)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert cli.formats(("e4m3",)) == cli.DONE
+    assert verbs.formats(("e4m3",)) == cli.DONE
     assert "448" in capsys.readouterr().out
 
 
 def test_formats_refuses_what_is_none(tmp_path):
-    with pytest.raises(cli.InputError, match="e9m9"):
-        cli.formats(("e9m9",))
-    with pytest.raises(cli.InputError, match="cannot write"):
-        cli.formats(("e4m3",), plot=tmp_path / "missing" / "x.png")
+    with pytest.raises(verbs.InputError, match="e9m9"):
+        verbs.formats(("e9m9",))
+    with pytest.raises(verbs.InputError, match="cannot write"):
+        verbs.formats(("e4m3",), plot=tmp_path / "missing" / "x.png")

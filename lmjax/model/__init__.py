@@ -15,8 +15,9 @@ from lmjax.model.decoder import (
     structure,
 )
 from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
-from lmjax.model.layers import Constrain, Context, Sites, input_format
+from lmjax.model.layers import Constrain
 from lmjax.model.loss import log_probabilities, token_losses
+from lmjax.model.sites import Context, Sites, input_format
 
 __all__ = [
     "Cache",

@@ -22,21 +22,17 @@ from flax import nnx
 from lmjax.model import unit_scaling
 from lmjax.model.config import ModelConfig
 from lmjax.model.layers import (
-    QUIET,
     Block,
     Constrain,
-    Context,
     Dense,
     Embedding,
     Norm,
     Position,
-    Sites,
-    block_sites,
     dropout,
     positions_from,
     rotary_angles,
-    within,
 )
+from lmjax.model.sites import QUIET, Context, Sites, block_sites, within
 from lmjax.precision import paths
 from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.matmul import einsum, hand_on

@@ -34,7 +34,8 @@ from lmjax.model.decoder import (
     site_paths,
     structure,
 )
-from lmjax.model.layers import QUIET, Position, Sites, rotary_angles, within
+from lmjax.model.layers import Position, rotary_angles
+from lmjax.model.sites import QUIET, Sites, within
 from lmjax.precision import paths
 from lmjax.precision.policy import SitePolicy
 

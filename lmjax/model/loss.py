@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.model import unit_scaling
-from lmjax.model.layers import take
+from lmjax.model.sites import take
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe
 

@@ -13,7 +13,7 @@ import pytest
 from ablation_helpers import finished
 from run_helpers import strict_loads
 
-from lmjax import cli, reproduce
+from lmjax import cli, reproduce, verbs
 from lmjax.ablation import claims
 from lmjax.ablation.claims import Claim, PaperRow, judge, load_claims, together
 from lmjax.ablation.evidence import Evidence, Finding
@@ -70,7 +70,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Any:
 def lmjax(*arguments: str) -> int:
     """The exit code of `python -m lmjax reproduce`, in this process."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(("reproduce", *arguments))
+        verbs.main(("reproduce", *arguments))
     return ended.value.code or cli.DONE
 
 

@@ -9,16 +9,8 @@ import pytest
 from flax import nnx
 
 from lmjax.model import ModelConfig, log_probabilities, token_losses
-from lmjax.model.layers import (
-    QUIET,
-    Attention,
-    Embedding,
-    Norm,
-    dropout,
-    rotary_angles,
-    rotate,
-    within,
-)
+from lmjax.model.layers import Attention, Embedding, Norm, dropout, rotary_angles, rotate
+from lmjax.model.sites import QUIET, within
 from lmjax.precision import parse_policy
 
 ROPE = ModelConfig(width=16, heads=2, positions="rope")
