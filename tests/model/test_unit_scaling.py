@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,78 +12,25 @@ import numpy as np
 import optax
 import pytest
 
+from experiments.ablations.unit_scaling import (
+    COTANGENTS,
+    EVERYTHING,
+    Moments,
+    deviations,
+    gradients,
+)
 from lmjax import sharding
 from lmjax.loss_scale import LossScaleConfig
-from lmjax.model import (
-    ModelConfig,
-    apply,
-    site_tree,
-    token_losses,
-    unit_scaling,
-)
+from lmjax.model import ModelConfig, apply, token_losses, unit_scaling
 from lmjax.precision import paths
-from lmjax.precision.policy import PRODUCT_SITES
-from lmjax.precision.probes import Census, Rounded
+from lmjax.precision.probes import Census
 from lmjax.sharding import MeshConfig
-from lmjax.train import Config, abstract_state, make_train_step
+from lmjax.train import abstract_state, make_train_step
 from lmjax.train.advice import warnings
 from lmjax.train.state import optimizer_of
-from lmjax.train.step import make_scaled_loss
 
 UNIT = {"parametrisation": "unit"}
 WIDE = UNIT | {"vocab_size": 256, "max_positions": 64, "heads": 4}
-COTANGENTS = frozenset({"g", "dx", "dw"})
-
-
-class Moments(NamedTuple):
-    """A slot: size, sum and sum of squares of a tensor."""
-
-    size: jax.Array
-    total: jax.Array
-    squares: jax.Array
-
-    @classmethod
-    def empty(cls) -> Moments:
-        return cls(*(jnp.zeros((), jnp.float32) for _ in cls._fields))
-
-    @classmethod
-    def of(cls, tensor: Rounded) -> Moments:
-        x = tensor.raw.astype(jnp.float32)
-        return cls(jnp.asarray(x.size, jnp.float32), jnp.sum(x), jnp.sum(jnp.square(x)))
-
-
-def slots(config: Config, slot: Any, roles: frozenset[str]) -> dict[str, Any]:
-    """A slot for each of these roles at every site that has it."""
-
-    def one(path: str) -> dict[str, Any]:
-        product = path.rsplit("/", 1)[-1] in PRODUCT_SITES
-        has = {"w", "x", "g", "dx", "dw"} if product else {"y", "dx"}
-        if path == "loss":
-            has = {"dx"}
-        return {role: {"test": slot.empty()} for role in sorted(has & roles)}
-
-    return site_tree(config.model, one)
-
-
-def gradients(
-    config: Config, params: Any, batch: Any, slot: Any = None, roles: frozenset[str] = COTANGENTS
-) -> tuple[Any, Any]:
-    """The gradients of one batch without a loss scale, and what the slots measured."""
-    config = config.resolved()
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    loss = make_scaled_loss(config, mesh)
-    keyed = jax.random.key(0), jnp.float32(1.0)
-    measured = slots(config, slot, roles) if slot else {}
-    return jax.grad(loss, argnums=(0, 4), has_aux=True)(params, batch, *keyed, measured)[0]
-
-
-def deviations(measured: Any) -> dict[str, np.ndarray]:
-    """The standard deviation of every tensor, of every block."""
-    flat = paths.flatten(measured, lambda node: isinstance(node, Moments))
-    return {
-        path.removesuffix("/test"): np.sqrt(m.squares / m.size - np.square(m.total / m.size))
-        for path, m in flat.items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +73,7 @@ def neutral(keys: Any, leaf: jax.Array) -> jax.Array:
     ],
 )
 def test_every_tensor_starts_at_unit_variance(family: str, shape: dict[str, int], at_start):
-    found = at_start(family, COTANGENTS | {"w", "x", "y"}, **WIDE, **shape)
+    found = at_start(family, EVERYTHING, **WIDE, **shape)
     assert len(found) > 50
     wrong = {path: d for path, d in found.items() if not np.all((d >= 0.5) & (d <= 2.0))}
     assert not wrong
