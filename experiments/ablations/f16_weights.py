@@ -23,7 +23,8 @@ from lmjax.ablation.grid import Ablation
 from lmjax.ablation_cli import run_ablation
 from lmjax.train import Config
 
-USUAL, SMALL = {"learning_rate": 1e-3}, {"learning_rate": 1e-5, "schedule": "constant"}
+USUAL: dict[str, object] = {"learning_rate": 1e-3}
+SMALL: dict[str, object] = {"learning_rate": 1e-5, "schedule": "constant"}
 
 
 def ablation(base: Config | None = None) -> Ablation:
