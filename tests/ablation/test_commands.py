@@ -194,6 +194,7 @@ def test_killed_at_ten_random_moments(
     assert digests(workdir) == digests(undisturbed[0])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compiled")
 def test_slurm_through_submitit(home: Path, undisturbed: tuple[Path, str], tmp_path: Path) -> None:
     """The job runs on this machine; submitit's Slurm executor differs in how it starts it.

@@ -102,7 +102,9 @@ def test_a_short_run_that_skipped_every_step_is_no_success(
 
     losses = step.token_losses
     monkeypatch.setattr(
-        step, "token_losses", lambda *a: losses(*a)._replace(cross_entropy=a[0][..., 0] / 0.0)
+        step,
+        "token_losses",
+        lambda *a, **more: losses(*a, **more)._replace(cross_entropy=a[0][..., 0] / 0.0),
     )
     with pytest.raises(TrainingFailed, match="last 6 steps up to step 6"):
         train(tiny(home, steps=6), tmp_path / "run", progress=False)

@@ -50,7 +50,7 @@ def bits(tree: Any) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.long)])
 def test_a_watched_step_fills_every_slot_and_is_the_same_step(
     family, tiny, draw_state, draw_batch, step_of
 ):

@@ -117,7 +117,7 @@ def test_moments_are_stored_in_their_formats_and_read_by_the_next_step(trained):
         assert moment.values.dtype == np.int8, path
         assert np.abs(np.asarray(moment.values, np.int32)).max() == 127, path
     for path, moment in moments(states[1], "nu").items():
-        assert moment.dtype == jnp.float32, path
+        assert moment.dtype == jnp.float16, path
         assert is_value(moment, "e5m7"), path
     assert bits(states[1].params) == bits(plain[1].params), "the first step has unrounded moments"
     assert bits(states[2].params) != bits(plain[2].params)
