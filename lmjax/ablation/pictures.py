@@ -193,6 +193,7 @@ class _Frame:
         return "".join(lines)
 
     def x_axis(self, label: str) -> str:
+        """The axis below, with its numbers and its label."""
         base = self._y.start
         parts = [svg.rule(self._x.start, self._x.end, base, "axis")]
         for value, written in self._x.ticks:
@@ -203,6 +204,7 @@ class _Frame:
         return "".join(parts)
 
     def margin_rows(self, margin: float) -> str:
+        """The band of differences along y that do not matter, and the line of none."""
         y, x = self._y, self._x
         top = y.position(min(margin, y.high))
         bottom = y.position(max(-margin, y.low))
@@ -213,6 +215,7 @@ class _Frame:
         )
 
     def margin_columns(self, margin: float) -> str:
+        """The same along x."""
         x, y = self._x, self._y
         left, right, zero = x.position(-margin), x.position(margin), x.position(0.0)
         return (
@@ -229,6 +232,7 @@ class _Frame:
         return min(max(self._y.position(value), self._y.end - 50), self._y.start + 50)
 
     def band(self, series: Series) -> str:
+        """The area between `low` and `high`, where both are finite."""
         drawn = np.isfinite(series.low) & np.isfinite(series.high)
         paths = []
         for run in svg.stretches(drawn):
@@ -238,6 +242,7 @@ class _Frame:
         return self._path("".join(paths), f"band {svg.color_classes(series.color, 'fill')}")
 
     def line(self, series: Series) -> str:
+        """The curve, interrupted where it is not finite; a cross where a failed run ended."""
         drawn = np.isfinite(series.y)
         paths = []
         for run in svg.stretches(drawn):

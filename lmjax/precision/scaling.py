@@ -304,6 +304,7 @@ class _Grouping:
 
     @classmethod
     def of(cls, x: jax.Array, quantizer: Quantizer, axis: Axis) -> _Grouping:
+        """How a quantizer groups the elements of `x`."""
         if quantizer.groups == "tensor":
             return cls(x.shape, None)
         axes = tuple(range(x.ndim)[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
