@@ -17,7 +17,7 @@ import pytest
 import tiny_ablation
 from run_helpers import ROOT, finish, home, result, start, strict_loads
 
-from lmjax import ablation_cli, cli
+from lmjax import ablation_cli, cli, verbs
 from lmjax.ablation import compare_cells, grid, runner
 
 __all__ = ["home"]
@@ -244,7 +244,7 @@ def test_the_report_is_rebuilt_from_the_files(
 def lmjax(*arguments: str) -> int:
     """The exit code of `python -m lmjax`, in this process."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
+        verbs.main(arguments)
     return ended.value.code or cli.DONE
 
 

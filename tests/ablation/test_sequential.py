@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from run_helpers import home, tiny
 
-from lmjax import ablation_cli, cli
+from lmjax import ablation_cli, cli, verbs
 from lmjax.ablation import grid, runner
 from lmjax.ablation.grid import Ablation
 from lmjax.train import Config
@@ -137,7 +137,7 @@ def test_the_report_is_one_of_seeds_that_were_added(
     page = (tmp_path / "report.html").read_bytes()
     assert b"anytime-valid" in page
     with pytest.raises(SystemExit):
-        cli.main(["report", str(tmp_path)])
+        verbs.main(["report", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-8:] == output.out.splitlines()[-8:]
     assert (tmp_path / "report.html").read_bytes() == page
 
