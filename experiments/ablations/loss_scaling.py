@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.ablations import recipes
+from experiments.ablations import loss_scale_invariants, recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, holds, last_row, watched
 from lmjax.ablation.grid import Ablation, Cell
@@ -99,7 +99,7 @@ def zero_gradients(cell: Cell) -> float:
 
 
 def judge(evidence: Evidence) -> Iterator[Finding]:
-    """The law of the cotangent, the gaps, parity where there should be none, and the mechanism."""
+    """The law of the cotangent, what scaling must not change, the gaps, parity, the mechanism."""
     for exponent, zeros in ((-6, 0.0), (-9, 0.50), (-10, 0.992)):
         share, row_sum = logit_cotangent(exponent)
         yield holds(
@@ -107,6 +107,7 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
             f"{share:.3f}; a row sums to {row_sum:+.3f} of its true class",
             abs(share - zeros) < 0.03,
         )
+    yield from loss_scale_invariants.findings()
     yield evidence.gap("f16 without loss scaling is worse by 0.5 nats at 2^-10", "f16_none", 0.5)
     yield evidence.parity("f16 with dynamic scaling is within 0.005 of f32", "f16_dynamic", 0.005)
     yield evidence.parity("bf16 without scaling is within 0.005 of f32", "bf16", 0.005)
