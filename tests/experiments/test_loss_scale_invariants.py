@@ -1,4 +1,4 @@
-"""Claim A1 turns red when the loss scaler is broken, in three ways that a loss curve hardly shows."""
+"""Claim A1 turns red when the loss scaler is broken in ways that a loss curve hardly shows."""
 
 from __future__ import annotations
 
