@@ -7,6 +7,7 @@ else. A cell that failed is a result and no error.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from lmjax.ablation.report import write_report
 from lmjax.ablation.report_data import gather, summary
 from lmjax.ablation.report_text import verdicts
 from lmjax.ablation.runner import AblationError, run, with_added_seeds
+from lmjax.ablation.runs import ablation_of
 from lmjax.cli import DONE, FAILED, STOPPED, guarded, parse_flags, print_json, print_table
 from lmjax.train import InputError
 
@@ -115,7 +117,27 @@ def report_on(directory: Path, *, json: bool = False) -> None:
       InputError: no ablation was run there.
     """
     ablation = grid.read_ablation(directory / grid.DEFINITION)
-    cells = grid.read_cells(ablation, directory)
+    _report(ablation, grid.read_cells(ablation, directory), directory, json=json)
+
+
+def report_on_runs(runs: Sequence[Path], out: Path | None = None, *, json: bool = False) -> None:
+    """Writes a report that compares runs which were trained one by one, and prints what it says.
+
+    Args:
+      runs: their directories; the config of the first is what others are compared with.
+      out: where the report goes; by default into the directory of the run, or the one that holds
+        them all.
+      json: print JSON instead of tables.
+
+    Raises:
+      InputError: one of them holds no run, or two the same.
+    """
+    ablation, cells = ablation_of(runs)
+    common = Path(os.path.commonpath([run.absolute() for run in runs]))
+    _report(ablation, cells, out or common, json=json)
+
+
+def _report(ablation: Ablation, cells: Sequence[Cell], directory: Path, *, json: bool) -> None:
     if json:
         _write_report(ablation, cells, directory)
         print_json(summary(gather(ablation, cells, ablation.monitoring)))
@@ -192,13 +214,15 @@ def _print_cells(ablation: Ablation, cells: Iterable[Cell]) -> None:
 def _print_report(ablation: Ablation, cells: Sequence[Cell], directory: Path) -> None:
     """Writes the report, prints its verdicts and says where it is."""
     path = _write_report(ablation, cells, directory)
-    print()
-    print_table(*verdicts(gather(ablation, cells, ablation.monitoring)))
+    if len(ablation.arms) > 1:
+        print()
+        print_table(*verdicts(gather(ablation, cells, ablation.monitoring)))
     print(f"\nthe report is {path}")
 
 
 def _write_report(ablation: Ablation, cells: Sequence[Cell], directory: Path) -> Path:
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         # Commands that share a directory end at the same moment.
         with lock(directory / "locks" / "report"):
             return write_report(ablation, cells, directory, monitoring=ablation.monitoring)

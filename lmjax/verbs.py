@@ -210,17 +210,31 @@ def _sites_json(
     return {path: site.rows() | words.get(path, {}) for path, site in sites.items()}
 
 
-def report(directories: tyro.conf.Positional[tuple[Path, ...]], /, json: bool = False) -> int:
-    """Writes the reports of ablations anew from the files of their runs; trains nothing.
+def report(
+    directories: tyro.conf.Positional[tuple[Path, ...]],
+    /,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Writes reports from the files of runs; trains nothing.
 
     Args:
-      directories: Of ablations, as their --workdir.
+      directories: Of ablations, each of which gets its report; or of runs, which are compared with
+        the first of them.
+      out: Where the comparison of runs goes, if not the directory that holds them.
       json: Print JSON.
     """
-    from lmjax.ablation_cli import report_on
+    from lmjax.ablation.grid import DEFINITION
+    from lmjax.ablation_cli import report_on, report_on_runs
 
+    if not directories:
+        raise InputError("name the directories of ablations or runs")
+    runs = [directory for directory in directories if not (directory / DEFINITION).exists()]
     for directory in directories:
-        report_on(directory, json=json)
+        if directory not in runs:
+            report_on(directory, json=json)
+    if runs:
+        report_on_runs(runs, out, json=json)
     return DONE
 
 

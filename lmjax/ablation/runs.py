@@ -1,0 +1,95 @@
+"""Runs that were trained one by one, read as an ablation: configs are arms, their seeds its seeds.
+
+Nobody announced in what they may differ, so every field that does is one that varies; nobody named
+a control, so it is the config of the run that is named first. Runs with the same seed are pairs: a
+seed fixes initial parameters and the order of the data whatever the arm.
+
+Knows what an ablation is and the files of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from lmjax.ablation.grid import Ablation, Cell, cell_key, read_state
+from lmjax.train import Config, InputError, read_config
+from lmjax.train.config import differences, identity
+
+LONGEST_NAME = 100
+"""Characters of an arm's name that can be read in a table."""
+
+
+def ablation_of(directories: Sequence[Path]) -> tuple[Ablation, list[Cell]]:
+    """What run directories amount to together, and the cell that each of them is.
+
+    Args:
+      directories: of runs, finished or not; the config of the first is the control.
+
+    Raises:
+      InputError: one of them holds no run, or two hold the same run.
+    """
+    configs = {directory: read_config(directory) for directory in directories}
+    keys = {directory: _arm_key(config) for directory, config in configs.items()}
+    first = {key: directory for directory, key in reversed(keys.items())}
+    base = dataclasses.replace(configs[directories[0]], seed=0)
+    arms = {
+        directory: dataclasses.replace(configs[directory], seed=0) for directory in first.values()
+    }
+    apart = {name for arm in arms.values() for name in differences(base, arm)}
+    varies = tuple(name for name in identity(base) if name in apart)
+    names = _names(arms, varies)
+    ablation = Ablation(
+        name="runs",
+        question="How do these runs compare?" if len(configs) > 1 else "How did this run go?",
+        base=base,
+        arms={names[directory]: arms[directory] for directory in directories if directory in arms},
+        varies=varies,
+        control=names[directories[0]],
+        seeds=tuple(sorted({config.seed for config in configs.values()})),
+    )
+    cells: dict[tuple[str, int], Cell] = {}
+    for directory, config in configs.items():
+        arm = names[first[keys[directory]]]
+        if (arm, config.seed) in cells:
+            raise InputError(
+                f"{cells[arm, config.seed].directory} and {directory} hold the same run; name one"
+            )
+        cells[arm, config.seed] = _cell(arm, config.seed, directory, ablation.metric)
+    return ablation, list(cells.values())
+
+
+def _arm_key(config: Config) -> str:
+    return cell_key(dataclasses.replace(config, seed=0))
+
+
+def _names(arms: Mapping[Path, Config], varies: Sequence[str]) -> dict[Path, str]:
+    """What each arm is called: its values of the first field, or pair of fields, that tells all
+    apart.
+
+    Where none does, or these are too long to be names, it is called after its run.
+    """
+    fields = {directory: identity(config) for directory, config in arms.items()}
+    for chosen in (*itertools.combinations(varies, 1), *itertools.combinations(varies, 2)):
+        names = {
+            directory: ", ".join(str(flat.get(name)) for name in chosen)
+            for directory, flat in fields.items()
+        }
+        if _tell_apart(names.values()):
+            return names
+    names = {directory: directory.absolute().name for directory in arms}
+    return (
+        names if _tell_apart(names.values()) else {directory: f"{directory}" for directory in arms}
+    )
+
+
+def _tell_apart(names: Collection[str]) -> bool:
+    fit = all(0 < len(name) <= LONGEST_NAME and name == name.strip() for name in names)
+    return fit and len(set(names)) == len(names)
+
+
+def _cell(arm: str, seed: int, directory: Path, metric: str) -> Cell:
+    state = read_state(directory, metric)
+    return Cell(arm, seed, directory, state.status, state.value, state.reason)

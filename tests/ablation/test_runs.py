@@ -1,0 +1,122 @@
+"""Runs that were trained one by one, compared by `python -m lmjax report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ablation_helpers import write_run
+from run_helpers import strict_loads
+
+from lmjax import cli, verbs
+from lmjax.ablation.runs import ablation_of
+from lmjax.optimizer import OptimizerConfig
+from lmjax.train import Config, InputError
+from lmjax.train.config import to_json
+
+BASE = Config(steps=10, precision="f32")
+BF16 = dataclasses.replace(BASE, precision="mixed_bf16")
+F32_ARM, BF16_ARM = (config.resolved().precision for config in (BASE, BF16))
+
+
+def trained(directory: Path, config: Config, eval_loss: float | None = 2.0) -> Path:
+    """The directory of a run with that config; without `eval_loss` it has not ended."""
+    write_run(directory, {5: 2.5, 10: 2.1}, eval_loss=eval_loss)
+    text = json.dumps(to_json(config.resolved()))
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    return directory
+
+
+def seeded(config: Config, seed: int) -> Config:
+    """The same with another seed."""
+    return dataclasses.replace(config, seed=seed)
+
+
+def lmjax(*arguments: Any) -> int:
+    """The exit code of `python -m lmjax report`, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        verbs.main(("report", *map(str, arguments)))
+    return ended.value.code or cli.DONE
+
+
+def test_configs_are_arms_and_seeds_are_paired(tmp_path: Path) -> None:
+    losses = {"f32": [2.0, 2.1, 2.2], "bf16": [2.3, 2.4, 2.5]}
+    runs = [
+        trained(tmp_path / f"{name}-{seed}", seeded(config, seed), losses[name][seed])
+        for seed in (2, 0, 1)
+        for name, config in (("f32", BASE), ("bf16", BF16))
+    ]
+    ablation, cells = ablation_of(runs)
+    assert (ablation.control, *ablation.arms) == (F32_ARM, F32_ARM, BF16_ARM)
+    assert ablation.varies == ("precision",)
+    assert ablation.seeds == (0, 1, 2)
+    found = {(cell.arm, cell.seed): (cell.value, cell.directory.name) for cell in cells}
+    assert found[F32_ARM, 2] == (2.2, "f32-2")
+    assert found[BF16_ARM, 0] == (2.3, "bf16-0")
+
+    assert lmjax(*runs, "--json") == cli.DONE
+    assert (tmp_path / "report.html").exists()
+
+
+def test_where_it_is_written_and_what_it_says(tmp_path: Path, capsys: Any) -> None:
+    runs = [
+        trained(tmp_path / f"{number}", seeded(config, number % 3), 2.0 + number // 3 / 10)
+        for number, config in enumerate([BASE] * 3 + [BF16] * 3)
+    ]
+    assert lmjax(*runs, "--json", "--out", tmp_path / "elsewhere") == cli.DONE
+    assert (tmp_path / "elsewhere" / "report.html").exists()
+    assert not (tmp_path / "report.html").exists()
+    (comparison,) = strict_loads(capsys.readouterr().out)["comparisons"].values()
+    assert (comparison["verdict"], comparison["control"]) == ("worse", F32_ARM)
+    assert comparison["mean"] == pytest.approx(0.1)
+
+
+def test_one_run_is_reported_in_its_directory(tmp_path: Path, capsys: Any) -> None:
+    run = trained(tmp_path / "run", BASE)
+    assert lmjax(run) == cli.DONE
+    assert (run / "report.html").exists()
+    out = capsys.readouterr().out
+    assert "2.0000" in out
+    assert "verdict" not in out
+
+
+def test_a_run_that_has_not_ended_is_missing_and_no_error(tmp_path: Path) -> None:
+    _, cells = ablation_of(
+        [trained(tmp_path / "a", BASE), trained(tmp_path / "b", BF16, eval_loss=None)]
+    )
+    assert [cell.status for cell in cells] == ["finished", "missing"]
+
+
+def test_arms_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
+    def slow(config: Config, rate: float) -> Config:
+        return dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=rate))
+
+    def names(*configs: Config) -> list[str]:
+        runs = [trained(tmp_path / f"{n}", config) for n, config in enumerate(configs)]
+        return list(ablation_of(runs)[0].arms)
+
+    assert names(slow(BASE, 0.125), slow(BASE, 0.25)) == ["0.125", "0.25"]
+    crossed = (slow(BASE, 0.125), slow(BASE, 0.25), slow(BF16, 0.125))
+    assert [name.split(", ")[-1] for name in names(*crossed)] == ["0.125", "0.25", "0.125"]
+    long = [
+        dataclasses.replace(
+            BASE,
+            precision=f"f32; blocks/{n}/mlp/**: c=bf16,w=e4m3@tensor;"
+            f" blocks/{n}/attention/**: c=bf16,w=e4m3@tensor,x=e4m3@tensor",
+        )
+        for n in (0, 1)
+    ]
+    assert names(*long) == ["0", "1"]
+
+
+def test_the_same_run_twice_and_no_run_are_refused(tmp_path: Path, capsys: Any) -> None:
+    twice = [trained(tmp_path / name, BASE) for name in ("a", "b")]
+    with pytest.raises(InputError, match="hold the same run"):
+        ablation_of(twice)
+    assert lmjax(tmp_path) == cli.BAD_INPUT
+    assert "is no run directory" in capsys.readouterr().err
+    assert lmjax() == cli.BAD_INPUT
+    assert "name the directories" in capsys.readouterr().err
