@@ -8,11 +8,15 @@ locks.py        locks on files
 statistics.py   intervals, tests and power for paired differences
 verdict.py      an arm against its control, and what that comes to in words
 report.py       run directories to one HTML page and one Markdown table
+runs.py         runs that were trained one by one, read as an ablation
+claims.py       a published claim: its ablation, its paper's rows, how it is judged
+evidence.py     what runs say about a sentence: confirmed, refuted or undecided
 """
 
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation.report import write_report
+from lmjax.ablation.report import Inline, write_report
 from lmjax.ablation.report_data import compare_cells
+from lmjax.ablation.runner import run
 from lmjax.ablation.statistics import (
     Estimate,
     GapTest,
@@ -32,6 +36,7 @@ __all__ = [
     "Criteria",
     "Estimate",
     "GapTest",
+    "Inline",
     "Interval",
     "Verdict",
     "bootstrap_interval",
@@ -39,6 +44,7 @@ __all__ = [
     "compare_cells",
     "gap_test",
     "holm",
+    "run",
     "seeds_needed",
     "seeds_to_add",
     "smallest_detectable",

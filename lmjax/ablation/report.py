@@ -10,7 +10,9 @@ pictures.py      its charts
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,3 +49,22 @@ def write_report(
     path = directory / "report.html"
     replace_text(path, page(report, directory))
     return path
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A report's page as the output of a notebook cell.
+
+    Attributes:
+      page: what `write_report` returned.
+      height: of the frame, in pixels; the page scrolls in it.
+    """
+
+    page: Path
+    height: int = 900
+
+    def _repr_html_(self) -> str:
+        # The page stands in the output itself, so it shows wherever the notebook is opened.
+        text = html.escape(self.page.read_text(encoding="utf-8"), quote=True)
+        style = f"width: 100%; height: {self.height}px; border: 0"
+        return f'<iframe srcdoc="{text}" style="{style}"></iframe>'

@@ -1,4 +1,4 @@
-"""Every notebook runs from a clean kernel, in an empty folder, and shows a picture."""
+"""Every notebook runs from a clean kernel, in an empty folder, and shows a picture or a page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from run_helpers import ROOT, home
 __all__ = ["home"]
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LONG = {"ablation"}  # nine runs in processes of their own
 
 
 def test_the_notebooks_are_found() -> None:
-    assert "quickstart.ipynb" in [path.name for path in NOTEBOOKS]
+    assert [path.stem for path in NOTEBOOKS] == ["ablation", "quickstart"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.long if path.stem in LONG else ())
+        for path in NOTEBOOKS
+    ],
+)
 def test_the_notebook_runs(
     path: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,7 +40,8 @@ def test_the_notebook_runs(
     client.execute()  # raises the error of a cell
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    shown = [output.get("data", {}) for output in outputs]
+    assert any("image/png" in data or "<iframe" in data.get("text/html", "") for data in shown)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
