@@ -24,6 +24,7 @@ from rich.table import Table
 from lmjax.data import DataError
 from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
+from lmjax.plan.program import PlanError
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.checkpoint import CheckpointError
 from lmjax.train.memory import keep_freed_memory
@@ -128,7 +129,7 @@ def guarded(call: Callable[[], int]) -> int:
     except (InputError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (TrainingFailed, CheckpointError) as error:
+    except (TrainingFailed, CheckpointError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 

@@ -22,6 +22,9 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations; their width stays whole, for fsdp already cuts their batch
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
+    # rows of the embedding table, on their way from the devices that hold its columns
+    "replicas": ("data",),
+    "columns": ("fsdp",),
     # parameters: the residual stream is cut by fsdp, what branches off it by tensor
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -177,8 +180,10 @@ def each_part(
 
 
 def constrain_part(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """As `constrain`, for one part of a batch."""
-    return constrain(mesh, x, tuple("part" if axis == "batch" else axis for axis in axes))
+    """As `constrain`, for one part of a batch: no mesh axis that cuts batches cuts it again."""
+    taken = set(RULES["batch"])
+    free = tuple("part" if taken & set(RULES.get(axis, ())) else axis for axis in axes)
+    return constrain(mesh, x, free)
 
 
 def global_batch(mesh: Mesh, rows: dict[str, np.ndarray], processes: int) -> dict[str, jax.Array]:

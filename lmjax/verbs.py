@@ -24,6 +24,7 @@ from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
 from lmjax.inference import score as score_text
 from lmjax.model import Sites
+from lmjax.plan_cli import MeshSizes, changed, show_plan, show_rooflines
 from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import KEYS
 from lmjax.precision.native import Arithmetic, in_words, this_backend
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "evaluate": evaluate,
         "prepare": prepare,
         "sites": sites,
+        "sharding": sharding,
         "formats": formats,
         "report": report,
         "reproduce": reproduce,
@@ -208,6 +210,38 @@ def _sites_json(
         for path, product in products.items()
     }
     return {path: site.rows() | words.get(path, {}) for path, site in sites.items()}
+
+
+def sharding(
+    experiment: tyro.conf.Positional[str],
+    /,
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008
+    devices: int = 8,
+    precision: str | None = None,
+    batch_size: int | None = None,
+    micro_batches: int | None = None,
+    roofline: bool = False,
+    json: bool = False,
+) -> int:
+    """How an experiment is divided over devices, which need not exist, and what a step sends.
+
+    The step is compiled for that many CPU devices by a process of its own; nothing is allocated.
+
+    Args:
+      experiment: Module, such as experiments.llama_1b.
+      mesh: Sizes of the device mesh, if not the experiment's own; -1 is what is left.
+      devices: How many.
+      precision: Policy, if not the experiment's own.
+      batch_size: Sequences in a step, if not the experiment's own.
+      micro_batches: Parts of a batch, if not the experiment's own.
+      roofline: Print instead how long a step takes at least on two kinds of chips, for 8, 64 and
+        256 of them and this number, with as many rows on each.
+      json: Print JSON.
+    """
+    config = load_experiment(experiment)
+    config = _bad_input(changed, config, precision, mesh, batch_size, micro_batches)
+    _bad_input(show_rooflines if roofline else show_plan, config, devices, json=json)
+    return DONE
 
 
 def report(

@@ -27,6 +27,9 @@ ARROWS = {
         "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
         "numerics",
     },
+    "plan": {
+        "train", "model", "sharding", "precision",
+    },
     "inference": {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding",
         "precision", "numerics",

@@ -328,7 +328,7 @@ def test_square_brackets_in_a_table_are_text(capsys: pytest.CaptureFixture[str])
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("generate", "score", "evaluate", "prepare", "sites"):
+    for verb in ("generate", "score", "evaluate", "prepare", "sites", "sharding"):
         assert lmjax(verb, "--help") == 0
         assert f"lmjax {verb}" in capsys.readouterr().out
 
@@ -340,6 +340,10 @@ BAD_CALLS = {
     "unknown format": ("evaluate {run} --precision c=f33", "f33"),
     "negative": ("generate {run} --temperature -1", "must not be negative"),
     "no experiment": ("sites experiments.nonsense", "no experiment 'experiments.nonsense'"),
+    "batch": (
+        "sharding experiments.quickstart --batch-size 12",
+        "12 rows cannot be divided among 8",
+    ),
     "no config": ("sites json", "json is no experiment"),
     "unknown flag": ("evaluate {run} --josn", "josn"),
 }
@@ -381,3 +385,18 @@ def test_formats_refuses_what_is_none(tmp_path):
         verbs.formats(("e9m9",))
     with pytest.raises(verbs.InputError, match="cannot write"):
         verbs.formats(("e4m3",), plot=tmp_path / "missing" / "x.png")
+
+
+def test_sharding_shows_arrays_collectives_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--devices 4 --mesh.data 1 --mesh.fsdp 4 --precision p=f32,c=f16,r=bf16 --json"
+    assert lmjax("sharding", MODULE, *flags.split()) == cli.DONE
+    plan = printed_json(capsys)
+    assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "sequence": 1}
+    sent = {(row["purpose"], row["kind"]): row for row in plan["collectives"]}
+    weights, gradients = sent["parameters", "all-gather"], sent["gradients", "reduce-scatter"]
+    assert weights["dtype"] == "f16"
+    assert weights["ratio"] == pytest.approx(1, rel=0.05)
+    assert (gradients["dtype"], gradients["ratio"]) == ("bf16", 1)
+    (up,) = (a for a in plan["arrays"] if a["path"] == "blocks/mlp/up/kernel")
+    assert up["bytes"] == 4 * 128 * 512 * 4 // 4
+    assert plan["memory"]["compiled"]["arguments"] > sum(a["bytes"] for a in plan["arrays"])

@@ -102,7 +102,28 @@ def test_a_parameter_called_scale_does_not_confuse_the_state():
     assert placed["scale"].spec == placed["count"].spec == PartitionSpec()
 
 
-def trained(sizes: dict[str, int], devices: int) -> dict:
+FAMILIES: dict[str, dict] = {
+    "gpt2": {},
+    "llama": {
+        "kv_heads": 2,
+        "positions": "rope",
+        "norm": "rms",
+        "activation": "swiglu",
+        "tied": False,
+        "qk_norm": True,
+    },
+}
+MESHES: list[dict[str, int]] = [
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 4, "tensor": 2},
+    {"data": 1, "fsdp": 4, "tensor": 2},
+    {"data": 2, "tensor": 2, "sequence": 2},
+]
+
+
+def trained(sizes: dict[str, int], devices: int, family: str = "llama") -> dict:
     """Three steps of a tiny model on a mesh: its losses, and digests of its initial parameters."""
     from lmjax.optimizer import OptimizerConfig
     from lmjax.train import Config, create_state, make_train_step
@@ -115,11 +136,8 @@ def trained(sizes: dict[str, int], devices: int) -> dict:
         batch_size=8,
         mesh=MeshConfig(**sizes),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
-        model=ModelConfig(
-            vocab_size=64, width=16, layers=2, heads=4, kv_heads=2, positions="rope", norm="rms",
-            activation="swiglu", tied=False, qk_norm=True,
-        ),
-    ).resolved()  # fmt: skip
+        model=ModelConfig(vocab_size=64, width=16, layers=2, heads=4, **FAMILIES[family]),
+    ).resolved()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
     tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64, jnp.int32)
     shape = sharding.batch_sharding(mesh, (8, 16))
@@ -132,7 +150,12 @@ def trained(sizes: dict[str, int], devices: int) -> dict:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     after = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)}
-    return {"digest": digest, "losses": losses, "stable": held == after, "cut": len(held) > 1}
+    return {
+        "digest": digest,
+        "losses": losses,
+        "stable": held == after,
+        "cut": len(held) > 1,
+    }
 
 
 def reduced(policy: str) -> dict:
@@ -172,10 +195,11 @@ def reduced(policy: str) -> dict:
     }
 
 
-def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says():
+def on_eight_devices(*arguments: str) -> list:
+    """What this file prints when it is run with eight devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *arguments],
         env={
             **os.environ,
             "XLA_FLAGS": flags,
@@ -187,14 +211,23 @@ def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says()
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    runs, reductions = json.loads(done.stdout.splitlines()[-1])
-    one, *others = runs
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_equal(one: dict, *others: dict) -> None:
+    """Runs on eight devices compute what the run on one computes."""
     for other in others:
         assert other["digest"] == one["digest"], "initial parameters do not depend on the mesh"
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert other["stable"], "a step leaves parameters where they were"
         assert other["cut"]
     assert one["losses"][2] < one["losses"][0]
+
+
+def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says():
+    runs, reductions = on_eight_devices()
+    for family in FAMILIES:
+        assert_equal(*runs[family])
     everywhere, only_mlp = reductions
     assert everywhere["loss"]
     assert all(everywhere["bf16"].values())
@@ -202,6 +235,12 @@ def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says()
     assert all(error < 7 * 2.0**-8 for error in everywhere["error"].values())
     for path, narrow in only_mlp["bf16"].items():
         assert narrow == ("mlp/up" in path or "mlp/down" in path), path
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mesh_computes_what_one_device_computes(family: str):
+    assert_equal(*on_eight_devices(family))
 
 
 def test_on_one_device_there_is_nothing_to_reduce(tiny):
@@ -213,7 +252,13 @@ def test_on_one_device_there_is_nothing_to_reduce(tiny):
 
 
 if __name__ == "__main__":
-    meshes = [({}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8), ({"tensor": 2, "sequence": 2}, 8)]
-    runs = [trained(sizes, devices) for sizes, devices in meshes]
+    if sys.argv[1:]:
+        (family,) = sys.argv[1:]
+        print(json.dumps([trained({}, 1, family)] + [trained(m, 8, family) for m in MESHES]))
+        sys.exit()
+    runs = {
+        family: [trained({}, 1, family)] + [trained(MESHES[index], 8, family) for index in indices]
+        for family, indices in {"gpt2": [2], "llama": [2, 5]}.items()
+    }
     reductions = [reduced("f32,r=bf16"), reduced("f32; **/mlp/*: r=bf16; **/norm: r=f32")]
     print(json.dumps([runs, reductions]))

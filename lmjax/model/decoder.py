@@ -101,7 +101,8 @@ def apply(
     """
     check_length(config, tokens.shape[1])
     model = nnx.merge(structure(config)[0], params)
-    x = embedded(model, tokens, sites, context)
+    x = embedded(model, tokens, sites, context, constrain=constrain)
+    x = constrain(x, ("batch", "length", "width"))
     x = dropout(x, config.dropout, context.at("dropout").key)
     x = _scan_blocks(
         model.blocks, x, config, sites, context.at("blocks"), cotangent_scales, constrain
@@ -120,10 +121,22 @@ def check_length(config: ModelConfig, length: int) -> None:
 
 
 def embedded(
-    model: Decoder, tokens: jax.Array, sites: Sites, context: Context, start: Position = 0
+    model: Decoder,
+    tokens: jax.Array,
+    sites: Sites,
+    context: Context,
+    start: Position = 0,
+    constrain: Constrain = lambda x, axes: x,
 ) -> jax.Array:
-    """What enters the first block, `[B, T, D]`, for `tokens [B, T]` from position `start` on."""
+    """What enters the first block, `[B, T, D]`, for `tokens [B, T]` from position `start` on.
+
+    `constrain` is that of `apply`.
+    """
+    # Where a mesh cuts the table, tokens travel to its columns and rows travel back, in the compute
+    # format. Left to itself, XLA gathers the whole table on some meshes.
+    tokens = constrain(tokens, ("replicas", "length"))
     x = model.embed(tokens, sites["embed"], context.at("embed"))
+    x = constrain(x, ("replicas", "length", "columns"))
     if model.positions is None:
         return x
     indices = positions_from(start, tokens.shape[1])

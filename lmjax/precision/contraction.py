@@ -20,8 +20,11 @@ Knows JAX only.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,23 @@ import jax
 import jax.numpy as jnp
 
 CPU_INFO = Path("/proc/cpuinfo")
+
+_PLANNED: contextvars.ContextVar[str | None] = contextvars.ContextVar("planned", default=None)
+
+
+def platform() -> str:
+    """The platform that products are written for: JAX's default backend, or a planned one."""
+    return _PLANNED.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def planned_for(name: str) -> Iterator[None]:
+    """Traces products as on the platform `name`, to lower a program that is not to run here."""
+    token = _PLANNED.set(name)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
 
 
 def contract(
@@ -43,7 +63,7 @@ def contract(
       precision: of the product.
       accumulate: the dtype to sum in, which is also that of the result.
     """
-    backend = jax.default_backend()
+    backend = platform()
     if backend != "cpu":
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
     algorithm: Any = precision

@@ -29,7 +29,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from lmjax.precision.contraction import widened
+from lmjax.precision.contraction import platform, widened
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.policy import (
     ACTIVATION_PRODUCTS,
@@ -65,12 +65,12 @@ class Backend(NamedTuple):
 
 
 def this_backend() -> Backend:
-    """The backend in use."""
+    """The backend in use, or the one that is planned for."""
     capability = re.fullmatch(
         r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", ""))
     )
     version = (int(capability[1]), int(capability[2])) if capability else (0, 0)
-    return Backend(jax.default_backend(), version)
+    return Backend(platform(), version)
 
 
 def native_dtypes(backend: Backend, x: Format, w: Format, terms: int) -> Dtypes | None:

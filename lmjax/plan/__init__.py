@@ -1,0 +1,34 @@
+"""Planning a run on devices that need not exist: `make_plan` and `roofline` are the way in."""
+
+from lmjax.plan.arithmetic import Traffic, expected_traffic
+from lmjax.plan.chips import CHIPS, Chip
+from lmjax.plan.hlo import Collective, collectives
+from lmjax.plan.memory import CPU_ONLY, expected_memory
+from lmjax.plan.plan import Cut, Plan, cuts, make_plan, scaled
+from lmjax.plan.program import PlanError, Program, partitioned
+from lmjax.plan.roofline import ASSUMPTIONS, Roofline, roofline
+from lmjax.plan.traffic import Row, compared
+
+__all__ = [
+    "ASSUMPTIONS",
+    "CHIPS",
+    "CPU_ONLY",
+    "Chip",
+    "Collective",
+    "Cut",
+    "Plan",
+    "PlanError",
+    "Program",
+    "Roofline",
+    "Row",
+    "Traffic",
+    "collectives",
+    "compared",
+    "cuts",
+    "expected_memory",
+    "expected_traffic",
+    "make_plan",
+    "partitioned",
+    "roofline",
+    "scaled",
+]

@@ -1,0 +1,270 @@
+"""What a step has to send, by arithmetic from the config and the sizes of the mesh.
+
+With d, f, t, s the sizes of the mesh axes data, fsdp, tensor and sequence, m micro-batches, L
+blocks of width D, N = rows x positions of a micro-batch on one device, and ring(n) = (n - 1) / n,
+one device sends in a step, in bytes:
+
+parameters    all-gather over fsdp of each weight P, in its compute format c, forwards and again
+              backwards:
+
+                  2 m ring(f) P/t bytes(c)
+
+              The head once, for its product's gradients follow at once, and so blocks that
+              are neither scanned (`unroll`) nor rematerialised: the compiler keeps what it has.
+
+              That is ZeRO's third stage (Rajbhandari et al. 2020, section 7.2.2: two of its three
+              parameter volumes). Without fsdp, nothing.
+gradients     reduce-scatter over fsdp and all-reduce of the slice over data and sequence:
+
+                  m (ring(f) P/t + 2 ring(d s) P/(t f)) bytes
+
+              in f32, before weight gradients are rounded; with a policy that reduces in another
+              format (key `r`), one all-reduce over data and fsdp in that format. ZeRO's third
+              volume; for f = 1, plain data parallelism. They are summed in every micro-batch.
+embedding     tokens go to the devices that hold columns of the table, and rows come back, in the
+              compute format; their cotangents the other way:
+
+                  m ring(f) N (4 f + 2 D bytes(c))
+
+              and the rows of a table that tensor cuts are summed over it, as they are stored:
+              2 m ring(t) N D bytes(p). The table's gradient is then complete but for a sum over
+              data, and one over sequence.
+activations   each product whose weight is cut along the axis that it sums over is summed over
+              tensor, in its accumulator. Forwards two a block, `out` and `down` (Shoeybi et al.
+              2019, section 3, g). Backwards one for each product that reads the residual stream:
+              `query`, `key`, `value`, `up`, `gate` and the head. Shoeybi et al. need two, for they
+              add these up first; here each is rounded to its compute format before, and so has
+              to be complete. Fully rematerialised blocks repeat `out`. For a Llama:
+
+                  2 m ring(t) N D bytes(a) (L (2 + 5 + 1) + 1)
+
+positions     keys and values are gathered over sequence, forwards and backwards, and the gradients
+              of both are summed over it and scattered:
+
+                  2 m L ring(s) (2 bytes(c) + bytes(a)) N s K/t
+
+              for keys of width K.
+
+What has no width, losses, norms and flags, is not counted.
+
+Knows configs, the names of parameters, and policies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from lmjax.model import structure
+from lmjax.precision import paths
+from lmjax.precision.formats import Format
+from lmjax.precision.policy import F32, SitePolicy, carrier
+from lmjax.sharding import RULES
+from lmjax.train import Config
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one device sends in a step for one purpose.
+
+    Attributes:
+      purpose: `parameters`, `gradients`, `embedding`, `activations` or `positions`.
+      kind: the collective.
+      dtype: as HLO calls it.
+      axes: the mesh axes along which it runs.
+      sent: bytes.
+    """
+
+    purpose: str
+    kind: str
+    dtype: str
+    axes: tuple[str, ...]
+    sent: float
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter, and by how much each mesh axis divides it."""
+
+    path: str
+    size: int
+    site: SitePolicy
+    fsdp: int
+    tensor: int
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether it is an operand of a product."""
+        return self.path.endswith("kernel") or self.path in ("embed/table", "head/kernel")
+
+
+def expected_traffic(config: Config, mesh: Mapping[str, int]) -> list[Traffic]:
+    """What a step of a config has to send on a mesh of these sizes.
+
+    Args:
+      config: the run.
+      mesh: the size of every axis.
+
+    Returns:
+      One entry for each purpose, kind, dtype and axes; nothing that is zero.
+    """
+    total: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
+    weights = list(_weights(config, mesh))
+    for part in (_parameters, _gradients, _embedding, _activations, _positions):
+        for one in part(config, mesh, weights):
+            key = (one.purpose, one.kind, one.dtype, one.axes)
+            total[key] = total.get(key, 0.0) + config.micro_batches * one.sent
+    return [Traffic(*key, sent) for key, sent in total.items() if sent]
+
+
+def tokens_on_device(config: Config, mesh: Mapping[str, int]) -> float:
+    """Tokens of a micro-batch whose activations one device holds."""
+    parts = mesh["data"] * mesh["fsdp"] * mesh["sequence"]
+    return config.batch_size / config.micro_batches * config.context / parts
+
+
+def _weights(config: Config, mesh: Mapping[str, int]) -> Iterator[_Weight]:
+    _, shapes, axes = structure(config.model)
+    sites = config.param_sites
+    named = paths.flatten(axes, lambda node: isinstance(node, tuple))
+    for path, leaf in paths.flatten(shapes).items():
+        cut = {"fsdp": 1, "tensor": 1}
+        for axis, size in zip(named[path], leaf.shape, strict=True):
+            for name in RULES.get(axis, ()):
+                cut[name] = mesh[name] if size % mesh[name] == 0 else 1
+        yield _Weight(path, leaf.size, sites[path], cut["fsdp"], cut["tensor"])
+
+
+def _parameters(
+    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
+) -> Iterator[Traffic]:
+    model = config.model
+    loop = model.unroll < model.layers or model.remat != "none"
+    for weight in weights:
+        if weight.multiplied and (model.tied or weight.path != "embed/table"):
+            dtype = carrier(_product_site(config, weight).compute)
+            times = 2 if loop and weight.path.startswith("blocks/") else 1
+            sent = times * _ring(weight.fsdp) * weight.size / weight.tensor * _bytes(dtype)
+            yield Traffic("parameters", "all-gather", _hlo(dtype), ("fsdp",), sent)
+
+
+def _product_site(config: Config, weight: _Weight) -> SitePolicy:
+    """The site that multiplies by a weight: that of a tied table is the head."""
+    return config.sites["head"] if weight.path == "embed/table" else weight.site
+
+
+def _gradients(
+    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
+) -> Iterator[Traffic]:
+    narrow = mesh["data"] * mesh["fsdp"] > 1 and any(w.site.reduce != F32 for w in weights)
+    for weight in weights:
+        if narrow:
+            yield from _reduced_narrow(mesh, weight)
+        else:
+            yield from _reduced(config, mesh, weight)
+
+
+def _reduced(config: Config, mesh: Mapping[str, int], weight: _Weight) -> Iterator[Traffic]:
+    size = weight.size / weight.tensor
+    cut = size / weight.fsdp
+    multiplied = weight.multiplied and (config.model.tied or weight.path != "embed/table")
+    if multiplied:
+        sent = _ring(weight.fsdp) * size * 4
+        yield Traffic("gradients", "reduce-scatter", "f32", ("fsdp",), sent)
+        yield _all_reduced(mesh, ("data", "sequence"), cut)
+    # Rows and biases are summed along one axis after another.
+    if weight.path == "embed/table":
+        yield _all_reduced(mesh, ("data",), cut)
+        yield _all_reduced(mesh, ("sequence",), cut)
+    elif not multiplied:
+        yield _all_reduced(mesh, ("data", "fsdp") if weight.fsdp == 1 else ("data",), cut)
+        yield _all_reduced(mesh, ("sequence",), cut)
+
+
+def _all_reduced(mesh: Mapping[str, int], names: tuple[str, ...], size: float) -> Traffic:
+    axes = tuple(name for name in names if mesh[name] > 1)
+    group = math.prod(mesh[name] for name in axes)
+    return Traffic("gradients", "all-reduce", "f32", axes, 2 * _ring(group) * size * 4)
+
+
+def _reduced_narrow(mesh: Mapping[str, int], weight: _Weight) -> Iterator[Traffic]:
+    axes = tuple(name for name in RULES["batch"] if mesh[name] > 1)
+    dtype = carrier(weight.site.reduce)
+    size = weight.size / weight.tensor * _bytes(dtype)
+    group = math.prod(mesh[name] for name in axes)
+    if weight.fsdp == group:
+        sent = _ring(group) * size
+        yield Traffic("gradients", "reduce-scatter", _hlo(dtype), axes, sent)
+    else:
+        sent = 2 * _ring(group) * size
+        yield Traffic("gradients", "all-reduce", _hlo(dtype), axes, sent)
+
+
+def _embedding(
+    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
+) -> Iterator[Traffic]:
+    table = next(weight for weight in weights if weight.path == "embed/table")
+    tokens = tokens_on_device(config, mesh)
+    rows = tokens * config.model.width
+    stored, computed = carrier(table.site.params), carrier(table.site.compute)
+    fsdp, ring = ("fsdp",), _ring(table.fsdp)
+    yield Traffic("embedding", "all-gather", "s32", fsdp, ring * tokens * table.fsdp * 4)
+    sent = 2 * ring * rows * _bytes(computed)
+    yield Traffic("embedding", "all-to-all", _hlo(computed), fsdp, sent)
+    sent = 2 * _ring(table.tensor) * rows * _bytes(stored)
+    yield Traffic("embedding", "all-reduce", _hlo(stored), ("tensor",), sent)
+
+
+def _activations(
+    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
+) -> Iterator[Traffic]:
+    rows = tokens_on_device(config, mesh) * config.model.width
+    for weight in weights:
+        if not weight.multiplied or (weight.path == "embed/table" and not config.model.tied):
+            continue
+        times = config.model.layers if weight.path.startswith("blocks/") else 1
+        if weight.path.endswith("out/kernel") and config.model.remat == "full":
+            times *= 2
+        dtype = _summed_in(_product_site(config, weight).accum.format)
+        sent = times * 2 * _ring(weight.tensor) * rows * _bytes(dtype)
+        yield Traffic("activations", "all-reduce", _hlo(dtype), ("tensor",), sent)
+
+
+def _positions(
+    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
+) -> Iterator[Traffic]:
+    model, sequence = config.model, mesh["sequence"]
+    heads = model.kv_head_count
+    cut = mesh["tensor"] if heads % mesh["tensor"] == 0 else 1
+    whole = tokens_on_device(config, mesh) * sequence * heads * model.head_size / cut
+    for index in range(model.layers):
+        for product in ("scores", "combine"):
+            site = config.sites[f"blocks/{index}/attention/{product}"]
+            computed, summed = carrier(site.compute), _summed_in(site.accum.format)
+            gathered = 2 * _ring(sequence) * whole * _bytes(computed)
+            yield Traffic("positions", "all-gather", _hlo(computed), ("sequence",), gathered)
+            reduced = _ring(sequence) * whole * _bytes(summed)
+            yield Traffic("positions", "reduce-scatter", _hlo(summed), ("sequence",), reduced)
+
+
+def _summed_in(accum: Format) -> Any:
+    """Sums of products are held in f32, or f64."""
+    return jnp.float64 if accum.bits == 64 else jnp.float32
+
+
+def _ring(group: int) -> float:
+    return (group - 1) / group
+
+
+def _bytes(dtype: Any) -> int:
+    return jnp.dtype(dtype).itemsize
+
+
+def _hlo(dtype: Any) -> str:
+    """A dtype by the name that HLO has for it."""
+    name = jnp.dtype(dtype).name
+    return {"bfloat16": "bf16"}.get(name, name.replace("float", "f").replace("int", "s"))

@@ -1,0 +1,61 @@
+"""`python -m lmjax.plan.child FOLDER DEVICES < config.json`: compiles a step for CPU devices.
+
+The process pretends to have that many of them. Nothing is allocated, and the depth of a model costs
+no time, because blocks are scanned. The step is traced as for an accelerator. XLA writes what its
+partitioner makes of it into the folder; stdout gets the fields of a `Memory` as JSON.
+
+Knows configs, the train step and JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from lmjax import sharding
+from lmjax.plan.program import Memory
+from lmjax.precision import exact
+from lmjax.precision.contraction import planned_for
+from lmjax.train import Config, abstract_state, make_train_step
+from lmjax.train.config import from_json
+
+PLATFORM: Final = "tpu"
+"""What the step is traced for: it has no calls into libraries that the CPU's compiler lacks."""
+
+OPTIONS: Final[dict[str, Any]] = {
+    **exact.COMPILER_OPTIONS,
+    "xla_dump_hlo_pass_re": "spmd-partitioning",
+    "xla_dump_hlo_as_text": True,
+    "xla_backend_optimization_level": 0,  # the machine code is not wanted
+}
+
+
+def compile_here(config: Config, folder: str) -> Memory:
+    """Compiles the step for all devices of this process; XLA dumps the program into a folder."""
+    mesh = sharding.make_mesh(config.mesh)
+    shape = (config.batch_size, config.context)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
+    batch = {"inputs": tokens, "targets": tokens}
+    with planned_for(PLATFORM):
+        traced = make_train_step(config, mesh).trace(abstract_state(config, mesh), batch)
+        lowered = traced.lower(lowering_platforms=(PLATFORM,))
+    options = {**OPTIONS, "xla_dump_to": folder}
+    needs = lowered.compile(compiler_options=options).memory_analysis()
+    return Memory(needs.argument_size_in_bytes, needs.temp_size_in_bytes)
+
+
+def main() -> None:
+    """See the head of this file."""
+    folder, devices = sys.argv[1], int(sys.argv[2])
+    jax.config.update("jax_num_cpu_devices", devices)
+    config = from_json(json.load(sys.stdin))
+    print(json.dumps(dataclasses.asdict(compile_here(config, folder))))
+
+
+if __name__ == "__main__":
+    main()

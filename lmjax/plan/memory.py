@@ -1,0 +1,119 @@
+"""What a step needs on one device at its peak, as the sum of parts.
+
+The peak of a language model with blocks that are rematerialised lies at its end, between forwards
+and backwards: what every block saved is there, and the logits are, twice, in f32, for their own
+cotangent is computed from them. With c bytes of the compute format, N tokens of a micro-batch on
+this device, V/t columns of logits, and P values of parameters on it:
+
+    parameters, optimizer     as the state holds them
+    gradients                 2 P 4: their sum over micro-batches, and the one at hand
+    saved activations         L N D c, one residual stream a block (Korthikanti et al. 2022, section
+                              5, "full recomputation"); without, what the products of a block read
+                              and hand on, and its attention weights
+    head                      2 N V/t 4; or, later, its cotangent and the gradient of the whole
+                              head, if those are larger; and the gathered weights, V/t D c
+    attention                 3 N heads/t T 4 + N heads/t T c where that is more than the head:
+                              scores, weights and their cotangents of one block
+    rows                      3 N D 4: around the last norm
+
+XLA's CPU compiler, whose figure stands beside the sum, holds saved activations of narrow formats in
+f32 as soon as the backward pass begins, and a transposed copy of the head; on other backends these
+two fall away.
+
+Knows configs, the train state and meshes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+
+from lmjax import sharding
+from lmjax.model import ModelConfig
+from lmjax.plan.arithmetic import tokens_on_device
+from lmjax.precision.policy import carrier
+from lmjax.train import Config, abstract_state
+
+CPU_ONLY = "widened on CPU"
+"""The part that only XLA's CPU compiler has."""
+
+
+def expected_memory(config: Config, devices: int) -> dict[str, float]:
+    """Bytes on one device, by part.
+
+    Args:
+      config: the run.
+      devices: how many its mesh is laid over.
+    """
+    config = config.resolved()
+    mesh = sharding.abstract_mesh(config.mesh, devices)
+    sizes = dict(mesh.shape)
+    state = abstract_state(config, mesh)
+    parameters = _on_device(state.params)
+    values = sum(math.prod(_shard(leaf)) for leaf in jax.tree.leaves(state.params))
+    tokens, width = tokens_on_device(config, sizes), config.model.width
+    compute = _bytes(config, "blocks/0/residual")
+    saved = config.model.layers * tokens * _saved_values(config, sizes) * compute
+    head = _head_weights(config.model, sizes) * _bytes(config, "head")
+    return {
+        "parameters": parameters,
+        "optimizer": _on_device((state.opt_state, state.residuals, state.scaling)),
+        "gradients": 2.0 * values * 4,
+        "saved activations": saved,
+        "head or attention": head + max(_head(config, sizes), _attention(config, sizes)),
+        "rows": 3.0 * tokens * width * 4,
+        CPU_ONLY: (saved * (4 / compute - 1) if config.model.remat == "full" else 0.0) + head,
+    }
+
+
+def _on_device(tree: object) -> float:
+    return float(
+        sum(math.prod(_shard(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    )
+
+
+def _shard(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    assert leaf.sharding is not None
+    return leaf.sharding.shard_shape(leaf.shape)
+
+
+def _saved_values(config: Config, mesh: Mapping[str, int]) -> float:
+    """Values that one block saves for each token."""
+    model, cut = config.model, mesh["tensor"]
+    if model.remat == "full":
+        return model.width
+    inside = (model.heads + 2 * model.kv_head_count) * model.head_size
+    hidden = (3 if model.activation == "swiglu" else 2) * model.mlp_size
+    products = 3 * model.width + (inside + hidden) / cut
+    if model.remat == "dots":
+        return products
+    weights = model.heads * config.context / cut
+    return products + 2 * model.width + model.heads * model.head_size / cut + 3 * weights
+
+
+def _head(config: Config, mesh: Mapping[str, int]) -> float:
+    tokens = tokens_on_device(config, mesh)
+    logits = tokens * _columns(config.model, mesh)
+    gradient = _head_weights(config.model, mesh) * 4
+    return max(2 * logits * 4, 2 * logits * _bytes(config, "head") + gradient)
+
+
+def _attention(config: Config, mesh: Mapping[str, int]) -> float:
+    heads = config.model.heads / mesh["tensor"]
+    scores = tokens_on_device(config, mesh) * heads * config.context
+    return scores * (3 * 4 + _bytes(config, "blocks/0/attention/combine"))
+
+
+def _head_weights(model: ModelConfig, mesh: Mapping[str, int]) -> float:
+    return _columns(model, mesh) * model.width
+
+
+def _columns(model: ModelConfig, mesh: Mapping[str, int]) -> float:
+    divisible = model.vocab_size % mesh["tensor"] == 0
+    return model.vocab_size / mesh["tensor"] if divisible else model.vocab_size
+
+
+def _bytes(config: Config, site: str) -> int:
+    return jax.numpy.dtype(carrier(config.sites[site].compute)).itemsize

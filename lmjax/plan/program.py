@@ -1,0 +1,116 @@
+"""The train step of a run as XLA partitions it for devices that need not exist.
+
+A process of its own, `child.py`, compiles it. The program is read after XLA's partitioner, which
+all backends share, and before the passes that belong to the CPU alone: those widen bf16 products,
+and what is gathered for them.
+
+Knows configs and the sizes of meshes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmjax import sharding
+from lmjax.train import Config
+from lmjax.train.config import to_json
+
+CHILD = "lmjax.plan.child"
+DUMPED = "*jit_step*after_spmd-partitioning.before*.txt"
+
+
+class PlanError(RuntimeError):
+    """XLA could not compile the step for these devices."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, as XLA's CPU compiler allocates them.
+
+    Attributes:
+      arguments: the train state and the batch; the state is updated in place.
+      temporaries: everything else, at its peak.
+    """
+
+    arguments: int
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.arguments + self.temporaries
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled train step.
+
+    Attributes:
+      text: HLO of the program of one device, after the partitioner.
+      memory: what it needs.
+      warnings: what the partitioner complained of: tensors that it could only move by making them
+        whole on every device first.
+    """
+
+    text: str
+    memory: Memory
+    warnings: tuple[str, ...]
+
+
+def partitioned(config: Config, devices: int) -> Program:
+    """The train step of a run, compiled for a number of devices.
+
+    Args:
+      config: the run; its policy must have one phase.
+      devices: how many.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, or the batch does not fit the mesh.
+      PlanError: XLA does not compile it.
+    """
+    config = config.resolved()
+    parts = sharding.batch_parts(sharding.abstract_mesh(config.mesh, devices))
+    rows = config.batch_size // config.micro_batches
+    if rows % parts:
+        raise ValueError(
+            f"a micro-batch of {rows} rows cannot be divided among {parts} devices (mesh.data x "
+            "mesh.fsdp); raise --batch-size, lower --micro-batches, or raise --mesh.tensor"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", CHILD, folder, str(devices)],
+            input=json.dumps(to_json(config)),
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise PlanError(f"the step could not be compiled for {devices} devices: {last[0]}")
+        memory = Memory(**json.loads(done.stdout.splitlines()[-1]))
+        (dump,) = Path(folder).glob(DUMPED)
+        return Program(dump.read_text("utf-8"), memory, _complaints(done.stderr))
+
+
+def _environment() -> dict[str, str]:
+    """That of a process which compiles on CPU alone, without flags and caches."""
+    own = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    return {**os.environ, **own}
+
+
+def _complaints(stderr: str) -> tuple[str, ...]:
+    pattern = r"Involuntary full rematerialization.*?for HLO operation %(\S+ = \S+)"
+    return tuple(re.findall(pattern, stderr))

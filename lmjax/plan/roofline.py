@@ -1,0 +1,189 @@
+"""How long a step takes at least: the roofline of a plan on a chip that need not be here.
+
+Three times, each at the peak rate of the chip: of arithmetic, of memory and of the wires. A step
+takes at least the longest of them, if everything overlaps, and at most their sum, if nothing does
+(Williams et al. 2009, "Roofline"). `ASSUMPTIONS` says what is counted.
+
+Knows configs, collectives and data sheets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from lmjax.model import parameter_count
+from lmjax.plan.arithmetic import tokens_on_device
+from lmjax.plan.chips import Chip
+from lmjax.plan.hlo import Collective
+from lmjax.precision.native import multiplied
+from lmjax.precision.policy import SitePolicy, carrier
+from lmjax.train import Config
+
+ASSUMPTIONS: Final = (
+    "every rate is the peak of the data sheet; real programs reach 35% to 60% of it",
+    "arithmetic: each product once forwards and twice backwards, and once more where blocks are "
+    "rematerialised; attention whole, not half for being causal; nothing but products",
+    "memory: each product reads its operands and writes its result once, attention scores "
+    "included, all elementwise operations are fused into them; the optimizer reads and writes "
+    "parameters, gradients and moments once a step",
+    "wires: the bytes of the compiled program, by ring algorithms, one collective after another; "
+    "a group that leaves a node sends through the ports of all its members in the node",
+    "mesh axes are laid over devices in their order, the last one nearest",
+    "least: arithmetic, memory and wires overlap completely; most: not at all",
+)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Lower bounds of one step on one chip, in seconds.
+
+    Attributes:
+      chip: name of the chip.
+      devices: number of chips.
+      compute: time of the products.
+      memory: time of reading and writing.
+      wires: time of the collectives, by mesh axes.
+      tokens: of a step, on all devices.
+    """
+
+    chip: str
+    devices: int
+    compute: float
+    memory: float
+    wires: dict[str, float]
+    tokens: int
+
+    @property
+    def sent(self) -> float:
+        """Time of all collectives."""
+        return sum(self.wires.values())
+
+    @property
+    def least(self) -> float:
+        """With everything overlapped."""
+        return max(self.compute, self.memory, self.sent)
+
+    @property
+    def most(self) -> float:
+        """With nothing overlapped."""
+        return self.compute + self.memory + self.sent
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        times = {"compute": self.compute, "memory": self.memory, "wires": self.sent}
+        return max(times, key=lambda name: times[name])
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product, forwards, of one micro-batch on one device.
+
+    Attributes:
+      site: its formats.
+      flops: two for each multiplication with its addition.
+      values: elements of both operands and of the result.
+      repeated: whether rematerialisation computes it again.
+    """
+
+    site: SitePolicy
+    flops: float
+    values: float
+    repeated: bool
+
+
+def roofline(
+    config: Config, mesh: Mapping[str, int], sent: Iterable[Collective], chip: Chip
+) -> Roofline:
+    """The bounds of a step.
+
+    Args:
+      config: the run.
+      mesh: the size of every axis.
+      sent: the collectives of its compiled step.
+      chip: what it would run on.
+    """
+    compute = memory = 0.0
+    for product in _products(config, mesh):
+        times = config.micro_batches * (4 if product.repeated else 3)
+        compute += times * product.flops / _rate(product.site, chip)
+        memory += times * product.values * _width(product.site) / chip.memory_bandwidth
+    devices = math.prod(mesh.values())
+    parameters = parameter_count(config.model) / (mesh["fsdp"] * mesh["tensor"])
+    # Parameters and two moments are read and written, the gradient is read: 4 bytes each, or less.
+    memory += parameters * 7 * 4 / chip.memory_bandwidth
+    wires: dict[str, float] = {}
+    for collective in sent:
+        rate = _wire_rate(collective.axes, mesh, chip)
+        name = " x ".join(collective.axes)
+        wires[name] = wires.get(name, 0.0) + collective.sent / rate
+    return Roofline(chip.name, devices, compute, memory, wires, config.batch_size * config.context)
+
+
+def _products(config: Config, mesh: Mapping[str, int]) -> Iterator[_Product]:
+    model, sites = config.model, config.sites
+    tokens, cut = tokens_on_device(config, mesh), mesh["tensor"]
+    heads, keys = model.heads * model.head_size, model.kv_head_count * model.head_size
+    shapes = {
+        "attention/query": (model.width, heads / cut),
+        "attention/key": (model.width, keys / cut),
+        "attention/value": (model.width, keys / cut),
+        "attention/out": (heads / cut, model.width),
+        "mlp/up": (model.width, model.mlp_size / cut),
+        "mlp/gate": (model.width, model.mlp_size / cut),
+        "mlp/down": (model.mlp_size / cut, model.width),
+    }
+    repeated = model.remat == "full"
+    for index in range(model.layers):
+        for path, (inward, outward) in shapes.items():
+            site = sites.get(f"blocks/{index}/{path}")
+            if site is not None:
+                yield _linear(site, tokens, inward, outward, repeated)
+        scores = tokens * model.heads / cut * config.context
+        for name in ("scores", "combine"):
+            site = sites[f"blocks/{index}/attention/{name}"]
+            yield _Product(site, 2 * scores * model.head_size, scores, model.remat != "none")
+    yield _linear(sites["head"], tokens, model.width, model.vocab_size / cut, False)
+
+
+def _linear(
+    site: SitePolicy, tokens: float, inward: float, outward: float, repeated: bool
+) -> _Product:
+    values = tokens * (inward + outward) + inward * outward
+    return _Product(site, 2 * tokens * inward * outward, values, repeated)
+
+
+def _rate(site: SitePolicy, chip: Chip) -> float:
+    """FLOP/s of a product: by the narrowest format that holds both of its operands."""
+    operands = [multiplied(one, site.compute) for one in (site.weights, site.activations)]
+    if all(one.bits <= 8 for one in operands) and "fp8" in chip.flops:
+        return chip.flops["fp8"]
+    if site.compute.name == "f32" and site.matmul == "tf32":
+        return chip.flops.get("tf32", chip.flops["f32"])
+    return chip.flops.get(site.compute.name, chip.flops["f32"])
+
+
+def _width(site: SitePolicy) -> int:
+    """Bytes of an element of the compute format, in which operands and results are kept."""
+    return carrier(site.compute)(0).dtype.itemsize
+
+
+def _wire_rate(axes: tuple[str, ...], mesh: Mapping[str, int], chip: Chip) -> float:
+    """Bytes a second at which one device of a group along these mesh axes sends.
+
+    A group that has k members in a node, and more outside, sends through k ports what a single
+    device would send through its own: hierarchical rings.
+    """
+    places = [[0]]
+    stride = math.prod(mesh.values())
+    for name, size in mesh.items():
+        stride //= size
+        places.append([place * stride for place in range(size if name in axes else 1)])
+    members = [0]
+    for steps in places[1:]:
+        members = [member + step for member in members for step in steps]
+    inside = sum(member < chip.node for member in members)
+    return chip.near if inside == len(members) else min(chip.near, inside * chip.far)
