@@ -18,7 +18,6 @@ import tyro
 
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation.locks import lock
 from lmjax.ablation.report import write_report
 from lmjax.ablation.report_data import gather, summary
 from lmjax.ablation.report_text import verdicts
@@ -26,6 +25,7 @@ from lmjax.ablation.runner import AblationError, run, with_added_seeds
 from lmjax.ablation.runs import ablation_of
 from lmjax.cli import DONE, FAILED, STOPPED, guarded, parse_flags, print_json, print_table
 from lmjax.train import InputError
+from lmjax.train.locks import lock
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
 from lmjax.plan.program import PlanError
 from lmjax.train import Config, InputError, TrainingFailed, train
-from lmjax.train.checkpoint import CheckpointError
+from lmjax.train.errors import CheckpointError, StorageFailed
 from lmjax.train.memory import keep_freed_memory
 from lmjax.train.metrics import strict_json
 
@@ -129,7 +129,7 @@ def guarded(call: Callable[[], int]) -> int:
     except (InputError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (TrainingFailed, CheckpointError, PlanError) as error:
+    except (TrainingFailed, CheckpointError, StorageFailed, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 

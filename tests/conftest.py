@@ -30,6 +30,17 @@ LLAMA = GPT2 | {
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints the table of faults, if tests recorded any; see `train/test_faults.py`."""
+    reports = [r for name in ("passed", "failed") for r in terminalreporter.getreports(name)]
+    rows = [value for r in reports for name, value in r.user_properties if name == "fault"]
+    if rows:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(f"{'fault':60}{'times':>8}{'equal':>8}")
+        for fault, times, equal in rows:
+            terminalreporter.write_line(f"{fault:60}{times:8}{equal:8}")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Config]:
     """`tiny(precision, family, **changes)`: a config of two blocks of width 16.

@@ -221,10 +221,9 @@ def test_a_finished_run_is_done_again(
 def test_failed_training_and_foreign_checkpoints_exit_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from lmjax.train import TrainingFailed
-    from lmjax.train.checkpoint import CheckpointError
+    from lmjax.train.errors import CheckpointError, StorageFailed, TrainingFailed
 
-    for kind in (TrainingFailed, CheckpointError):
+    for kind in (TrainingFailed, CheckpointError, StorageFailed):
 
         def fail(kind: type[Exception] = kind) -> int:
             raise kind("says why")

@@ -4,7 +4,6 @@ grid.py         what an ablation is: arms, seeds, the cells they make and the fi
 runner.py       everything around the cells; run(ablation, directory) goes on after any interruption
 worker.py       a process that runs cells; pools.py starts such processes here or on Slurm
 progress.py     what a person sees meanwhile
-locks.py        locks on files
 statistics.py   intervals, tests and power for paired differences
 verdict.py      an arm against its control, and what that comes to in words
 report.py       run directories to one HTML page and one Markdown table

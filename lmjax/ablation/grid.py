@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lmjax.ablation.locks import lock
 from lmjax.train.config import Config, differences, from_json, identity, to_json
+from lmjax.train.locks import lock
 from lmjax.train.metrics import replace_text
 from lmjax.train.run_directory import InputError
 

@@ -26,9 +26,9 @@ import jax
 
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation.locks import lock
 from lmjax.data import DataError
 from lmjax.train import Config, InputError, TrainingFailed, train
+from lmjax.train.locks import lock
 from lmjax.train.memory import keep_freed_memory
 from lmjax.train.signals import StopRequest
 

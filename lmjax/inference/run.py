@@ -15,6 +15,7 @@ from lmjax.model import Sites, apply
 from lmjax.precision import exact
 from lmjax.train import Config, InputError, abstract_state, read_config
 from lmjax.train.checkpoint import Checkpoints
+from lmjax.train.progress import say
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class TrainedModel:
 
 
 def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedModel:
-    """The model of a run directory, from its newest checkpoint.
+    """The model of a run directory, from its newest intact checkpoint.
+
+    Nothing is written or moved there: another process may be training.
 
     Args:
       workdir: the run directory.
@@ -54,15 +57,16 @@ def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedM
 
     Raises:
       InputError: there is no run, or it has no checkpoint yet.
+      CheckpointError: it has checkpoints, but none is intact.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{workdir} has no checkpoint yet; train it first")
-    checkpoints = Checkpoints(folder)
+    checkpoints = Checkpoints(folder, note=say)
     try:
-        step = checkpoints.latest()
+        step = checkpoints.newest_intact()
         if step is None:
             raise InputError(f"{workdir} has no complete checkpoint yet; train it further")
         mesh = sharding.make_mesh(sharding.MeshConfig())

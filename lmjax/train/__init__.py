@@ -1,8 +1,15 @@
 """Training: config, state, step, loop. `make_train_step` and `train` are the way in."""
 
-from lmjax.train.config import CheckpointConfig, Config, EvaluationConfig
-from lmjax.train.loop import Outcome, TrainingFailed, train
-from lmjax.train.run_directory import InputError, read_config
+from lmjax.train.config import (
+    CheckpointConfig,
+    Config,
+    EvaluationConfig,
+    FaultsConfig,
+    RestoreConfig,
+)
+from lmjax.train.errors import InputError, TrainingFailed
+from lmjax.train.loop import Outcome, train
+from lmjax.train.run_directory import read_config
 from lmjax.train.state import TrainState, abstract_state, create_state
 from lmjax.train.step import make_eval_step, make_train_step
 
@@ -10,8 +17,10 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "EvaluationConfig",
+    "FaultsConfig",
     "InputError",
     "Outcome",
+    "RestoreConfig",
     "TrainState",
     "TrainingFailed",
     "abstract_state",

@@ -1,25 +1,50 @@
 """Checkpoints: the only file that knows Orbax.
 
-One checkpoint holds the train state, the position in the data, and how far the run has come. Orbax
-writes it in the background into a temporary folder and renames that when it is complete, so a
-killed process leaves no half checkpoint behind that anybody would read.
+A checkpoint holds the train state, the position in the data, and how far the run has come:
+
+    checkpoints/500/state/            the arrays, as Orbax writes them
+                    data.json         state of the data iterator
+                    progress.json     counters of the run
+                    manifest.sha256   a digest of every file above
+    checkpoints/damaged/500/          what was found damaged: set aside, never read, never removed
+
+It is written in the background into a hidden folder. That gets its manifest when all of it is
+there, is flushed to the disk and only then renamed, so a folder named by a step is complete,
+whenever the process is killed. Older checkpoints are removed after that and not before, and a
+folder is renamed before it is removed, so that none is ever half there under its own name.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from lmjax.precision import paths
+from lmjax.train import manifest
+from lmjax.train.errors import CheckpointError, StorageFailed
 from lmjax.train.state import TrainState
 
+CLOCK_MAY_JUMP = ocp.AsyncOptions(
+    timeout_secs=10 * 365 * 24 * 3600, create_directories_asynchronously=False
+)
+"""Orbax measures its time limits by the wall clock: the first is out of the way so, and without
+folders made in the background the second does not apply."""
 
-class CheckpointError(RuntimeError):
-    """A checkpoint does not hold what the run asks for."""
+Description = tuple[tuple[int, ...], np.dtype]
 
 
 class Restored(NamedTuple):
@@ -33,94 +58,274 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run directory, newest `keep` of them; without `keep`, only to read.
 
-    The one that writes also removes what a killed process left unfinished. A reader touches
-    nothing: another process may be training.
+    The one that writes also removes what a killed process left unfinished, and sets aside what is
+    damaged. A reader touches nothing: another process may be training.
+
+    Where several processes train together, all make the same calls; the first one writes what is
+    not arrays, and what it finds intact is what all of them restore.
     """
 
-    def __init__(self, directory: Path, keep: int | None = None):
-        # Orbax logs every save through absl at INFO; a run reports its saves itself.
-        logging.getLogger("absl").setLevel(logging.WARNING)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=keep is not None,
-            cleanup_tmp_directories=keep is not None,
-            enable_async_checkpointing=True,
-        )
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "data": ocp.JsonCheckpointHandler(),
-            "progress": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(), item_handlers=handlers, options=options
-        )
+    def __init__(
+        self, directory: Path, keep: int | None = None, note: Callable[[str], None] | None = None
+    ):
+        # Orbax logs every save through absl; a run reports its saves, and their failures, itself.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._directory = directory.absolute()
+        self._keep = keep
+        self._note = note or (lambda text: None)
+        self._checked: set[int] = set()
+        self._arrays = ocp.StandardCheckpointer(async_options=CLOCK_MAY_JUMP)
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        if keep is not None and jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, damaged or not, ascending."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        """Step of the newest complete checkpoint, damaged or not."""
+        return max(self.steps(), default=None)
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], progress: dict) -> None:
+    def newest_intact(self, before: int | None = None) -> int | None:
+        """Step of the newest checkpoint whose files are all what they were when it was written.
+
+        Damaged ones that are newer are reported and, unless this is a reader, moved into `damaged`.
+
+        Args:
+          before: only steps less than this count.
+
+        Returns:
+          The step; None if there is no checkpoint and never was.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none is intact.
+        """
+        found, why = -1, ""
+        if jax.process_index() == 0:
+            found, why = self._search(before)
+        if jax.process_count() > 1:
+            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found >= 0:
+            self._checked.add(found)
+            return found
+        damaged = self._directory / "damaged"
+        if before is None and (why or (damaged.is_dir() and any(damaged.iterdir()))):
+            raise CheckpointError(
+                f"no checkpoint in {self._directory} is intact{why}; put a copy of one back there, "
+                f"or delete {self._directory} to start again from step 0"
+            )
+        return None
+
+    def _search(self, before: int | None) -> tuple[int, str]:
+        """The newest intact step or -1, and what was wrong with the last one that was not."""
+        why = ""
+        for step in reversed(self.steps()):
+            if before is not None and step >= before:
+                continue
+            try:
+                self._check(step)
+                return step, ""
+            except manifest.Damaged as error:
+                if not self._folder(step).exists():
+                    continue  # the process that trains has removed it while this one looked
+                why = f" (of {step}, {error})"
+                moved = "" if self._keep is None else f"; moved to {self._set_aside(step)}"
+                self._note(f"checkpoint {step} is damaged: {error}{moved}")
+        return -1, why
+
+    def _check(self, step: int) -> None:
+        if step in self._checked:
+            return
+        folder = self._folder(step)
+        if not _is_unsealed(folder):
+            manifest.check(folder)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: dict[str, Any],
+        progress: dict[str, Any],
+        *,
+        prune: bool = True,
+    ) -> None:
         """Starts writing a checkpoint; returns when the arrays are copied, not when it is on disk.
 
-        Saving the same step twice writes it once: the state of a step is unique.
-        """
-        if step == self.latest():
-            return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(data),
-            progress=ocp.args.JsonSave(progress),
-        )
-        self._manager.save(step, args=items, force=True)
+        Saving the same step twice writes it once: the state of a step is unique. With `prune` the
+        oldest ones beyond `keep` are removed once this one is complete.
 
-    def restore(self, step: int, target: TrainState) -> Restored:
+        Raises:
+          StorageFailed: this checkpoint or the one before could not be written. Those that were
+            complete before still are.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        folder = self._directory / f".{step}.partial"
+        with self._writing(step, folder):
+            if jax.process_index() == 0:
+                folder.mkdir()
+            self._arrays.save(folder / "state", state)
+        texts = {"data.json": json.dumps(data), "progress.json": json.dumps(progress)}
+        self._pending = self._background.submit(self._complete, step, folder, texts, prune)
+
+    def _complete(self, step: int, folder: Path, texts: dict[str, str], prune: bool) -> None:
+        with self._writing(step, folder):
+            self._arrays.wait_until_finished()
+            if jax.process_index() == 0:
+                for name, text in texts.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+                manifest.seal(folder)
+                folder.rename(self._folder(step))
+                manifest.sync_directory(self._directory)
+                for old in self.steps()[: -self._keep] if self._keep and prune else ():
+                    self._remove(old)
+
+    @contextlib.contextmanager
+    def _writing(self, step: int, folder: Path) -> Iterator[None]:
+        """A block that writes a checkpoint: if it fails, nothing of that stays."""
+        try:
+            yield
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = _system_error(error)
+            if reason is None:
+                raise
+            latest = self.latest()
+            left = "none is complete" if latest is None else f"that of step {latest} is complete"
+            raise StorageFailed(
+                f"the checkpoint of step {step} could not be written: {reason}; {left}. Once that "
+                "is mended, the same command goes on from there"
+            ) from error
+
+    def restore(self, step: int, target: TrainState, *, allow_cast: bool = False) -> Restored:
         """Reads a checkpoint onto the devices that `target` names.
 
         Args:
           step: which checkpoint.
           target: shapes, dtypes and shardings, as `abstract_state` gives them.
+          allow_cast: round arrays that are stored in another floating dtype to the target's, and
+            say which. Shapes and integers are never changed.
 
         Raises:
-          CheckpointError: an array is stored in another shape or dtype than the target's. Orbax
-            would cast it silently.
+          CheckpointError: there is no such checkpoint, it is damaged, or it stores an array in
+            another shape or dtype than the target's. Orbax would cast that silently.
         """
-        self._refuse_casts(step, target)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target),
-            data=ocp.args.JsonRestore(),
-            progress=ocp.args.JsonRestore(),
-        )
-        restored = self._manager.restore(step, args=items)
-        return Restored(restored["state"], restored["data"], restored["progress"])
+        folder = self._folder(step)
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self._directory}")
+        try:
+            self._check(step)
+        except manifest.Damaged as error:
+            raise CheckpointError(f"checkpoint {step} is damaged: {error}") from error
+        try:
+            stored = paths.flatten(self._arrays.metadata(folder / "state").item_metadata.tree)
+            self._compare(step, stored, paths.flatten(target), allow_cast)
+            state = self._arrays.restore(folder / "state", target)
+            return Restored(state, _read(folder, "data"), _read(folder, "progress"))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            if not _is_unsealed(folder):
+                raise
+            raise CheckpointError(
+                f"checkpoint {step}, which an earlier version of lmjax wrote without digests, "
+                f"cannot be read ({error}); move {folder} away to go on from the one before"
+            ) from error
+
+    def _compare(self, step: int, stored: Any, wanted: Any, allow_cast: bool) -> None:
+        """Refuses arrays that are not what is wanted, or that a cast does not make so."""
+        casts = []
+        for path in sorted(stored.keys() | wanted.keys()):
+            old, new = _described(stored.get(path)), _described(wanted.get(path))
+            if old == new:
+                continue
+            castable = old and new and old[0] == new[0] and _floating(old[1]) and _floating(new[1])
+            if not castable or not allow_cast:
+                advice = "; --restore.allow-cast rounds it" if castable else ""
+                raise CheckpointError(
+                    f"checkpoint {step} stores {path} as {_in_words(old)}, but the run needs "
+                    f"{_in_words(new)}; nothing is cast unasked{advice}"
+                )
+            casts.append(f"{path} from {_in_words(old)} to {_in_words(new)}")
+        if casts:
+            self._note(f"checkpoint {step} is cast while it is read: {', '.join(casts)}")
 
     def wait(self) -> None:
         """Returns when every checkpoint is on disk; raises what went wrong while writing."""
-        self._manager.wait_until_finished()
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        pending.result()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint is complete")
 
     def close(self) -> None:
         """Waits, then gives up the background threads."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._arrays.close()
 
-    def _refuse_casts(self, step: int, target: TrainState) -> None:
-        stored = {
-            path: (tuple(leaf.shape), np.dtype(leaf.dtype))
-            for path, leaf in paths.flatten(self._stored_arrays(step)).items()
-        }
-        wanted = {
-            path: (tuple(leaf.shape), np.dtype(leaf.dtype))
-            for path, leaf in paths.flatten(target).items()
-        }
-        for path in sorted(stored.keys() | wanted.keys()):
-            if stored.get(path) != wanted.get(path):
-                raise CheckpointError(
-                    f"checkpoint {step} stores {path} as {_described(stored.get(path))}, but the "
-                    f"run needs {_described(wanted.get(path))}; nothing is cast unasked"
-                )
+    def abandon_after(self, step: int) -> None:
+        """Moves checkpoints newer than a step into `rewound`: the run takes another way."""
+        self.wait()
+        for newer in self.steps():
+            if newer > step and jax.process_index() == 0:
+                self._set_aside(newer, "rewound")
 
-    def _stored_arrays(self, step: int) -> Any:
-        metadata = self._manager.item_metadata(step)["state"]
-        return getattr(metadata, "tree", metadata)
+    def _folder(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _set_aside(self, step: int, where: str = "damaged") -> Path:
+        """Moves a checkpoint where nobody reads it, beside what was moved there before."""
+        self._checked.discard(step)
+        place = self._directory / where
+        place.mkdir(exist_ok=True)
+        names = (str(step), *(f"{step}.{number}" for number in range(1, 10**6)))
+        aside = next(place / name for name in names if not (place / name).exists())
+        return self._folder(step).rename(aside)
+
+    def _remove(self, step: int) -> None:
+        self._checked.discard(step)
+        shutil.rmtree(self._folder(step).rename(self._directory / f".{step}.removed"))
+
+    def _remove_leftovers(self) -> None:
+        """Folders that a killed process was writing or removing, those of older versions too."""
+        for pattern in (".*.partial", ".*.removed", "*.orbax-checkpoint-tmp*"):
+            for folder in self._directory.glob(pattern):
+                shutil.rmtree(folder)
 
 
-def _described(array: tuple[tuple[int, ...], np.dtype] | None) -> str:
+def _system_error(error: BaseException) -> str | None:
+    """What the operating system said, through Python or through TensorStore; None: nothing."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else None
+
+
+def _is_unsealed(folder: Path) -> bool:
+    """Whether it has the layout of versions before there were manifests."""
+    return (folder / "data" / "metadata").is_file()
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name / "metadata" if _is_unsealed(folder) else folder / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _described(leaf: Any) -> Description | None:
+    return None if leaf is None else (tuple(leaf.shape), np.dtype(leaf.dtype))
+
+
+def _floating(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _in_words(array: Description | None) -> str:
     return "nothing" if array is None else f"{array[1].name}{list(array[0])}"

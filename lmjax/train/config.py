@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lmjax.data import DataConfig
 from lmjax.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
@@ -24,9 +24,14 @@ from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
 from lmjax.sharding import MeshConfig
 
-NOT_IDENTITY = ("mesh", "data.cache_dir", "telemetry")
-"""Parts of the config that a resumed run may change: where it runs, and how closely it is watched,
-is recorded but not identity."""
+NOT_IDENTITY = ("mesh", "data.cache_dir", "telemetry", "faults", "restore")
+"""Parts of the config that a resumed run may change: where it runs, how closely it is watched, and
+what is done when something goes wrong, is recorded but not identity."""
+
+VERSION = 1
+"""Of `config.json`. A field that is new has a default which means what runs did before there was
+that field, so a file without it, or without a version, reads as what it meant; a field that changes
+its name or meaning raises the version."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,30 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class FaultsConfig:
+    """What is done when gradients stay non-finite. A single such step is always skipped."""
+
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """After loss_scale.max_consecutive_skips in a row: stop with an error; skip on; or rewind to a
+    checkpoint from before, and go on with the text that comes after."""
+    max_rewinds: int = 3
+    """A run that has rewound so often stops instead."""
+
+    def __post_init__(self) -> None:
+        """Refuses a negative number."""
+        _refuse_below("faults", self, 0, "max_rewinds")
+
+
+@dataclass(frozen=True)
+class RestoreConfig:
+    """What a run may do to the checkpoint that it goes on from."""
+
+    allow_cast: bool = False
+    """Go on in another precision: round what is stored in another floating format. Otherwise a run
+    of another precision is another run."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run."""
 
@@ -87,6 +116,8 @@ class Config:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restore: RestoreConfig = field(default_factory=RestoreConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -203,11 +234,19 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> Config:
-    """The config that `to_json` wrote.
+    """The config that `to_json` wrote, with or without a `version` beside its fields.
 
     Raises:
-      ValueError: a field is unknown here, because another version of lmjax wrote it.
+      ValueError: a field or the version is unknown here: another version of lmjax wrote it.
     """
+    if isinstance(values, dict):
+        version = values.get("version", 0)
+        if not isinstance(version, int) or version > VERSION:
+            raise ValueError(
+                f"its version is {version!r}, this lmjax reads up to {VERSION}; use the one that "
+                "wrote it (environment.json names its git_revision)"
+            )
+        values = {name: value for name, value in values.items() if name != "version"}
     return _read(Config(), values, "")
 
 
@@ -220,7 +259,7 @@ def _read(default: Any, values: Any, prefix: str) -> Any:
         raise ValueError(
             "unknown config field "
             + ", ".join(prefix + name for name in unknown)
-            + "; another version of lmjax wrote it"
+            + "; another version of lmjax wrote it (environment.json names its git_revision)"
         )
     read = {}
     for name, value in values.items():

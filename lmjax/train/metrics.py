@@ -5,15 +5,25 @@ Knows the file formats, tensorboardX and matplotlib; nothing about models or sta
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from lmjax.train.background import Background
+
 Row = Mapping[str, Any]
+
+PATIENCE_SECONDS = 10.0
+"""How long a checkpoint, or the end of a run, waits for rows that are on their way to the disk."""
+
+SECONDS_BETWEEN_FLUSHES = 10.0
+"""Of TensorBoard's files: each flush waits for the disk."""
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
@@ -48,18 +58,19 @@ class MetricsWriter:
     A resumed run repeats the steps since its checkpoint; rows of those steps, left by the process
     that was stopped, are dropped first, so that each step stands in the file once. A context
     manager: what goes wrong in it must not cost the rows written so far.
+
+    Rows are written in the background: a file system that hangs holds up neither training nor
+    checkpoints. What goes wrong there is raised by the next call.
     """
 
     def __init__(self, workdir: Path, resumed_step: int, *, telemetry: bool = False):
-        from tensorboardX import SummaryWriter
-
-        # A skipped step has an infinite gradient norm; the row says so, a warning need not.
-        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         self._file = _reopened(workdir / "metrics.jsonl", resumed_step)
         self._telemetry = (
             _reopened(workdir / "telemetry.jsonl", resumed_step) if telemetry else None
         )
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+        self._events = _EventFile(workdir / "tensorboard", resumed_step)
+        self._background = Background()
+        self._hangs = False
 
     def __enter__(self) -> MetricsWriter:
         """The writer itself."""
@@ -71,34 +82,91 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the files."""
-        self.close()
+        """Closes the files; an error that is on its way already is the one to hear about."""
+        with contextlib.suppress(*(() if error is None else (OSError,))):
+            self.close()
 
     def write(self, row: Row) -> None:
         """Writes one row; `step` is required, everything else a number."""
-        self._file.write(strict_json(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name, value, row["step"])
+        self._background.submit(lambda: self._append(self._file, row))
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        self._background.submit(lambda: self._events.add(scalars, row["step"]))
 
     def write_telemetry(self, row: Row) -> None:
         """Writes a row of `telemetry.jsonl`; what was lost also becomes TensorBoard scalars."""
         assert self._telemetry is not None
-        self._telemetry.write(strict_json(row) + "\n")
-        self._telemetry.flush()
-        for path, tensor in row["tensors"].items():
-            for name in ("underflow", "overflow"):
-                self._events.add_scalar(f"{name}/{path}", tensor[name], row["step"])
-        for path, update in row["updates"].items():
-            self._events.add_scalar(f"unchanged/{path}", update["unchanged"], row["step"])
+        file = self._telemetry
+        self._background.submit(lambda: self._append(file, row))
+        scalars = {
+            f"{name}/{path}": tensor[name]
+            for path, tensor in row["tensors"].items()
+            for name in ("underflow", "overflow")
+        }
+        scalars |= {
+            f"unchanged/{path}": update["unchanged"] for path, update in row["updates"].items()
+        }
+        self._background.submit(lambda: self._events.add(scalars, row["step"]))
+
+    def flush(self) -> bool:
+        """Whether all rows are in their files.
+
+        Waits for that, but not for ever; and where it has waited in vain, not again.
+        """
+        self._hangs = not self._background.drained(0 if self._hangs else PATIENCE_SECONDS)
+        return not self._hangs
 
     def close(self) -> None:
-        """Flushes everything to disk."""
-        self._file.close()
-        if self._telemetry is not None:
-            self._telemetry.close()
-        self._events.close()
+        """Writes what is left; files that hang are left to the operating system."""
+        try:
+            self._background.submit(self._close)
+            self.flush()
+        finally:
+            self._background.stop()
+
+    def _append(self, file: TextIO, row: Row) -> None:
+        file.write(strict_json(row) + "\n")
+        file.flush()
+
+    def _close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._file.close)
+            if self._telemetry is not None:
+                stack.callback(self._telemetry.close)
+            stack.callback(self._events.close)
+
+
+class _EventFile:
+    """A TensorBoard file of scalars.
+
+    It does without tensorboardX's own thread: when that has died of a full disk, its queue blocks.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        # A skipped step has an infinite gradient norm; the row says so, a warning need not.
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"), f".{resumed_step}")
+        # Makes TensorBoard forget the steps that are repeated.
+        again = resumed_step + 1
+        self._writer.write_event(Event(step=again, file_version="brain.Event:2"))
+        session = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(step=again, session_log=session))
+        self.close = self._writer.close
+        self._flushed = -SECONDS_BETWEEN_FLUSHES
+
+    def add(self, scalars: Row, step: int) -> None:
+        """Appends scalars of a step."""
+        for name, value in scalars.items():
+            summary = self._scalar(name, value)
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
+            self._flushed = time.monotonic()
+            self._writer.flush()
 
 
 def _reopened(path: Path, resumed_step: int) -> TextIO:

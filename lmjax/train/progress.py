@@ -71,5 +71,12 @@ class Reporter:
         self._console.print(text, markup=False, soft_wrap=True)
 
 
+def say(text: str, *, enabled: bool = True) -> None:
+    """Prints a line that stays, where no reporter is at work."""
+    Console(stderr=True, highlight=False, quiet=not enabled).print(
+        text, markup=False, soft_wrap=True
+    )
+
+
 def _power_of_two(scale: float) -> str:
     return f"2^{scale.hex().partition('p')[2].lstrip('+')}"

@@ -7,16 +7,20 @@ result.json       once the planned steps are done
 tokenizer.json    a copy, so that the run can generate text on its own
 checkpoints/      see checkpoint.py
 metrics.jsonl, tensorboard/, curves.png   see metrics.py
+rewound/          see rewind.py
+.lock             held by the process that trains
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +30,53 @@ import numpy as np
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
-from lmjax.train.config import Config, differences, from_json, to_json
+from lmjax.train.config import VERSION, Config, differences, from_json, to_json
+from lmjax.train.errors import InputError
+from lmjax.train.locks import LocksUnavailable, holder, lock
 from lmjax.train.metrics import partial, replace_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy", "lmjax")
+LOCK = ".lock"
+
+CASTABLE = ("precision", "loss_scale.kind", "loss_scale.format")
+"""Fields in which a run may differ from its directory if it may cast: the policy, and what is
+derived from it."""
 
 
-class InputError(ValueError):
-    """Bad input from the user: nothing was written, and the message says what to do."""
+@contextlib.contextmanager
+def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iterator[None]:
+    """`open_run`, for the length of a block in which no other process may train there.
+
+    Where several processes train together, the first one stands for all.
+
+    Args:
+      workdir: the run directory.
+      config: what to compute.
+      note: is told if nothing can keep another process out.
+
+    Raises:
+      InputError: as `open_run`, or another process is training there.
+    """
+    if jax.process_index() > 0:
+        _refuse_unfit(workdir, config)
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with _unwritable_is_bad_input(workdir):
+            _refuse_unfit(workdir, config)
+            workdir.mkdir(parents=True, exist_ok=True)
+            try:
+                mine = stack.enter_context(lock(workdir / LOCK, wait=False))
+            except LocksUnavailable as error:
+                note(f"warning: {error}: make sure that nothing else trains in {workdir}")
+            else:
+                if not mine:
+                    raise InputError(
+                        f"{holder(workdir / LOCK)} is training in {workdir}; stop that one or wait "
+                        "for it, or choose another --workdir"
+                    )
+        open_run(workdir, config)
+        yield
 
 
 def open_run(workdir: Path, config: Config) -> None:
@@ -42,17 +85,30 @@ def open_run(workdir: Path, config: Config) -> None:
     Raises:
       InputError: it cannot be written, or holds another run; nothing is written then.
     """
-    path = workdir / "config.json"
-    try:
-        if path.exists():
-            _refuse_another_run(workdir, read_config(workdir), config)
-        elif workdir.is_dir() and set(workdir.iterdir()) - {partial(path)}:
-            raise InputError(
-                f"{workdir} is not empty and holds no run; choose another --workdir or empty it"
-            )
+    with _unwritable_is_bad_input(workdir):
+        _refuse_unfit(workdir, config)
         workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            replace_text(path, json.dumps(to_json(config), indent=2) + "\n")
+        if not (workdir / "config.json").exists():
+            _write_config(workdir, config)
+
+
+def record_cast(workdir: Path, config: Config, step: int) -> None:
+    """Records that the run has another precision from a step on; the config until then is kept."""
+    path = workdir / "config.json"
+    if jax.process_index() == 0 and differences(read_config(workdir), config):
+        replace_text(workdir / f"config.until-{step}.json", path.read_text(encoding="utf-8"))
+        _write_config(workdir, config)
+
+
+def _write_config(workdir: Path, config: Config) -> None:
+    values = {"version": VERSION, **to_json(config)}
+    replace_text(workdir / "config.json", json.dumps(values, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _unwritable_is_bad_input(workdir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"cannot write the run directory {workdir}: {error.strerror}; choose another --workdir"
@@ -76,15 +132,30 @@ def read_config(workdir: Path) -> Config:
         raise InputError(f"{path} is damaged or of another version: {error}") from error
 
 
+def _refuse_unfit(workdir: Path, config: Config) -> None:
+    """Refuses a directory that holds something else than this run; writes nothing."""
+    path = workdir / "config.json"
+    if path.exists():
+        _refuse_another_run(workdir, read_config(workdir), config)
+    elif workdir.is_dir() and set(workdir.iterdir()) - {partial(path), workdir / LOCK}:
+        raise InputError(
+            f"{workdir} is not empty and holds no run; choose another --workdir or empty it"
+        )
+
+
 def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
     changed = differences(old, new)
+    castable = bool(changed) and set(changed) <= set(CASTABLE)
+    if castable and new.restore.allow_cast:
+        return
     if changed:
         fields = "; ".join(
             f"{name} is {was!r} there, {now!r} now" for name, (was, now) in changed.items()
         )
+        advice = ", --restore.allow-cast to round what is stored to the new one" if castable else ""
         raise InputError(
             f"{workdir} holds another run ({fields}); choose another --workdir, repeat the old "
-            "values to go on with that run, or delete the directory"
+            f"values to go on with that run{advice}, or delete the directory"
         )
 
 

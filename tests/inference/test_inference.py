@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,21 @@ def test_no_run_no_checkpoint_another_model(workdir: Path, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="blocks"):
         load_model(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_used_and_nothing_is_moved(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
+    (run / "checkpoints" / "60" / "state" / "manifest.ocdbt").write_bytes(b"")
+    before = sorted(run.rglob("*"))
+    assert load_model(run).step == 50
+    assert "checkpoint 60 is damaged: state/manifest.ocdbt" in capsys.readouterr().err
+    (run / "checkpoints" / "50" / "data.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* is intact"):
+        load_model(run)
+    assert sorted(run.rglob("*")) == before
 
 
 # --- Generate ---

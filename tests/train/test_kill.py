@@ -1,10 +1,11 @@
-"""Processes that are asked to stop, and processes that are killed without being asked."""
+"""Processes that are asked to stop, and processes that are killed without being asked.
+
+More of them, at random moments: `test_faults.py`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -81,29 +82,6 @@ def test_killed_twice(home: Path, undisturbed: Path, tmp_path: Path) -> None:
         time.sleep(draw.uniform(0, 0.02))
         process.kill()
         assert finish(process)[0] == -signal.SIGKILL
-    complete(home, workdir)
-    assert_same_run(workdir, undisturbed)
-
-
-@pytest.mark.long
-def test_killed_at_ten_random_moments(home: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Anywhere from the first import to the last file, in the time that a whole run takes."""
-    workdir = tmp_path / "run"
-    draw = random.Random(1)
-    before = time.monotonic()
-    complete(home, tmp_path / "timed")
-    duration = time.monotonic() - before
-    killed = 0
-    while killed < 10:
-        process = launch(home, workdir)
-        # Later starts have less to do: what the draw lets finish is started over.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(draw.uniform(0, duration))
-        process.kill()
-        killed += finish(process)[0] == -signal.SIGKILL
-        if (workdir / "result.json").exists():
-            assert_same_run(workdir, undisturbed)
-            shutil.rmtree(workdir)
     complete(home, workdir)
     assert_same_run(workdir, undisturbed)
 

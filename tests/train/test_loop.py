@@ -45,6 +45,7 @@ def test_the_files_of_a_run(finished: Path) -> None:
         "checkpoints",
         "tensorboard",
         "curves.png",
+        ".lock",
     }
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [30, 32]
 

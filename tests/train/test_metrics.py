@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import threading
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 from run_helpers import strict_loads
 
+from lmjax.train.background import Background
 from lmjax.train.metrics import MetricsWriter, draw_curves, read_rows, replace_text, strict_json
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -70,6 +73,55 @@ def test_rows_written_before_an_error_are_kept(tmp_path: Path) -> None:
         write_and_fail()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.5}]
     assert scalars(tmp_path / "tensorboard") == [(1, "loss", 2.5)]
+
+
+def test_a_file_system_that_hangs_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that come later wait behind it, and are all written when it moves again."""
+    monkeypatch.setattr("lmjax.train.metrics.PATIENCE_SECONDS", 0.05)
+    moves = threading.Event()
+    append = MetricsWriter._append
+    monkeypatch.setattr(
+        MetricsWriter, "_append", lambda *arguments: (moves.wait(), append(*arguments))
+    )
+    patience: list[float] = []
+    drained = Background.drained
+    monkeypatch.setattr(
+        Background, "drained", lambda self, s: (patience.append(s), drained(self, s))[1]
+    )
+    rows = [{"step": step, "loss": 1.0} for step in range(1, 50)]
+    writer = MetricsWriter(tmp_path, 0)
+    for row in rows:
+        writer.write(row)
+    assert not writer.flush()
+    assert not writer.flush()
+    assert patience == [0.05, 0]
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    moves.set()
+    monkeypatch.setattr("lmjax.train.metrics.PATIENCE_SECONDS", 60.0)
+    writer._hangs = False
+    writer.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == rows
+
+
+def test_what_cannot_be_written_is_raised_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = MetricsWriter(tmp_path, 0)
+    writer.write({"step": 1, "loss": 1.0})
+    assert writer.flush()
+    monkeypatch.setattr(MetricsWriter, "_append", fail)
+    writer.write({"step": 2, "loss": 1.0})
+    with pytest.raises(OSError, match="No space"):
+        writer.flush()
+    with pytest.raises(OSError, match="No space"):
+        writer.close()
+    monkeypatch.undo()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3, "loss": 1.0', ""])

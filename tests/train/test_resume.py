@@ -156,7 +156,7 @@ def test_training_time_accumulates_to_the_very_step(
         save(self, step, state, data, progress)
 
     monkeypatch.setattr(Checkpoints, "save", record)
-    monkeypatch.setattr("lmjax.train.loop.time.perf_counter", iter(range(10**6)).__next__)
+    monkeypatch.setattr("lmjax.train.log.time.perf_counter", iter(range(10**6)).__next__)
     # Step 3 comes after the last logged row (none): only saving can count its time.
     train(config("f32"), tmp_path / "run", stop_after=3, progress=False)
     train(config("f32"), tmp_path / "run", stop_after=3, progress=False)
@@ -190,6 +190,24 @@ def test_another_text_is_refused_and_nothing_is_overwritten(home: Path, tmp_path
     with pytest.raises(InputError, match="another text"):
         train(config, tmp_path / "run", progress=False)
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.long
+def test_a_run_goes_on_in_another_precision_if_it_may_cast(home: Path, tmp_path: Path) -> None:
+    from lmjax.train import InputError, train
+    from lmjax.train.checkpoint import CheckpointError
+
+    run = tmp_path / "run"
+    train(tiny(home), run, stop_after=2, progress=False)
+    with pytest.raises(InputError, match=r"--restore\.allow-cast"):
+        train(tiny(home, "pure_bf16"), run, progress=False)
+    cast = tiny(home, "pure_bf16", restore={"allow_cast": True})
+    assert train(cast, run, stop_after=2, progress=False).step == 4
+    assert (run / "config.until-2.json").exists()
+    assert train(tiny(home, "pure_bf16"), run, stop_after=1, progress=False).step == 5
+    with pytest.raises(CheckpointError, match=r"stores opt_state.* but the run needs nothing"):
+        train(tiny(home, "pure_bf16,mu=mxfp4", restore={"allow_cast": True}), run, progress=False)
+    assert train(tiny(home, "pure_bf16"), run, stop_after=1, progress=False).step == 6
 
 
 @pytest.mark.parametrize("name", ["mesh", "data.cache_dir"])

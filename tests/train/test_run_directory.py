@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +20,16 @@ import numpy as np
 import pytest
 from run_helpers import ROOT, strict_loads, tiny
 
-from lmjax.train.config import from_json, to_json
+from lmjax.train import RestoreConfig
+from lmjax.train.config import VERSION, from_json, to_json
 from lmjax.train.run_directory import (
     InputError,
     environment,
+    hold_run,
     open_run,
     parameters_sha256,
     read_config,
+    record_cast,
     record_environment,
 )
 
@@ -109,6 +117,135 @@ def test_an_unwritable_place_is_an_input_error(place: str, config: Any, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the run directory"):
         open_run(tmp_path / place, config)
+
+
+# --- One trainer a directory ---
+
+HOLD = """
+import sys
+from pathlib import Path
+from lmjax.train.locks import lock
+with lock(Path(sys.argv[1]) / ".lock") as mine:
+    print(mine, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(config: Any, tmp_path: Path) -> None:
+    open_run(tmp_path, config)
+    said: list[str] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        refused = f"process {other.pid} on {platform.node()} is training in {tmp_path}"
+        with (
+            pytest.raises(InputError, match=re.escape(refused)),
+            hold_run(tmp_path, config, said.append),
+        ):
+            pytest.fail("two processes train there")
+        other.kill()
+    with hold_run(tmp_path, config, said.append):
+        assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
+    assert said == []
+
+
+def test_where_nothing_can_be_locked_the_run_goes_on_with_a_warning(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    said: list[str] = []
+    with hold_run(tmp_path / "run", config, said.append):
+        assert read_config(tmp_path / "run") == config
+    assert len(said) == 1
+    assert "has no locks" in said[0]
+
+
+def test_a_directory_of_another_run_is_not_even_locked(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="holds no run"), hold_run(tmp_path, config, print):
+        pytest.fail("there is no run")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_config_of_who_came_first_stays(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two first starts at once: the second looks again when it has the lock."""
+    from lmjax.train import run_directory
+
+    other = dataclasses.replace(config, seed=5)
+    take = run_directory.lock
+
+    @contextlib.contextmanager
+    def late(path: Path, *, wait: bool) -> Any:
+        monkeypatch.undo()
+        with hold_run(tmp_path / "run", config, print):
+            pass
+        with take(path, wait=wait) as mine:
+            yield mine
+
+    monkeypatch.setattr(run_directory, "lock", late)
+    with (
+        pytest.raises(InputError, match="seed is 0 there, 5 now"),
+        hold_run(tmp_path / "run", other, print),
+    ):
+        pytest.fail("it holds another run")
+    assert read_config(tmp_path / "run") == config
+
+
+# --- Versions and casts ---
+
+
+def test_a_config_from_before_versions_is_read(config: Any, tmp_path: Path) -> None:
+    """Fields that did not exist have defaults which mean what was done then."""
+    values = to_json(config)
+    del values["faults"], values["restore"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path) == config
+    open_run(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": VERSION + 1}, f"version is {VERSION + 1}, this lmjax reads up to {VERSION}"),
+        ({"version": "new"}, "version is 'new'"),
+        ({"momentum": 0.9}, "unknown config field momentum"),
+    ],
+)
+def test_a_config_of_a_later_version_is_explained(
+    change: dict[str, Any], message: str, config: Any, tmp_path: Path
+) -> None:
+    values = {"version": VERSION, **to_json(config)} | change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=f"{message}.*git_revision"):
+        read_config(tmp_path)
+
+
+def test_another_precision_is_another_run_unless_it_may_cast(config: Any, tmp_path: Path) -> None:
+    open_run(tmp_path, config)
+    other = dataclasses.replace(config, precision="pure_bf16").resolved()
+    with pytest.raises(InputError, match=r"precision is .*--restore\.allow-cast"):
+        open_run(tmp_path, other)
+    cast = dataclasses.replace(other, restore=RestoreConfig(allow_cast=True))
+    open_run(tmp_path, cast)
+    assert read_config(tmp_path) == config, "recorded once the checkpoint could be read"
+    record_cast(tmp_path, cast, 30)
+    record_cast(tmp_path, cast, 40)
+    assert read_config(tmp_path) == cast
+    assert from_json(json.loads((tmp_path / "config.until-30.json").read_text())) == config
+    assert not (tmp_path / "config.until-40.json").exists()
+    with pytest.raises(InputError, match="seed"):
+        open_run(tmp_path, dataclasses.replace(cast, seed=5))
 
 
 def test_environment_says_where() -> None:

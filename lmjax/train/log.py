@@ -1,0 +1,89 @@
+"""How long training takes, and the rows of the logged steps.
+
+Knows the metrics that a step returns; nothing of how steps are computed.
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+
+from lmjax.numerics.telemetry import telemetry_row
+from lmjax.train.config import Config
+from lmjax.train.errors import NonFiniteGradients
+from lmjax.train.metrics import MetricsWriter
+from lmjax.train.progress import Reporter
+
+
+class Clock:
+    """Seconds of training, over all processes of a run; monotonic, whatever the date is set to."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Counts the time since the last pause or resumption as training."""
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def resume(self) -> None:
+        """Does not count the time since the last pause."""
+        self._since = time.perf_counter()
+
+
+class StepLog:
+    """Writes the rows of the logged steps, one step late."""
+
+    def __init__(
+        self, writer: MetricsWriter, report: Reporter, config: Config, clock: Clock, first: int
+    ):
+        self.writer, self.report, self.config, self.clock = writer, report, config, clock
+        self._waiting: tuple[int, dict[str, jax.Array]] | None = None
+        self._logged_step, self._logged_seconds = first, clock.seconds
+
+    def pending(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Remembers a step's metrics, which the device may still be computing."""
+        self._waiting = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the remembered metrics, writes and shows them.
+
+        Raises:
+          NonFiniteGradients: the limit of skipped steps in a row is reached.
+        """
+        if self._waiting is None:
+            return
+        step, arrays = self._waiting
+        self._waiting = None
+        fetched = jax.device_get(arrays)
+        tensors, updates = fetched.pop("telemetry", None), fetched.pop("updates", None)
+        values = {name: value.item() for name, value in fetched.items()}
+        self.clock.pause()
+        seconds = self.clock.seconds
+        elapsed, steps = seconds - self._logged_seconds, step - self._logged_step
+        self._logged_step, self._logged_seconds = step, seconds
+        skips = values.pop("consecutive_skips")
+        row = {
+            "step": step,
+            **values,
+            "tokens_per_second": steps * self.config.batch_size * self.config.context / elapsed,
+            "step_seconds": elapsed / steps,
+        }
+        self.writer.write(row)
+        self.report.metrics(row)
+        if tensors is not None:
+            sites = self.config.after(step).sites
+            self.writer.write_telemetry(telemetry_row(step, tensors, updates, sites))
+        # A run too short for the limit has still failed when it skipped every step.
+        limit = min(self.config.loss_scale.max_consecutive_skips, self.config.steps)
+        if skips >= limit and self.config.faults.non_finite != "skip":
+            raise NonFiniteGradients(
+                f"the gradients of the last {skips} steps up to step {step} were not finite, at "
+                f"loss scale {values['loss_scale']:g}; nothing was learned from them. Lower the "
+                "learning rate, give the parameters or the compute format more exponent bits, or "
+                "go on from the checkpoint before with --faults.non-finite rewind",
+                step,
+                skips,
+            )

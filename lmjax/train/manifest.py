@@ -1,0 +1,97 @@
+"""The manifest of a folder: which files it has to have, and a digest of each.
+
+`manifest.sha256` has the format of `sha256sum`: `sha256sum -c manifest.sha256` checks a folder
+without lmjax. It is the last file that is written, so a folder without one was never complete.
+
+Knows files and digests; nothing of what they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+NAME = "manifest.sha256"
+LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+class Damaged(Exception):
+    """A folder is not what its manifest says."""
+
+
+def seal(folder: Path) -> None:
+    """Writes the manifest of a folder and returns when all of the folder is on the disk itself."""
+    files = _files(folder)
+    lines = [f"{_digest(path, sync=True)}  {name}\n" for name, path in files.items()]
+    (folder / NAME).write_text("".join(lines), encoding="utf-8")
+    _digest(folder / NAME, sync=True)
+    for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync_directory(directory)
+
+
+def check(folder: Path) -> None:
+    """Returns if every file of a folder is what it was when the folder was sealed.
+
+    A file that was added since is damage too, for a manifest cut short would look like that; hidden
+    files, which file systems and file managers leave behind, do not count.
+
+    Raises:
+      Damaged: it is not, and why.
+    """
+    expected = _read(folder / NAME)
+    present = _files(folder)
+    for name in sorted(expected.keys() | present.keys()):
+        if name not in present:
+            raise Damaged(f"{name} is missing")
+        if name not in expected:
+            raise Damaged(f"{name} is not in {NAME}")
+        try:
+            digest = _digest(present[name])
+        except OSError as error:
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
+        if digest != expected[name]:
+            raise Damaged(f"{name} does not have the SHA-256 that {NAME} says")
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Damaged(f"{NAME} is missing") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise Damaged(f"{NAME} cannot be read ({error})") from error
+    matches = [LINE.fullmatch(line) for line in text.split("\n")[:-1]]
+    if not matches or None in matches or not text.endswith("\n"):
+        raise Damaged(f"{NAME} is no list of digests")
+    return {match[2]: match[1] for match in matches if match}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files below a folder by their names, but for the manifest and hidden ones."""
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+    files.pop(NAME, None)
+    return files
+
+
+def _digest(path: Path, *, sync: bool = False) -> str:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(folder: Path) -> None:
+    """Returns when the names in a folder, not only what they name, are on the disk."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

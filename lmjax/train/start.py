@@ -1,0 +1,124 @@
+"""From a config to a run that can step: what is checked, found and restored before the first step.
+
+Knows data, meshes, checkpoints and states; nothing of how steps are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax import sharding
+from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
+from lmjax.train.checkpoint import Checkpoints
+from lmjax.train.config import Config
+from lmjax.train.errors import InputError
+from lmjax.train.log import Clock
+from lmjax.train.rewind import Positions
+from lmjax.train.run_directory import record_cast
+from lmjax.train.state import TrainState, abstract_state, create_state
+
+
+@dataclass
+class Run:
+    """What the functions of a run share: its fixed parts, and those that move with it.
+
+    Attributes:
+      config: resolved.
+      corpus: what it is trained on.
+      mesh: where it is computed.
+      workdir: the run directory.
+      checkpoints: those in it.
+      note: says a line to whoever is watching.
+      data: the iterator of training batches.
+      state: the train state.
+      clock: seconds of training.
+      positions: where in the data the last batches are.
+      rewinds: the steps that it has gone back to, in order.
+    """
+
+    config: Config
+    corpus: TokenizedCorpus
+    mesh: sharding.Mesh
+    workdir: Path
+    checkpoints: Checkpoints
+    note: Callable[[str], None]
+    data: Any
+    state: TrainState
+    clock: Clock
+    positions: Positions
+    rewinds: list[int]
+
+    @property
+    def step(self) -> int:
+        """The last step done."""
+        return int(self.state.step)
+
+
+def checked_input(config: Config, progress: bool) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
+    """The resolved config, its corpus and its mesh; refuses what does not fit together."""
+    try:
+        config = config.resolved()
+        _refuse_f64_without_x64(config)
+        mesh = sharding.make_mesh(config.mesh)
+        rows = (config.batch_size // config.micro_batches, config.evaluation.batch_size)
+        for batch_rows in rows:
+            sharding.batch_sharding(mesh, (batch_rows, config.context))
+        corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if corpus.tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} tokens, but "
+            f"the model embeds {config.model.vocab_size}; raise --model.vocab-size"
+        )
+    return config, corpus, mesh
+
+
+def _refuse_f64_without_x64(config: Config) -> None:
+    sites = [site for _, phase in config.phases for site in phase.sites.values()]
+    formats = {f.name for site in sites for f in (site.params, site.compute, site.output)}
+    if "f64" in formats and not jax.config.read("jax_enable_x64"):
+        raise ValueError("f64 needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment")
+
+
+def start_run(
+    config: Config,
+    corpus: TokenizedCorpus,
+    mesh: sharding.Mesh,
+    workdir: Path,
+    checkpoints: Checkpoints,
+    note: Callable[[str], None],
+) -> Run:
+    """The run at its newest intact checkpoint, or at step 0."""
+    data = train_iterator(
+        corpus,
+        length=config.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    run = partial(Run, config, corpus, mesh, workdir, checkpoints, note, data)
+    latest = checkpoints.newest_intact()
+    if latest is None:
+        return run(create_state(config.at(0), mesh), Clock(0.0), Positions(config), [])
+    state, position, counters = checkpoints.restore(
+        latest,
+        abstract_state(config.after(latest), mesh),
+        allow_cast=config.restore.allow_cast,
+    )
+    if counters["corpus"] != corpus.fingerprint:
+        raise InputError(
+            f"{workdir} was trained on another text: the files or the tokenizer behind "
+            f"{config.data.dataset} have changed; restore them or choose another --workdir"
+        )
+    record_cast(workdir, config, latest)
+    data.set_state(position)
+    seconds, rewinds = counters["train_seconds"], counters.get("rewinds", [])
+    return run(state, Clock(seconds), Positions(config), rewinds)
