@@ -7,7 +7,7 @@ Two kinds of sentences are statistical, about differences that are paired by see
                interval from the other side excludes as much.
     range      the difference lies between two numbers. Confirmed by two one-sided tests (the 90%
                interval lies inside the range); refuted if that interval lies outside it. `parity`
-               is the range from `-margin` to `margin`.
+               is the range from `-margin` to `margin`; a range may have no upper end.
 
 One seed decides neither. A run that failed is worse by any amount than one that did not; seeds on
 which the control failed say nothing and are left out.
@@ -78,14 +78,9 @@ class Evidence:
     ) -> Finding:
         """That an arm is worse than its control by at least so much; see the module."""
         differences, lost = self._against(arm, control)
-        if not lost:
-            outcome = gap_outcome(differences, at_least)
-        elif not differences:
-            outcome = "confirmed" if len(lost) > 1 else "undecided"
-        else:
-            # What survived says less than the truth, so it can only confirm.
-            outcome = gap_outcome(differences, at_least)
-            outcome = "undecided" if outcome == "refuted" else outcome
+        outcome = gap_outcome(differences, at_least)
+        if lost:
+            outcome = _beside_failures(outcome, differences, lost)
         return Finding(statement, _in_words(differences, lost), outcome)
 
     def parity(
@@ -100,7 +95,9 @@ class Evidence:
         """That an arm minus its control lies between two numbers; see the module."""
         differences, lost = self._against(arm, control)
         outcome = range_outcome(differences, low, high)
-        if lost:
+        if lost and high == math.inf:
+            outcome = _beside_failures(outcome, differences, lost)
+        elif lost:
             outcome = "refuted" if len(differences) + len(lost) > 1 else "undecided"
         return Finding(statement, _in_words(differences, lost), outcome)
 
@@ -170,6 +167,16 @@ class Evidence:
         }
         lost = {seed: reason for seed, reason in self._failed(arm).items() if seed in finished}
         return list(self.differences(arm, control).values()), lost
+
+
+def _beside_failures(
+    outcome: Outcome, differences: list[float], lost: Mapping[int, str]
+) -> Outcome:
+    """How a lower bound of a difference came out, where other runs of the arm failed."""
+    if not differences:
+        return "confirmed" if len(lost) > 1 else "undecided"
+    # What survived says less than the truth, so it can only confirm.
+    return "undecided" if outcome == "refuted" else outcome
 
 
 def _in_words(differences: list[float], lost: Mapping[int, str]) -> str:

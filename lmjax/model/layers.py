@@ -249,7 +249,7 @@ class Attention(nnx.Module):
             probe=combine.probe,
             unit=c.unit,
         )
-        y = hand_on(y, sites["combine"], combine.probe)
+        y = hand_on(y, sites["combine"], combine.probe, second="activations")
         y = y.reshape(batch, length, c.heads * c.head_size)
         return self.out(y, sites["out"], context.at("out")), cache
 
@@ -278,7 +278,8 @@ class Attention(nnx.Module):
             unit=unit,
         )
         softmax, probe = sites["softmax"], context.at("softmax").probe
-        scores = take(hand_on(scores, site, products.probe), softmax, probe)
+        scores = hand_on(scores, site, products.probe, second="activations")
+        scores = take(scores, softmax, probe)
         scores = scores if unit else scores * rest
         queries = positions_from(start, scores.shape[-2])
         keys = positions_from(0, scores.shape[-1])

@@ -4,13 +4,14 @@
     p=f32,c=bf16,o=f32; **/softmax: c=bf16             rules by path after semicolons
     mixed_bf16; blocks/0: c=f32; blocks/-1: c=f32      presets by name, indices from the end
     c=bf16,w=e4m3@tensor,x=e4m3@tensor,g=e5m2@tensor   fp8 matmuls with a scale per tensor
+    mixed_bf16,wb=mxfp4,xb=mxfp4,g=mxfp4.rht.sr      backward products in MXFP4, rotated first
     0: mixed_bf16; head: c=f32 | 1000: f32             phases: a whole policy from each step on
 
 `KEYS` lists what can be set and how each value is written. Every string that jmp accepts means what
 it means to jmp, with one exception: a key given twice with different values, where jmp lets the
 last one win, is refused; in the record of an experiment that is a mistake.
 
-Knows policies, formats and quantizers.
+Knows policies, their settings, formats and quantizers.
 """
 
 from __future__ import annotations
@@ -24,17 +25,11 @@ from typing import Any, NamedTuple
 import jax
 
 from lmjax.precision.formats import Format, parse_format
-from lmjax.precision.policy import (
-    NATIVE,
-    Accumulator,
-    Operand,
-    Phase,
-    Policy,
-    PolicyError,
-    Rule,
-    Stored,
-)
+from lmjax.precision.hadamard import DEFAULT_BLOCK
+from lmjax.precision.policy import NATIVE, Phase, Policy, PolicyError, Rule
 from lmjax.precision.quantizer import Quantizer, parse_quantizer
+from lmjax.precision.rounding import Rounding
+from lmjax.precision.settings import Accumulator, Operand, Stored
 
 
 class Key(NamedTuple):
@@ -70,9 +65,22 @@ def _stored(text: str) -> Stored:
 
 
 def _operand(text: str) -> Operand:
-    name = text.removesuffix(".sr")
-    quantizer = parse_quantizer(_short(name))
-    return Operand(quantizer, "stochastic" if name != text else "nearest_even")
+    name = re.sub(r"(\.(sr|rht[0-9]*))*\Z", "", text)
+    options = text[len(name) :].split(".")[1:]
+    rotations = [int(option[3:] or DEFAULT_BLOCK) for option in options if option != "sr"]
+    if options.count("sr") > 1 or len(rotations) > 1:
+        raise ValueError("write .sr and .rht once at most")
+    if 0 in rotations:
+        raise ValueError("a rotation of blocks of 0; write .rht, or .rhtN with a power of two")
+    rounding: Rounding = "stochastic" if "sr" in options else "nearest_even"
+    return Operand(parse_quantizer(_short(name)), rounding, *rotations)
+
+
+def _backward_operand(text: str) -> Operand:
+    operand = _operand(text)
+    if operand.quantizer.history:
+        raise ValueError("histories are those of w, x and g; leave out .delayed")
+    return operand
 
 
 def _accumulator(text: str) -> Accumulator:
@@ -120,6 +128,8 @@ KEYS = {
     "w": Key("weights", "weights as operands of products", "c", _operand),
     "x": Key("activations", "activations as operands of products", "c", _operand),
     "g": Key("grads", "cotangents entering the backward products", "c", _operand),
+    "wb": Key("backward_weights", "weights in the backward products", "w", _backward_operand),
+    "xb": Key("backward_activations", "activations in those", "x", _backward_operand),
     "a": Key("accum", "accumulation of products", "f32", _accumulator),
     "m": Key("matmul", "precision of products of f32 operands", "highest", _matmul),
     "r": Key("reduce", "gradient reductions across devices", "f32", _format),

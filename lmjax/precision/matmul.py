@@ -6,14 +6,22 @@ the gradients. Left to autodiff, a bf16 product with f32 accumulation has f32 co
 its backward products in f32.
 
     forward    y   = round_c( sum_a( Qx(x) * Qw(w) ) )
-    backward   dx  = round_c( sum_a( Qg(g) * Qw(w) ) )
-               dw  = round_c( sum_a( Qx(x) * Qg(g) ) )
+    backward   dx  = round_c( sum_a( Qg(g) * Qwb(w) ) )
+               dw  = round_c( sum_a( Qxb(x) * Qg(g) ) )
 
 with c the site's compute format, a its accumulator, g the cotangent of y, which arrives in c, and Q
-the quantizer of each operand. An operand is quantized anew for each product, because factors of
-channels and blocks follow the axes that the product at hand sums over: the terms of one sum are a
-channel, and blocks are cut along the last of those axes, so that none crosses from one sequence
-into the next. Gradients pass straight through the quantizers.
+the quantizer of each operand; `wb` and `xb` are `w` and `x` unless a policy says otherwise, and the
+second operand of a product of two activations has the quantizers of the first. An operand is
+quantized anew for each product, because factors of channels and blocks follow the axes that the
+product at hand sums over: the terms of one sum are a channel, and blocks are cut along the last of
+those axes, so that none crosses from one sequence into the next. Gradients pass straight through
+the quantizers.
+
+A product with an operand `.rht` is *rotated*: before they are quantized, both operands go through
+one random Hadamard transform along the last axis that is summed over (`hadamard.py`), in f32, and
+are rounded to the compute format once more. Without rounding that would change nothing; a product
+that sums over no axis is left alone. Rotated operands are scaled by their own maximum, also where
+the policy says delayed: past maxima are not those of rotated tensors.
 
 Factors are applied as hardware applies them. Where all terms of a sum share them, elements are
 multiplied and summed, and the sum in f32 is multiplied by the factors:
@@ -29,27 +37,26 @@ Factors that differ among the terms of a sum (blocks) and zero points come befor
 operand is held in the compute format: exactly with factors that are powers of two (MX) and `c=bf16`
 or wider; with others, `element * factor` is rounded once more.
 
-Knows policies, quantizers, probes, contractions, native products and JAX.
+Knows policies, quantizers, rotations, probes, sums, native products and JAX.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lmjax.precision.contraction import Plan, axes_of, beside_result, contract, plan_of
-from lmjax.precision.exact import at_least_f32
+from lmjax.precision.contraction import Plan, axes_of, beside_result, plan_of
+from lmjax.precision.hadamard import random_signs, rotate
 from lmjax.precision.native import multiplies_elements, product_dtypes, this_backend
-from lmjax.precision.policy import Accumulator, Operand, SitePolicy
+from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe, Rounded, Slots, measure, report, report_cotangent
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import quantize
 from lmjax.precision.scaling import (
     Axis,
     apply_factor,
@@ -57,6 +64,8 @@ from lmjax.precision.scaling import (
     fake_quantize,
     quantize_with_scale,
 )
+from lmjax.precision.settings import Operand
+from lmjax.precision.summation import sum_of_products
 
 Role = Literal["weights", "activations"]
 Key = jax.Array | None
@@ -84,8 +93,8 @@ def einsum(
       w: as x.
       site: the formats.
       second: what `w` holds, and so which of the site's quantizers it gets.
-      key: random key for operands that are rounded stochastically; without one, as in evaluation,
-        they are rounded to nearest.
+      key: random key for operands that are rounded stochastically and for the signs of rotations;
+        without one, as in evaluation, operands are rounded to nearest and signs always the same.
       probe: factors of delayed scaling, without which operands are scaled by their own maximum; and
         slots for what is to be measured of the operands and gradients.
       unit: divides each of the three products, y, dx and dw, by the root of the number of terms
@@ -100,44 +109,68 @@ def einsum(
     """
     _check(spec)
     factors, slots = ({}, {}) if probe is None else probe
-    plan = plan_of(spec)
-    x = _watched(x, site.activations, plan.x_summed, site, factors.get("x"), slots.get("x", {}))
-    of_w = getattr(site, second)
-    w = _watched(w, of_w, plan.w_summed, site, factors.get("w"), slots.get("w", {}))
+    plan, of_x, of_w = plan_of(spec), site.activations, getattr(site, second)
+    view = functools.partial(_view, site=site, block=_block(of_x, of_w))
+    view_x = functools.partial(view, operand=of_x, axis=plan.x_summed)
+    view_w = functools.partial(view, operand=of_w, axis=plan.w_summed)
+    x = _watched(x, site, view_x, factors.get("x"), slots.get("x", {}))
+    w = _watched(w, site, view_w, factors.get("w"), slots.get("w", {}))
     gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
     return _einsum(spec, site, second, unit, x, w, key, factors, gradients)
 
 
-def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.Array:
-    """The result of a product in the site's output format; `g` is measured of its cotangent."""
+def hand_on(
+    y: jax.Array, site: SitePolicy, probe: Probe | None = None, *, second: Role = "weights"
+) -> jax.Array:
+    """The result of a product in the site's output format.
+
+    `g` is measured of its cotangent, as the product dx quantizes it; `second` as `einsum` has it.
+    """
     factors, slots = ({}, {}) if probe is None else probe
-    view = functools.partial(_view, operand=site.grads, axis=-1, site=site)
+    block = _block(site.grads, getattr(site, f"backward_{second}"))
+    view = functools.partial(_view, operand=site.grads, axis=-1, site=site, block=block)
     return report_cotangent(site.to_output(y), slots.get("g", {}), view, factors.get("g"))
 
 
 def _watched(
     x: jax.Array,
-    operand: Operand | None,
-    axis: Axis,
     site: SitePolicy,
+    view: Callable[..., Rounded],
     factor: jax.Array | None,
     slots: Mapping[str, Any],
 ) -> jax.Array:
     """An operand, cast to the compute format; measured before it is cast and quantized."""
-    view = lambda: _view(x, factor, operand=operand, axis=axis, site=site)
-    return report(site.to_compute(x), slots, view)
+    return report(site.to_compute(x), slots, lambda: view(x, factor))
 
 
 def _view(
-    x: jax.Array, factor: jax.Array | None, *, operand: Operand | None, axis: Axis, site: SitePolicy
+    x: jax.Array,
+    factor: jax.Array | None,
+    *,
+    operand: Operand | None,
+    axis: Axis,
+    site: SitePolicy,
+    block: int,
 ) -> Rounded:
-    """What becomes of a tensor that enters a product."""
+    """What becomes of a tensor that enters a product.
+
+    Where that is rotated, of the rotated tensor, with the signs of evaluation; `raw` is still `x`.
+    """
+    entering = x
+    if block and axis != ():
+        last = axis if isinstance(axis, int) else axis[-1]
+        entering, factor = rotate(site.to_compute(x), last, random_signs(block, None)), None
     if operand is None:
-        return Rounded(x, x, site.to_compute(x), site.compute)
+        return Rounded(x, entering, site.to_compute(entering), site.compute)
     scaled, values = elements(
-        site.to_compute(x), _current(operand.quantizer, factor), axis=axis, scale=factor
+        site.to_compute(entering), _current(operand.quantizer, factor), axis=axis, scale=factor
     )
     return Rounded(x, scaled, values, operand.quantizer.format)
+
+
+def _block(*operands: Operand | None) -> int:
+    """The block in which the product of these operands is rotated; 0 if it is not."""
+    return max(0 if operand is None else operand.rotation for operand in operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -195,7 +228,8 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None, Factors, Slots]:
     x, w, key, factors, slots = saved
     x_axes, w_axes, y_axes = axes_of(spec)
-    of_g, of_x, of_w = ("g", site.grads), ("x", site.activations), ("w", getattr(site, second))
+    of_g, of_x = ("g", site.grads), ("x", site.backward_activations)
+    of_w = ("w", getattr(site, f"backward_{second}"))
     dx_spec, dw_spec = f"{y_axes},{w_axes}->{x_axes}", f"{x_axes},{y_axes}->{w_axes}"
     wide = {
         "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
@@ -225,12 +259,15 @@ def _product(
     """The product of both operands, quantized; not yet rounded to compute."""
     plan = plan_of(spec)
     (x_role, of_x), (w_role, of_w) = roles
+    terms = _terms(pair[0], plan)
+    block = _block(of_x, of_w)
+    if block and plan.x_summed:
+        pair, factors = _rotated(pair, plan, site, random_signs(block, _fold(key, 2))), {}
     x = _ready(pair[0], of_x, plan.x_summed, site, _fold(key, 0), factors.get(x_role))
     w = _ready(pair[1], of_w, plan.w_summed, site, _fold(key, 1), factors.get(w_role))
-    terms = math.prod(x.values.shape[axis] for axis in plan.x_summed)
-    dtypes = product_dtypes(this_backend(), site, of_x, of_w, terms)
+    dtypes = product_dtypes(this_backend(), site, of_x, of_w, _terms(pair[0], plan))
     x_dtype, w_dtype = dtypes or (x.values.dtype, w.values.dtype)
-    product = _sum(spec, x.values.astype(x_dtype), w.values.astype(w_dtype), site)
+    product = sum_of_products(spec, x.values.astype(x_dtype), w.values.astype(w_dtype), site)
     x_axes, w_axes, y_axes = axes_of(spec)
     for operand, axes, summed in ((x, x_axes, plan.x_summed), (w, w_axes, plan.w_summed)):
         if operand.late is not None:
@@ -240,6 +277,20 @@ def _product(
     if unit:
         product = product * jnp.asarray(terms**-0.5, product.dtype)
     return product
+
+
+def _rotated(
+    pair: tuple[jax.Array, jax.Array], plan: Plan, site: SitePolicy, signs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Both operands, rotated along the last axis that is summed over, in the compute format."""
+    x, w = pair
+    rotated = rotate(x, plan.x_summed[-1], signs), rotate(w, plan.w_summed[-1], signs)
+    return site.to_compute(rotated[0]), site.to_compute(rotated[1])
+
+
+def _terms(x: jax.Array, plan: Plan) -> int:
+    """How many terms a product with the first operand `x` sums."""
+    return math.prod(x.shape[axis] for axis in plan.x_summed)
 
 
 class _Ready(NamedTuple):
@@ -266,6 +317,7 @@ def _ready(
     if operand is None:
         return _Ready(x)
     stochastic = operand.rounding == "stochastic" and key is not None
+    factor = factor if operand.quantizer.history else None
     quantizer = _current(operand.quantizer, factor)
     how: dict[str, Any] = {
         "axis": summed,
@@ -282,68 +334,6 @@ def _ready(
 def _current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
     """The quantizer, scaling by the tensor itself where it should be delayed but nobody knows."""
     return quantizer if factor is not None else replace(quantizer, history=0)
-
-
-def _sum(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
-    """Sums of products in the accumulator of the site, held in f32 (f64 for f64)."""
-    if site.matmul == "tf32" and x.dtype == jnp.float32:
-        x, w = quantize(x, "tf32"), quantize(w, "tf32")
-    if site.accum.chunk:
-        return _chunked(plan_of(spec), x, w, site.accum)
-    total = _contract(spec, x, w, site)
-    if site.accum.format.bits < 32:
-        total = quantize(total, site.accum.format, overflow="native")
-    return total
-
-
-def _contract(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
-    """The sums of products in f32 (f64 for f64), not yet rounded.
-
-    f32 operands are multiplied as f32: without `HIGHEST`, GPUs would use TF32 and TPUs bf16. fp8
-    operands are summed as exactly as there is hardware for: without it, Nvidia's GPUs leave the sum
-    to the tensor cores ("fast accumulation"). Integers are summed in int32, without rounding.
-    """
-    accumulate = at_least_f32(site.accum.format.dtype or jnp.float32)
-    if x.dtype == jnp.float64:
-        accumulate = x.dtype
-    if x.dtype == jnp.int8:
-        whole = contract(spec, x, w, precision=jax.lax.Precision.DEFAULT, accumulate=jnp.int32)
-        return whole.astype(accumulate)
-    careful = x.dtype == at_least_f32(x.dtype) or x.dtype.itemsize == 1
-    highest = careful and site.matmul != "default"
-    precision = jax.lax.Precision.HIGHEST if highest else jax.lax.Precision.DEFAULT
-    return contract(spec, x, w, precision=precision, accumulate=accumulate)
-
-
-def _chunked(plan: Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax.Array:
-    """Sums chunks of terms in f32 and the chunks one after another in a narrow accumulator.
-
-    Written as a scan, because XLA adds bf16 sums up in f32 wherever it has the choice.
-    """
-    x = jnp.transpose(x, plan.x_order).astype(jnp.float32)
-    w = jnp.transpose(w, plan.w_order).astype(jnp.float32)
-    shared, kept = len(plan.batch), len(plan.x_kept)
-    batch_shape, x_shape = x.shape[:shared], x.shape[shared : shared + kept]
-    w_shape = w.shape[shared + len(plan.x_summed) :]
-    terms = math.prod(x.shape[shared + kept :])
-    size = min(accum.chunk, terms)
-    chunks = -(-terms // size)
-    padding = chunks * size - terms
-    x = x.reshape(math.prod(batch_shape), math.prod(x_shape), terms)
-    w = w.reshape(math.prod(batch_shape), terms, math.prod(w_shape))
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, padding))).reshape(*x.shape[:2], chunks, size)
-    w = jnp.pad(w, ((0, 0), (0, padding), (0, 0))).reshape(w.shape[0], chunks, size, w.shape[2])
-
-    def rounded(value: jax.Array) -> jax.Array:
-        return quantize(value, accum.format, overflow="native")
-
-    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        part = jnp.einsum("bmk,bkn->bmn", *chunk, precision=jax.lax.Precision.HIGHEST)
-        return rounded(total + rounded(part)), None
-
-    zero = jnp.zeros((x.shape[0], x.shape[1], w.shape[-1]), jnp.float32)
-    total, _ = jax.lax.scan(add, zero, (jnp.moveaxis(x, 2, 0), jnp.moveaxis(w, 1, 0)))
-    return jnp.transpose(total.reshape(*batch_shape, *x_shape, *w_shape), plan.y_order)
 
 
 def _fold(key: Key, index: int) -> Key:

@@ -34,10 +34,10 @@ from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.policy import (
     ACTIVATION_PRODUCTS,
     PRODUCT_SITES,
-    Operand,
     SitePolicy,
     carrier,
 )
+from lmjax.precision.settings import Operand
 
 Dtypes = tuple[np.dtype[Any], np.dtype[Any]]
 
@@ -194,12 +194,12 @@ def products(
 
 
 def _of_site(site: SitePolicy, kind: str, tokens: int, backend: Backend) -> dict[str, Arithmetic]:
-    x, g = site.activations, site.grads
-    w = x if kind in ACTIVATION_PRODUCTS else site.weights
+    x, xb, g = site.activations, site.backward_activations, site.grads
+    w, wb = (x, xb) if kind in ACTIVATION_PRODUCTS else (site.weights, site.backward_weights)
     return {
         "y": _arithmetic(backend, site, x, w, 1),
-        "dx": _arithmetic(backend, site, g, w, 1),
-        "dw": _arithmetic(backend, site, x, g, tokens),
+        "dx": _arithmetic(backend, site, g, wb, 1),
+        "dw": _arithmetic(backend, site, xb, g, tokens),
     }
 
 

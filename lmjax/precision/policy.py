@@ -9,8 +9,9 @@ sites within follow by default. The difference matters twice:
 
 - the sites of `WIDE_SITES` compute in at least f32: neither the base nor a rule on a container
   narrows them, only a rule that names them (`**/softmax: c=bf16`, or `blocks/0/**: c=bf16`);
-- only the products of `LINEAR_SITES` take `w`, `x` and `g` over from the base or a container; any
-  other keeps its operands in the compute format unless a rule that names it says otherwise.
+- only the products of `LINEAR_SITES` take `w`, `x`, `g`, `wb` and `xb` over from the base or a
+  container; any other keeps its operands in the compute format unless a rule that names it says
+  otherwise.
 
 The base `o` belongs to the logits alone, as in jmp; inside the model a site hands on its own
 compute format unless a rule that names it sets `o`.
@@ -18,7 +19,8 @@ compute format unless a rule that names it sets `o`.
 A policy may change with the step. It then has phases, each a policy of its own, and what a site
 resolves to is a question about one phase: `policy.at(step).resolve(path)`.
 
-Knows formats, quantizers and jmp; which sites a model has it learns from the paths it is given.
+Knows formats, quantizers, settings and jmp; which sites a model has it learns from the paths it is
+given.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ import jmp
 from lmjax.precision import paths
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import Rounding, quantize
+from lmjax.precision.rounding import quantize
+from lmjax.precision.settings import Accumulator, Operand, Stored, Update
 
 WIDE_SITES = {
     "norm": "a mean of squares overflows f16 and loses small differences in bf16",
@@ -61,13 +64,17 @@ PRODUCT_SITES = (*LINEAR_SITES, "scores", "combine", "head")
 ACTIVATION_PRODUCTS = ("scores", "combine")
 """Products of two activations: `x` says how both operands are quantized."""
 
+OPERANDS = ("w", "x", "g", "wb", "xb")
+"""Keys of the grammar that quantize operands of products."""
+
+_BACKWARD = {"w": "wb", "x": "xb"}
+
 OUTPUT_SITE = "head"
 """The site whose output is the model's output: the base `o` applies to it."""
 
 NATIVE = ("f64", "f32", "bf16", "f16")
 """Formats that JAX computes in everywhere; all others are emulated in f32."""
 
-Update = Literal["nearest", "sr", "kahan"]
 MatmulPrecision = Literal["highest", "tf32", "default"]
 
 
@@ -83,46 +90,6 @@ class PolicyError(ValueError):
         where = "" if position is None else f" at character {position}"
         super().__init__(f"policy {text!r}{where}: {message}")
         self.position = position
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How parameters are stored: a format, and how an update is rounded to it.
-
-    `nearest` loses updates below half a unit in the last place; `sr` rounds stochastically, so that
-    they arrive on average; `kahan` keeps what was lost in a second array of the same format and
-    adds it to the next update (Zamirai et al. 2020, arXiv 2010.06192, section 4).
-    """
-
-    format: Format
-    update: Update = "nearest"
-
-    def __str__(self) -> str:
-        return self.format.name + ("" if self.update == "nearest" else f".{self.update}")
-
-
-@dataclass(frozen=True)
-class Operand:
-    """How an operand of a product is quantized, after it was cast to the compute format."""
-
-    quantizer: Quantizer
-    rounding: Rounding = "nearest_even"
-
-    def __str__(self) -> str:
-        return f"{self.quantizer}" + (".sr" if self.rounding == "stochastic" else "")
-
-
-@dataclass(frozen=True)
-class Accumulator:
-    """What products are summed in: chunks of `chunk` terms exactly as f32, then chunk by chunk in
-    `format`, one rounding each; `chunk` 0 is the whole sum in one go.
-    """
-
-    format: Format
-    chunk: int = 0
-
-    def __str__(self) -> str:
-        return self.format.name + (f"@block{self.chunk}" if self.chunk else "")
 
 
 F32 = parse_format("f32")
@@ -141,6 +108,8 @@ class SitePolicy:
       update: how an update is rounded to `params`.
       weights, activations, grads: quantization of the operands of its product, and of the
         cotangent in the backward products; None leaves them in the compute format.
+      backward_weights, backward_activations: the same as weights and activations, for the backward
+        products; what a policy does not set is as in the forward one.
       accum: accumulation of its product.
       matmul: precision of products of f32 operands: `highest` (f32), `tf32`, or whatever the
         backend does by default.
@@ -157,6 +126,8 @@ class SitePolicy:
     weights: Operand | None = None
     activations: Operand | None = None
     grads: Operand | None = None
+    backward_weights: Operand | None = None
+    backward_activations: Operand | None = None
     accum: Accumulator = SUMMED_IN_F32
     matmul: MatmulPrecision = "highest"
     reduce: Format = F32
@@ -187,9 +158,10 @@ class SitePolicy:
 
     @property
     def stochastic(self) -> bool:
-        """Whether an operand of its product is rounded stochastically."""
-        operands = (self.weights, self.activations, self.grads)
-        return any(o is not None and o.rounding == "stochastic" for o in operands)
+        """Whether an operand of its products is rounded stochastically, or rotated at random."""
+        forward = (self.weights, self.activations, self.grads)
+        operands = (*forward, self.backward_weights, self.backward_activations)
+        return any(o is not None and (o.rounding == "stochastic" or o.rotation) for o in operands)
 
     def rows(self) -> dict[str, str]:
         """Every setting by its key in the grammar, as it would be written."""
@@ -201,6 +173,8 @@ class SitePolicy:
             "w": str(self.weights or operand),
             "x": str(self.activations or operand),
             "g": str(self.grads or operand),
+            "wb": str(self.backward_weights or operand),
+            "xb": str(self.backward_activations or operand),
             "a": str(self.accum),
             "m": self.matmul,
             "r": self.reduce.name,
@@ -351,15 +325,18 @@ def _inherited(settings: Settings, kind: str) -> dict[str, Any]:
     if kind in WIDE_SITES and "c" in inherited and inherited["c"].bits <= 32:
         inherited["c"] = F32
     if kind not in LINEAR_SITES:
-        inherited = {key: value for key, value in inherited.items() if key not in ("w", "x", "g")}
+        inherited = {key: value for key, value in inherited.items() if key not in OPERANDS}
     return inherited
 
 
 def _site_policy(settings: Settings) -> SitePolicy:
+    again = {backward: settings[key] for key, backward in _BACKWARD.items() if key in settings}
+    settings = again | dict(settings)
     stored, compute = settings["p"], settings["c"]
     names = {
-        "w": "weights", "x": "activations", "g": "grads", "a": "accum", "m": "matmul",
-        "r": "reduce", "mu": "mu", "nu": "nu", "kv": "cache",
+        "w": "weights", "x": "activations", "g": "grads", "wb": "backward_weights",
+        "xb": "backward_activations", "a": "accum", "m": "matmul", "r": "reduce", "mu": "mu",
+        "nu": "nu", "kv": "cache",
     }  # fmt: skip
     rest = {field: settings[key] for key, field in names.items() if key in settings}
     site = SitePolicy(stored.format, compute, settings.get("o", compute), stored.update)

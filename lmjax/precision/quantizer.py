@@ -37,7 +37,11 @@ class Quantizer:
       block: elements in a block; 0 without blocks.
       scale: what factors are stored in. f32: `amax / largest`, so that the largest element becomes
         the largest value. e4m3: the same, rounded. e8m0: `2**(floor(log2(amax)) - emax)` as in the
-        MX specification (section 6.3), under which elements near the end of a binade saturate.
+        MX specification (section 6.3), under which elements near the end of a binade saturate, by
+        up to a quarter in e2m1: stochastic rounding cannot be unbiased there. Rounded e4m3 factors
+        are at most 1/16 too small, with the same consequence.
+      rceil: whether an e8m0 factor is `2**ceil(log2(amax / largest))`, the smallest under which
+        nothing saturates, as in Mishra et al. 2025, arXiv 2506.08027.
       tensor_scale: whether the factors are themselves divided by one f32 factor for the whole
         tensor, `amax / (largest * largest factor)`; for factors in e4m3.
       affine: whether elements are `round(x / scale) + zero_point`, which spends no codes on values
@@ -50,6 +54,7 @@ class Quantizer:
     groups: Groups = "none"
     block: int = 0
     scale: Format = F32
+    rceil: bool = False
     tensor_scale: bool = False
     affine: bool = False
     history: int = 0
@@ -67,6 +72,8 @@ class Quantizer:
             self.format, "tensor"
         ):
             raise ValueError("without groups there are no factors to describe; add @tensor")
+        if self.rceil and self.scale != E8M0:
+            raise ValueError("rceil says how e8m0 factors are found; add .e8m0, or leave it out")
         if self.tensor_scale and (self.scale != E4M3 or self.groups == "tensor"):
             raise ValueError("a factor for the factors needs e4m3 factors of channels or blocks")
         if self.affine and not (self.format.is_integer and self.scale == F32):
@@ -81,12 +88,14 @@ class Quantizer:
     def __str__(self) -> str:
         """The canonical name: `parse_quantizer(str(quantizer)) == quantizer`."""
         for name, named in _NAMED.items():
-            if self == named:
-                return name
+            if replace(self, rceil=False) == named:
+                return f"{name}.rceil" if self.rceil else name
         parts = [f"{self.format}" if self.groups == "none" else f"{self.format}@{self.groups}"]
         parts[0] += str(self.block) if self.block else ""
         if self.scale != F32:
             parts.append(f"{self.scale}@tensor" if self.tensor_scale else f"{self.scale}")
+        if self.rceil:
+            parts.append("rceil")
         if self.affine:
             parts.append("affine")
         if self.history:
@@ -118,16 +127,17 @@ def parse_quantizer(text: str) -> Quantizer:
     """The quantizer called `text`.
 
     `FORMAT[@tensor|@channel|@blockN][.OPTION]...` with the options `e8m0`, `e4m3` (what factors are
-    stored in), `e4m3@tensor` (and one f32 factor for those), `affine`, `delayed` or `delayedN`. Or
-    a name: `mxfp8` (e4m3 elements), `mxfp8_e5m2`, `mxfp6` (e3m2 elements), `mxfp6_e2m3`, `mxfp4`,
-    `mxint8`, `nvfp4`.
+    stored in), `e4m3@tensor` (and one f32 factor for those), `rceil`, `affine`, `delayed` or
+    `delayedN`. Or a name: `mxfp8` (e4m3 elements), `mxfp8_e5m2`, `mxfp6` (e3m2 elements),
+    `mxfp6_e2m3`, `mxfp4` or `mxint8`, which `.rceil` may follow, or `nvfp4`.
 
     Raises:
       ValueError: says what is wrong and what is accepted.
     """
-    name = _ALIASES.get(text, text)
+    stem = text.removesuffix(".rceil")
+    name = _ALIASES.get(stem, stem)
     if name in _NAMED:
-        return _NAMED[name]
+        return replace(_NAMED[name], rceil=stem != text)
     match = re.fullmatch(r"(\w+)(?:@(tensor|channel|block)(\d*))?((?:\.[\w@]+)*)", text)
     if match is None or (match[3] and match[2] != "block"):
         raise ValueError(
@@ -145,11 +155,11 @@ def _parse_option(option: str, text: str) -> dict[str, Any]:
         return {"scale": parse_format(option)}
     if option == "e4m3@tensor":
         return {"scale": E4M3, "tensor_scale": True}
-    if option == "affine":
-        return {"affine": True}
+    if option in ("rceil", "affine"):
+        return {option: True}
     if delayed := re.fullmatch(r"delayed(\d*)", option):
         return {"history": int(delayed[1] or DEFAULT_HISTORY)}
     raise ValueError(
         f"unknown option {option!r} in {text!r}; "
-        "use e8m0, e4m3, e4m3@tensor, affine, delayed or delayedN"
+        "use e8m0, e4m3, e4m3@tensor, rceil, affine, delayed or delayedN"
     )

@@ -227,6 +227,9 @@ def scale_from_maximum(
     """
     if quantizer.scale == E8M0:
         exponent = floor_log2(amax) - np.int32(quantizer.format.largest_exponent)
+        if quantizer.rceil:
+            largest = np.asarray(quantizer.format.largest_finite, amax.dtype)
+            exponent += (ldexp(amax, -exponent) > largest).astype(jnp.int32)
         exponent = jnp.clip(exponent, np.int32(-127), np.int32(127))
         scale = ldexp(jnp.ones(amax.shape, jnp.float32), exponent)
     else:

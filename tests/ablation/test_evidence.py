@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -148,6 +149,13 @@ def test_differences_are_paired_by_seed():
         (-0.005, 0.005, (0.001, -0.001, NAN), "refuted"),
         (-0.005, 0.005, (NAN, NAN), "refuted"),
         (-0.005, 0.005, (NAN,), "undecided"),
+        (-0.005, math.inf, (0.019, 0.03, 0.020), "confirmed"),
+        (-0.005, math.inf, (-0.019, -0.021, -0.020), "refuted"),
+        (-0.005, math.inf, (0.02, -0.02, 0.0), "undecided"),
+        (-0.005, math.inf, (0.001, 0.002, NAN), "confirmed"),
+        (-0.005, math.inf, (-0.019, -0.021, NAN), "undecided"),
+        (-0.005, math.inf, (NAN, NAN), "confirmed"),
+        (-0.005, math.inf, (NAN,), "undecided"),
     ],
 )
 def test_a_range(low, high, differences, outcome):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmjax.precision.grammar import KEYS, PRESETS, parse_policy
-from lmjax.precision.policy import NATIVE, PolicyError
+from lmjax.precision.policy import NATIVE, OPERANDS, PolicyError
 
 JMP_NAMES = [
     "half",
@@ -102,7 +102,7 @@ def test_presets(preset: str, expected: tuple[str, ...]):
     assert tuple(dtype.name for dtype in dtypes(site)) == expected
 
 
-OPERANDS = {
+NARROW = {
     "fp8": ("e4m3@tensor", "e4m3@tensor", "e5m2@tensor"),
     "mxfp8": ("mxfp8", "mxfp8", "mxfp8"),
     "nvfp4": ("nvfp4", "nvfp4", "nvfp4.sr"),
@@ -110,10 +110,10 @@ OPERANDS = {
 }
 
 
-@pytest.mark.parametrize("preset", OPERANDS)
+@pytest.mark.parametrize("preset", NARROW)
 def test_presets_of_narrow_operands_are_mixed_bf16_elsewhere(preset: str):
     rows = parse_policy(preset).resolve("blocks/0/attention/query").rows()
-    assert (rows["w"], rows["x"], rows["g"]) == OPERANDS[preset]
+    assert (rows["w"], rows["x"], rows["g"]) == NARROW[preset]
     assert parse_policy(preset).resolve("head") == parse_policy("mixed_bf16").resolve("head")
 
 
@@ -127,7 +127,7 @@ def test_presets_of_apex(apex: str, ours: str):
 def test_every_preset_is_tested():
     assert set(PRESETS) == {
         "mixed_bf16", "mixed_f16", "pure_bf16", "pure_f16", "mixed_bfloat16", "mixed_float16",
-        *OPERANDS, "O0", "O1", "O2", "O3",
+        *NARROW, "O0", "O1", "O2", "O3",
     }  # fmt: skip
 
 
@@ -138,6 +138,8 @@ VALUES = {
     "w": "mxfp8.sr",
     "x": "int8@channel.affine",
     "g": "e5m2@block16.e8m0.sr",
+    "wb": "mxfp4.rceil.rht.sr",
+    "xb": "int4@tensor.rht64",
     "a": "bf16@block16",
     "m": "tf32",
     "r": "bf16",
@@ -156,12 +158,13 @@ def test_every_key_has_a_value_in_the_table():
 def test_a_key_and_its_long_name_set_the_same_thing_and_nothing_else(key: str):
     default = parse_policy("p=f32,c=bf16").resolve("head").rows()
     follows = {"o": "f16"} if key == "c" else {}  # the output follows compute, as in jmp
-    follows |= {operand: "f16" for operand in ("w", "x", "g", "kv") if key == "c"}
+    follows |= {operand: "f16" for operand in (*OPERANDS, "kv") if key == "c"}
+    follows |= {f"{key}b": VALUES[key]} if key in ("w", "x") else {}
     for name in (key, KEYS[key].long):
         written = {"p": "p=f32", "c": "c=bf16"} | {key: f"{name}={VALUES[key]}"}
         base = parse_policy(",".join(written.values()))
         rule = parse_policy(f"p=f32,c=bf16; head: {name}={VALUES[key]}")
-        inherited = key not in ("w", "x", "g")  # the head's operands stay wide unless it is named
+        inherited = key not in OPERANDS  # the head's operands stay wide unless it is named
         expected = default | follows | {key: VALUES[key]}
         assert rule.resolve("head").rows() == expected | ({"o": "bf16"} if key == "c" else {})
         assert base.resolve("head").rows() == (expected if inherited else default)
@@ -188,6 +191,9 @@ def test_a_preset_or_a_format_may_be_followed_by_changes():
         ("w", "mxfp8_e4m3.sr", "mxfp8.sr"),
         ("x", "e4m3@block32.e8m0", "mxfp8"),
         ("g", "e2m1@block16.e4m3@tensor", "nvfp4"),
+        ("g", "mxfp4_e2m1.sr.rht016", "mxfp4.rht.sr"),
+        ("wb", "e2m1@block32.rceil.e8m0.rht8", "mxfp4.rceil.rht8"),
+        ("xb", "float8_e4m3fn", "e4m3"),
         ("a", "float32", "f32"),
         ("mu", "bfloat16", "bf16"),
         ("kv", "float8_e4m3fn@channel", "e4m3@channel"),
@@ -227,6 +233,21 @@ def test_names_of_the_same_thing_are_the_same_policy(key: str, text: str, canoni
         ("f32,x=e4m3@block0", "e4m3@block0"),
         ("f32,g=e5m2@tensor.kahan", "e5m2@tensor.kahan"),
         ("f32,g=e5m2.e8m0", "e5m2.e8m0"),
+        ("f32,g=mxfp4.rht12", "mxfp4.rht12"),
+        ("f32,g=mxfp4.rht0", "mxfp4.rht0"),
+        ("f32,g=mxfp4.rht1", "mxfp4.rht1"),
+        ("f32,g=mxfp4.rht2048", "mxfp4.rht2048"),
+        ("f32,g=mxfp4.rht.rht8", "mxfp4.rht.rht8"),
+        ("f32,g=mxfp4.sr.rht.sr", "mxfp4.sr.rht.sr"),
+        ("f32,g=mxfp4.rhtx", "mxfp4.rhtx"),
+        ("f32; **/up: x=bf16.rht", "bf16.rht"),
+        ("f32,x=e4m3@tensor.delayed.rht", "e4m3@tensor.delayed.rht"),
+        ("f32,xb=e4m3@tensor.delayed", "e4m3@tensor.delayed"),
+        ("f32,wb=e8m0", "e8m0"),
+        ("f32,x=nvfp4.rceil", "nvfp4.rceil"),
+        ("f32,x=e4m3@tensor.rceil", "e4m3@tensor.rceil"),
+        ("p=bf16.rht", "bf16.rht"),
+        ("f32,kv=mxfp8.rht", "mxfp8.rht"),
         ("f32,a=bf16@block0", "bf16@block0"),
         ("f32,a=bf16@tensor", "bf16@tensor"),
         ("f32,a=int32", "int32"),
@@ -300,6 +321,36 @@ def test_a_cache_of_one_factor_is_refused_with_the_reason():
         parse_policy("f32,kv=int8@tensor")
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("e4m3.rht", "share a factor; write FORMAT@tensor.rht"),
+        ("e4m3@tensor.delayed.rht", "before it is rotated; drop .delayed or .rht"),
+        ("mxfp4.rht12", "blocks of 12; it must be a power of two from 2 to 1024"),
+        ("mxfp4.sr.sr", "once at most"),
+        ("nvfp4.rceil", "add .e8m0, or leave it out"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_with_the_reason(value: str, words: str):
+    with pytest.raises(PolicyError, match=words):
+        parse_policy(f"f32,xb={value}" if "delayed" not in value else f"f32,x={value}")
+
+
+def test_backward_operands_follow_the_forward_ones_unless_they_are_set():
+    policy = parse_policy("f32,w=mxfp4,x=mxfp8; **/up: wb=bf16; blocks/0/**: w=e4m3@tensor")
+    read = lambda path: [policy.resolve(path).rows()[key] for key in OPERANDS]
+    assert read("blocks/1/mlp/down") == ["mxfp4", "mxfp8", "f32", "mxfp4", "mxfp8"]
+    assert read("blocks/1/mlp/up") == ["mxfp4", "mxfp8", "f32", "bf16", "mxfp8"]
+    assert read("blocks/0/mlp/up") == ["e4m3@tensor", "mxfp8", "f32", "bf16", "mxfp8"]
+    assert read("head") == ["f32"] * 5, "it inherits neither"
+
+
+@pytest.mark.parametrize("key", OPERANDS)
+def test_a_site_says_whether_its_products_need_a_random_key(key: str):
+    random = lambda value: parse_policy(f"f32,{key}={value}").resolve("blocks/0/mlp/up").stochastic
+    assert [random(f"mxfp4{option}") for option in ("", ".sr", ".rht")] == [False, True, True]
+
+
 def test_a_misspelt_format_gets_a_suggestion():
     with pytest.raises(PolicyError, match="did you mean 'bfloat16'"):
         parse_policy("c=bfloat61")
@@ -313,15 +364,19 @@ stored_format = one_of(*NATIVE, "tf32", "e4m3", "e5m2", "e3m2", "e5m7", "e8m3", 
 element = stored_format | one_of("int8", "int4", "e2m1", "e2m3")
 size = st.integers(1, 300).map("@block{}".format)
 groups = one_of("@tensor", "@channel") | size
-quantizer = one_of("mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e2m3", "mxfp4", "mxint8", "nvfp4") | (
-    st.builds("{}{}".format, element, groups)
-    | st.builds("{}{}.e8m0".format, element, groups)
+mx = one_of("mxfp8", "mxfp8_e5m2", "mxfp6", "mxfp6_e2m3", "mxfp4", "mxint8")
+shared = mx | (
+    st.builds("{}.rceil".format, mx)
+    | st.just("nvfp4")
+    | st.builds("{}{}".format, element, groups)
+    | st.builds("{}{}.e8m0{}".format, element, groups, one_of("", ".rceil"))
     | st.builds("{}{}.e4m3".format, element, groups)
     | st.builds("{}{}.e4m3@tensor".format, element, size)
     | st.builds("int8{}.affine".format, groups)
-    | element
 )
-operand = st.builds("{}{}".format, quantizer, one_of("", ".sr"))
+operand = st.builds("{}{}".format, element | shared, one_of("", ".sr")) | st.builds(
+    "{}{}".format, shared, one_of(".rht", ".rht2.sr", ".sr.rht1024")
+)
 cache = element | st.builds(
     "{}{}{}".format, element, one_of("@channel") | size, one_of("", ".e8m0")
 )
@@ -333,6 +388,8 @@ VALUE = {
     "w": operand,
     "x": operand,
     "g": operand,
+    "wb": operand,
+    "xb": operand,
     "a": st.builds("{}{}".format, stored_format, st.just("") | size),
     "m": one_of("highest", "tf32", "default"),
     "r": stored_format,
@@ -392,7 +449,7 @@ fragment = one_of(
     *KEYS, "params", "first_moment", "=", ",", ";", ":", "/", "**", "*", "-1", "[", "]", "?", ".",
     "@", "f", "bf", "e", "m", "int", "16", "32", "8", "0", "e4m3", "bf16", "mxfp8", "nvfp4", "sr",
     "kahan", "tensor", "channel", "block", "affine", "delayed", "tf32", " ", "\t", "\n", "half",
-    "mixed_bf16", "fp8", "norm", "²", "٣", "|", "0:", "7:", "| 100: f32",
+    "mixed_bf16", "fp8", "norm", "rht", ".rht32", "rceil", "²", "٣", "|", "0:", "7:", "| 100: f32",
 )  # fmt: skip
 
 

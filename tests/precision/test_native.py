@@ -29,8 +29,9 @@ from lmjax.precision.native import (
     summary,
     this_backend,
 )
-from lmjax.precision.policy import Operand, SitePolicy
+from lmjax.precision.policy import SitePolicy
 from lmjax.precision.quantizer import parse_quantizer
+from lmjax.precision.settings import Operand
 
 H100, A100, CPU, TPU = (
     Backend("gpu", (9, 0)),

@@ -20,7 +20,7 @@ import pytest
 from lmjax.precision import contraction
 from lmjax.precision.grammar import PRESETS, parse_policy
 from lmjax.precision.matmul import einsum
-from lmjax.precision.policy import SitePolicy
+from lmjax.precision.policy import OPERANDS, SitePolicy
 from lmjax.precision.rounding import quantize
 
 SIZES = {"b": 3, "t": 5, "s": 7, "k": 37, "n": 23, "d": 37, "v": 23, "h": 19, "g": 2}
@@ -138,12 +138,13 @@ def reference(spec: str, site: SitePolicy, x: Any, w: Any, g: Any) -> list[np.nd
     inputs, _, y_axes = spec.partition("->")
     x_axes, w_axes = inputs.split(",")
     rows = site.rows()
-    of_x, of_g = rows["x"], rows["g"].removesuffix(".sr")
-    of_w = rows["w" if SPECS[spec] == "weights" else "x"]
+    of_x, of_xb, of_g = rows["x"], rows["xb"], rows["g"].removesuffix(".sr")
+    second = "w" if SPECS[spec] == "weights" else "x"
+    of_w, of_wb = rows[second], rows[f"{second}b"]
     return [
         reference_product(spec, site, (x, w), (of_x, of_w)),
-        reference_product(f"{y_axes},{w_axes}->{x_axes}", site, (g, w), (of_g, of_w)),
-        reference_product(f"{x_axes},{y_axes}->{w_axes}", site, (x, g), (of_x, of_g)),
+        reference_product(f"{y_axes},{w_axes}->{x_axes}", site, (g, w), (of_g, of_wb)),
+        reference_product(f"{x_axes},{y_axes}->{w_axes}", site, (x, g), (of_xb, of_g)),
     ]
 
 
@@ -172,10 +173,23 @@ def test_every_preset_multiplies_in_one_of_seven_ways():
     assert list(SITES) == ["f32", "mixed_bf16", "mixed_f16", *QUANTIZED]
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-@pytest.mark.parametrize("spec", SPECS)
-def test_product_and_both_gradients_equal_quantization_by_hand(spec: str, name: str, compiled):
-    site = SITES[name]
+OTHER_BACKWARDS = {
+    "btk,kn->btn": "mixed_bf16,w=int8@channel,wb=mxfp8,x=mxfp8,xb=nvfp4,g=e5m2@tensor",
+    "bkgts,bskh->btkgh": "mixed_bf16,x=mxfp8,xb=int8@channel,g=mxfp8",
+}
+"""Policies whose backward products have other operands."""
+
+
+@pytest.mark.parametrize(
+    ("spec", "site"),
+    [(spec, SITES[name]) for name in QUANTIZED for spec in SPECS]
+    + [(spec, linear(text)) for spec, text in OTHER_BACKWARDS.items()],
+    ids=[f"{spec}-{name}" for name in QUANTIZED for spec in SPECS]
+    + [f"{spec}-other backwards" for spec in OTHER_BACKWARDS],
+)
+def test_product_and_both_gradients_equal_quantization_by_hand(
+    spec: str, site: SitePolicy, compiled
+):
     x, w, g = operands(spec)
     ours = compiled(spec, site)(x, w, g)
     expected = reference(spec, site, x, w, g)
@@ -189,7 +203,7 @@ def test_product_and_both_gradients_equal_quantization_by_hand(spec: str, name: 
         assert np.mean(actual == wanted) > 0.98
 
 
-@pytest.mark.parametrize("key", ["w", "x", "g"])
+@pytest.mark.parametrize("key", OPERANDS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_each_operand_setting_reaches_the_products_it_names_and_no_others(
     spec: str, key: str, compiled
@@ -203,6 +217,8 @@ def test_each_operand_setting_reaches_the_products_it_names_and_no_others(
         "w": (weights, weights, False),
         "x": (True, not weights, True),
         "g": (False, True, True),
+        "wb": (False, weights, False),
+        "xb": (False, not weights, True),
     }[key]
     differs = tuple(bool(np.any(a != b)) for a, b in zip(plain, changed, strict=True))
     assert differs == expected

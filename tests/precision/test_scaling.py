@@ -17,6 +17,7 @@ from lmjax.precision.scaling import (
     fake_quantize,
     init_delayed_scale,
     quantize_with_scale,
+    scale_from_maximum,
     update_delayed_scale,
 )
 
@@ -34,6 +35,7 @@ NAMES = [
     "mxfp6_e2m3",
     "mxfp4",
     "mxint8",
+    "mxfp4.rceil",
     "nvfp4",
 ]
 
@@ -290,6 +292,37 @@ def test_stochastic_elements_are_unbiased(name: str) -> None:
     assert (np.abs(error) < bound).all(), (error, bound)
 
 
+@pytest.mark.parametrize(("name", "unbiased"), [("mxfp4", False), ("mxfp4.rceil", True)])
+def test_stochastic_elements_are_unbiased_where_nothing_saturates(
+    name: str, unbiased: bool
+) -> None:
+    """The mean of all draws, projected on `x`, to 3 standard deviations of rounding up or down."""
+    quantizer, draws = parse_quantizer(name), 500
+    x = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    many = jnp.broadcast_to(jnp.asarray(x), (draws, *x.shape))
+    drawn = fake_quantize(many, quantizer, rounding="stochastic", key=jax.random.key(4))
+    error = np.asarray(drawn, np.float64).mean(0) - x
+    factor = np.asarray(quantize_with_scale(jnp.asarray(x), quantizer).factor, np.float64)
+    scaled = np.minimum(np.abs(x / factor), 6.0)
+    step = np.where(scaled < 2, 0.5, np.where(scaled < 4, 1.0, 2.0))
+    up = scaled / step % 1.0
+    deviation = np.sqrt(np.sum(up * (1 - up) * np.square(step * factor * x)) / draws)
+    assert (np.abs(np.sum(error * x)) < 3 * deviation) == unbiased
+    # 0.9% of the energy of normal numbers is lost at the ends of binades.
+    assert (np.sum(error * x) < -0.005 * np.sum(np.square(x))) == (not unbiased)
+
+
+@pytest.mark.parametrize("element", ["mxfp4", "mxfp6_e2m3", "mxfp8", "mxint8"])
+def test_rceil_takes_the_smallest_factor_under_which_nothing_saturates(element: str) -> None:
+    quantizer = parse_quantizer(f"{element}.rceil")
+    largest = quantizer.format.largest_finite
+    exact = np.float32([largest, largest / 2, 1.0, 2.0**-130 * largest, 2.0**100 * largest])
+    amax = np.concatenate([exact, np.nextafter(exact, np.float32(np.inf), dtype=np.float32), [0]])
+    found = np.asarray(scale_from_maximum(jnp.asarray(amax), quantizer), np.float64)
+    wanted = np.exp2(np.clip(np.ceil(np.log2(np.maximum(amax, 1e-300) / largest)), -127, 127))
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_delayed_factor_comes_from_the_history() -> None:
     quantizer = parse_quantizer("e4m3@tensor.delayed3")
     state = init_delayed_scale(quantizer)
@@ -345,6 +378,7 @@ def test_names_round_trip(name: str) -> None:
 def test_block_formats_are_ordinary_quantizers() -> None:
     assert parse_quantizer("e4m3@block32.e8m0") == parse_quantizer("mxfp8")
     assert str(parse_quantizer("mxfp8_e4m3")) == "mxfp8"
+    assert str(parse_quantizer("e2m1@block32.rceil.e8m0")) == "mxfp4.rceil"
     assert str(parse_quantizer("e2m1@block16.e4m3@tensor")) == "nvfp4"
 
 
@@ -363,6 +397,8 @@ def test_block_formats_are_ordinary_quantizers() -> None:
         ("int8@tensor.e8m0.affine", "zero point needs integer"),
         ("e4m3@channel.delayed", "for the tensor"),
         ("e4m3@tensor.e4m3@tensor", "factor for the factors"),
+        ("e4m3@tensor.rceil", "add .e8m0"),
+        ("nvfp4.rceil", "add .e8m0"),
         ("", "cannot read"),
     ],
 )
