@@ -19,12 +19,14 @@ from lmjax.ablation_cli import run_ablation
 from lmjax.loss_scale import LossScaleConfig
 
 POLICIES = ("f32", "mixed_bf16", "mixed_f16", "fp8", "mxfp8")
+MX = "mixed_bf16,w=mxfp8,x=mxfp8,g=mxfp8"
 
 
 def ablation() -> Ablation:
     """The recipe under each policy, with three seeds."""
     base = char_shakespeare.config()
     arms = {policy: dataclasses.replace(base, precision=policy) for policy in POLICIES}
+    arms["mxfp8, factors as specified"] = dataclasses.replace(base, precision=MX)
     arms["mixed_f16 predictive"] = dataclasses.replace(
         arms["mixed_f16"], loss_scale=LossScaleConfig(kind="predictive")
     )

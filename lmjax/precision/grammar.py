@@ -147,7 +147,7 @@ PRESETS = {
     "pure_bf16": "p=bf16,c=bf16,o=bf16",
     "pure_f16": "p=f16,c=f16,o=f16",
     "fp8": "p=f32,c=bf16,o=f32,w=e4m3@tensor,x=e4m3@tensor,g=e5m2@tensor",
-    "mxfp8": "p=f32,c=bf16,o=f32,w=mxfp8,x=mxfp8,g=mxfp8",
+    "mxfp8": "p=f32,c=bf16,o=f32,w=mxfp8.rceil,x=mxfp8.rceil,g=mxfp8.rceil",
     "nvfp4": "p=f32,c=bf16,o=f32,w=nvfp4,x=nvfp4,g=nvfp4.sr",
     "int8": "p=f32,c=bf16,o=f32,w=int8@channel,x=int8@channel,g=int8@channel",
     "mixed_bfloat16": "p=f32,c=bf16,o=bf16",
@@ -158,7 +158,9 @@ PRESETS = {
     "O3": "p=f16,c=f16,o=f16",
 }
 """Policies by familiar name. `mixed_bfloat16` and `mixed_float16` are Keras' names, O0 to O3 those
-of Apex: O1 and O2 differ there in where weights are cast, which is the same arithmetic here."""
+of Apex: O1 and O2 differ there in where weights are cast, which is the same arithmetic here. The
+factors of `mxfp8` are rounded up, as in the recipe of Mishra et al. 2025, arXiv 2506.08027; those of
+the MX specification let the largest elements saturate, and are had by `w=mxfp8,x=mxfp8,g=mxfp8`."""
 
 
 def parse_policy(text: str) -> Policy:

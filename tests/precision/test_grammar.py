@@ -104,7 +104,7 @@ def test_presets(preset: str, expected: tuple[str, ...]):
 
 NARROW = {
     "fp8": ("e4m3@tensor", "e4m3@tensor", "e5m2@tensor"),
-    "mxfp8": ("mxfp8", "mxfp8", "mxfp8"),
+    "mxfp8": ("mxfp8.rceil", "mxfp8.rceil", "mxfp8.rceil"),
     "nvfp4": ("nvfp4", "nvfp4", "nvfp4.sr"),
     "int8": ("int8@channel", "int8@channel", "int8@channel"),
 }

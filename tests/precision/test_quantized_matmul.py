@@ -82,7 +82,7 @@ def blocks_of(x: np.ndarray, size: int) -> np.ndarray:
     return np.pad(x, padding).reshape(*x.shape[:-1], -1, size)
 
 
-BLOCKS = {"mxfp8": (32, "e4m3"), "nvfp4": (16, "e2m1")}
+BLOCKS = {"mxfp8": (32, "e4m3"), "mxfp8.rceil": (32, "e4m3"), "nvfp4": (16, "e2m1")}
 
 
 def by_hand(x: np.ndarray, name: str, axes: tuple[int, ...]) -> np.ndarray:
@@ -105,6 +105,8 @@ def blocks_by_hand(x: np.ndarray, name: str) -> np.ndarray:
     amax = np.abs(groups).max(-1, keepdims=True)
     if name == "mxfp8":
         scale = np.exp2(np.floor(np.log2(amax)) - 8).astype(np.float32)
+    elif name == "mxfp8.rceil":
+        scale = np.exp2(np.ceil(np.log2(amax.astype(np.float64) / 448))).astype(np.float32)
     else:
         tensor = np.abs(x).max() * np.float32(1 / (6 * 448))
         scale = element(amax * np.float32(1 / 6) * (one / tensor), "e4m3") * tensor
