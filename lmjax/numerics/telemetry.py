@@ -6,7 +6,8 @@ each site and role (`precision/probes.py` says which there are), what became of 
 tensor when they were rounded, and for each parameter what became of its update.
 
 This file turns those counts into rows of `telemetry.jsonl`. A row is `step`, `tensors` and
-`updates`. Shares are of all elements:
+`updates`. Shares of tensors with more than 2^14 elements are those of a sample of that size, unless
+`telemetry.exact` asks for every element: a share s is known to about sqrt(s / 2^14).
 
     tensors["blocks/3/mlp/up/dx"]
         format                the format that the tensor was rounded to
@@ -50,6 +51,9 @@ class TelemetryConfig:
 
     every: int = 0
     """Steps between watched steps, which are written to telemetry.jsonl; 0: none."""
+    exact: bool = False
+    """Count every element of every tensor, and not 2^14 of each; largest magnitudes are always of
+    all elements. Watched steps then take about twice as long."""
 
     def __post_init__(self) -> None:
         """Refuses negative numbers."""

@@ -159,8 +159,8 @@ PRESETS = {
 }
 """Policies by familiar name. `mixed_bfloat16` and `mixed_float16` are Keras' names, O0 to O3 those
 of Apex: O1 and O2 differ there in where weights are cast, which is the same arithmetic here. The
-factors of `mxfp8` are rounded up, as in the recipe of Mishra et al. 2025, arXiv 2506.08027; those of
-the MX specification let the largest elements saturate, and are had by `w=mxfp8,x=mxfp8,g=mxfp8`."""
+factors of `mxfp8` are rounded up, as in the recipe of Mishra et al. 2025, arXiv 2506.08027; those
+of the MX specification let the largest elements saturate: `w=mxfp8,x=mxfp8,g=mxfp8`."""
 
 
 def parse_policy(text: str) -> Policy:

@@ -9,7 +9,8 @@ What a slot's class is decides what is measured, and so what it costs:
 
     Maximum   the largest magnitude                    (delayed scale factors)
     Spread    the same, and exponents of a sample      (predictive loss scaling)
-    Census    what rounding does to every element      (telemetry)
+    Census    what rounding does to a sample of it     (telemetry)
+    FullCensus   the same of every element
 
 Tensors are told apart by their role at a site. At a product: its operands `w` and `x`, its
 cotangent `g`, and the gradients `dx` and `dw` that it hands back. Everywhere else: `y`, what the
@@ -21,6 +22,7 @@ Knows jax, `bits` and `formats`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -34,8 +36,11 @@ from lmjax.precision.formats import Format
 EXPONENTS = 256
 """Length of a histogram of exponents; see `exponent_histogram`."""
 
-SPREAD_SAMPLE, CENSUS_SAMPLE = 2**12, 2**16
-"""About how many elements of a tensor go into the histogram of a `Spread`, and of a `Census`."""
+SPREAD_SAMPLE, CENSUS_SAMPLE = 2**12, 2**14
+"""About how many elements of a tensor a `Spread` and a `Census` look at."""
+
+_LINE = 16
+"""Neighbours that are sampled together: those of one line of a cache, in f32."""
 
 _ROW = 128
 """Elements that are counted in one byte."""
@@ -111,7 +116,9 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, tensor: Rounded) -> Spread:
         """One pass for the maximum, and one over the sample."""
-        return cls(_maximum(tensor.raw), _sampled_histogram(tensor.raw, SPREAD_SAMPLE))
+        sample = _sample(tensor.raw, SPREAD_SAMPLE)
+        histogram = exponent_histogram(sample) * _weight(tensor.raw, sample)
+        return cls(_maximum(tensor.raw), histogram)
 
     def combine(self, other: Spread) -> Spread:
         """The larger maximum, and the sum of the histograms."""
@@ -119,18 +126,20 @@ class Spread(NamedTuple):
 
 
 class Census(NamedTuple):
-    """What became of every element of a tensor when it was rounded; counts, as f32.
+    """What became of the elements of a tensor when it was rounded.
+
+    Counts, as f32, of about `CENSUS_SAMPLE` elements spread evenly over the tensor, scaled up to
+    its size; tensors that are no larger are counted whole.
 
     Attributes:
-      size: elements.
+      size: elements of the tensor.
       zeros: elements that were 0 before.
       underflows: elements that became 0.
       subnormals: elements that became subnormal, and so lost relative precision.
       overflows: finite elements beyond the largest finite value of the format; they saturate or
         become infinite, as the site rounds.
-      maximum: the largest magnitude of the unrounded tensor.
-      histogram: f32[EXPONENTS], in units of the format, of about `CENSUS_SAMPLE` elements, scaled
-        up to the size of the tensor; tensors smaller than that are counted whole.
+      maximum: the largest magnitude of all elements of the unrounded tensor.
+      histogram: f32[EXPONENTS], in units of the format.
     """
 
     size: jax.Array
@@ -149,34 +158,50 @@ class Census(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Rounded) -> Census:
-        """One pass for the counts, one for the maximum, and one over the sample."""
+        """One pass for the maximum, and one over the sample."""
+        return cls._counted(tensor, CENSUS_SAMPLE)
+
+    @classmethod
+    def _counted(cls, tensor: Rounded, size: int) -> Census:
+        scaled, values = (_sample(x, size) for x in (tensor.scaled, tensor.values))
         # On bit patterns: compiled comparisons of floats may take subnormals for 0.
-        work, _, before = split(tensor.scaled)
-        _, _, after = split(tensor.values.astype(work.dtype))
+        work, _, before = split(scaled)
+        _, _, after = split(values.astype(work.dtype))
         normal, largest, infinity = (
             pattern(value, work)
             for value in (tensor.format.smallest_normal, tensor.format.largest_finite, np.inf)
         )
-        zeros, underflows, subnormals, overflows = _count_four(
+        counts = _count_four(
             before == 0,
             (before != 0) & (after == 0),
             (after != 0) & (after < normal),
             (before > largest) & (before < infinity),
         )
+        weight = _weight(tensor.scaled, scaled)
+        zeros, underflows, subnormals, overflows = (count * weight for count in counts)
         return cls(
-            size=jnp.asarray(before.size, jnp.float32),
+            size=jnp.asarray(tensor.scaled.size, jnp.float32),
             zeros=zeros,
             underflows=underflows,
             subnormals=subnormals,
             overflows=overflows,
             maximum=_maximum(tensor.raw),
-            histogram=_sampled_histogram(tensor.scaled, CENSUS_SAMPLE),
+            histogram=exponent_histogram(scaled) * weight,
         )
 
     def combine(self, other: Census) -> Census:
         """Sums of counts, and the larger maximum."""
         total = jax.tree.map(jnp.add, self, other)
         return total._replace(maximum=jnp.maximum(self.maximum, other.maximum))
+
+
+class FullCensus(Census):
+    """A `Census` of every element, which takes several passes over the tensor."""
+
+    @classmethod
+    def of(cls, tensor: Rounded) -> Census:
+        """Counts everything."""
+        return cls._counted(tensor, tensor.scaled.size)
 
 
 Slots = Mapping[str, Mapping[str, Any]]
@@ -208,12 +233,25 @@ def exponent_histogram(x: jax.Array) -> jax.Array:
     return jnp.zeros((EXPONENTS,), jnp.int32).at[bins].add(1).astype(jnp.float32)
 
 
-def _sampled_histogram(x: jax.Array, size: int) -> jax.Array:
-    """The histogram of about `size` elements, scaled up to the size of the tensor."""
+def _sample(x: jax.Array, size: int) -> jax.Array:
+    """About `size` elements of a tensor in lines of neighbours, spread evenly; all if it has less.
+
+    The distance between lines has no divisor in common with their number, so that they walk through
+    every column, whatever the sides of the tensor are.
+    """
     flat = x.reshape(-1)
-    # An odd stride walks through every column of a tensor whose sides are powers of two.
-    sample = flat[:: (flat.size // size) | 1]
-    return exponent_histogram(sample) * np.float32(flat.size / sample.size)
+    if flat.size <= size:
+        return flat
+    lines = flat[: flat.size // _LINE * _LINE].reshape(-1, _LINE)
+    distance = max(1, flat.size // size)
+    while math.gcd(distance, lines.shape[0]) > 1:
+        distance += 1
+    return lines[::distance].reshape(-1)
+
+
+def _weight(x: jax.Array, sample: jax.Array) -> np.float32:
+    """How many elements of a tensor one of its sample stands for."""
+    return np.float32(x.size / sample.size)
 
 
 def _count_four(*masks: jax.Array) -> list[jax.Array]:

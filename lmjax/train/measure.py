@@ -20,7 +20,7 @@ from lmjax import loss_scale
 from lmjax.model import site_tree
 from lmjax.precision import paths
 from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
-from lmjax.precision.probes import Census, Maximum, Spread, is_slot
+from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.scaling import DelayedScale, init_delayed_scale, update_delayed_scale
 from lmjax.train.config import Config
@@ -71,6 +71,7 @@ def factors(scaling: Tree, scale: jax.Array) -> Tree:
 def slots(config: Config, telemetry: bool) -> Tree:
     """Everything that a step is to measure."""
     predictive = config.loss_scale.kind == "predictive"
+    counting = FullCensus if config.telemetry.exact else Census
 
     def one(path: str) -> dict[str, dict[str, Any]] | None:
         product = path.rsplit("/", 1)[-1] in PRODUCT_SITES
@@ -82,7 +83,7 @@ def slots(config: Config, telemetry: bool) -> Tree:
                 asked.setdefault(role, {})["loss_scale"] = Spread.empty()
         if telemetry:
             for role in _roles(path, product):
-                asked.setdefault(role, {})["telemetry"] = Census.empty()
+                asked.setdefault(role, {})["telemetry"] = counting.empty()
         return asked or None
 
     return site_tree(config.model, one)

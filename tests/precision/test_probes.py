@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.precision import exact, parse_format, parse_policy, quantize
+from lmjax.precision import exact, parse_format, parse_policy, probes, quantize
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.probes import (
     EXPONENTS,
     Census,
+    FullCensus,
     Maximum,
     Probe,
     Rounded,
@@ -88,23 +89,38 @@ def test_counts_go_on_where_a_sum_of_ones_in_f32_would_stop():
 
     def counts() -> list[jax.Array]:
         x = jnp.zeros(size, jnp.bfloat16)
-        census = Census.of(Rounded(x, x, x, parse_format("bf16")))
+        census = FullCensus.of(Rounded(x, x, x, parse_format("bf16")))
         return [census.zeros, exponent_histogram(x)[0]]
 
     assert list(map(float, exact.jit(counts)())) == [size, size]
 
 
-def test_a_census_counts_all_elements_and_samples_the_histogram():
+def test_a_census_of_a_large_tensor_counts_a_sample_and_a_full_one_all_elements():
     x = spread_out((400, 401))
-    x[123, 45] = 2.0**-30
-    census = Census.of(Rounded(x, x, quantize(x, parse_format("f16")), parse_format("f16")))
-    with np.errstate(over="ignore"):
-        rounded = x.astype(np.float16)
-    assert float(census.zeros) == np.sum(x == 0)
-    assert float(census.underflows) == np.sum((x != 0) & (rounded == 0)) > 0
-    assert float(jnp.sum(census.histogram)) == pytest.approx(x.size, rel=1e-6)
-    whole = np.asarray(exponent_histogram(jnp.asarray(x)))
-    assert 0 < np.abs(np.asarray(census.histogram) - whole).sum() / x.size < 0.1
+    x[123, 45] = 2.0**30
+    f16 = parse_format("f16")
+    sampled, full = (kind.of(Rounded(x, x, quantize(x, f16), f16)) for kind in (Census, FullCensus))
+    assert float(sampled.maximum) == float(full.maximum) == 2.0**30
+    assert float(sampled.size) == float(full.size) == x.size
+    expected = counted(x, "f16")
+    assert {field: float(getattr(full, field)) for field in expected} == expected
+    for field in ("zeros", "underflows", "subnormals", "overflows"):
+        share, true = float(getattr(sampled, field)) / x.size, expected[field] / x.size
+        assert share != true
+        assert share == pytest.approx(true, abs=5 * np.sqrt(true / 2**14))
+    np.testing.assert_array_equal(full.histogram, exponent_histogram(jnp.asarray(x)))
+    assert float(jnp.sum(sampled.histogram)) == pytest.approx(x.size, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64, 384), (4096, 96), (512, 1024), (1000, 1000), (3, 70001)])
+def test_a_sample_comes_from_all_columns_alike(shape: tuple[int, int]):
+    """A column holds its number; a stride with a divisor of the sides would miss some."""
+    columns = np.broadcast_to(np.arange(shape[1], dtype=np.float32), shape)
+    sample = np.asarray(probes._sample(jnp.asarray(columns), 2**14))
+    assert 2**13 < sample.size < 2**15
+    parts = 8 * sample.astype(int) // shape[1]
+    shares = np.bincount(parts, minlength=8) / sample.size
+    assert np.abs(shares - 1 / 8).max() < 0.02
 
 
 def test_two_tensors_are_measured_as_one():
