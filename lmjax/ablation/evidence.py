@@ -123,7 +123,7 @@ class Evidence:
         reasons = self._failed(arm)
         found = f"{len(reasons)} of {len(cells)} runs failed"
         if reasons:
-            found += f": {next(iter(reasons.values()))}"
+            found += f": {_brief(next(iter(reasons.values())))}"
         return holds(statement, found, len(cells) == len(reasons))
 
     def in_every_run(
@@ -145,7 +145,9 @@ class Evidence:
             return Finding(statement, "no runs", "undecided")
         reasons = [cell.reason for cell in cells if cell.status == "failed"]
         values = [measure(cell) for cell in cells if cell.status != "failed"]
-        words = [f"{len(reasons)} of {len(cells)} runs failed: {reasons[0]}"] if reasons else []
+        words = (
+            [f"{len(reasons)} of {len(cells)} runs failed: {_brief(reasons[0])}"] if reasons else []
+        )
         if values:
             low, high = form.format(min(values)), form.format(max(values))
             words.append(low if low == high else f"{low} to {high}")
@@ -183,10 +185,15 @@ def _in_words(differences: list[float], lost: Mapping[int, str]) -> str:
     words = []
     if lost:
         seeds = len(differences) + len(lost)
-        words.append(f"failed on {len(lost)} of {seeds} seeds: {next(iter(lost.values()))}")
+        words.append(f"failed on {len(lost)} of {seeds} seeds: {_brief(next(iter(lost.values())))}")
     if differences:
         words.append(mean_in_words(differences))
     return "; ".join(words) or "no runs"
+
+
+def _brief(reason: str) -> str:
+    """What happened, without what to do about it; the whole is in the report."""
+    return reason.partition(";")[0]
 
 
 def gap_outcome(differences: list[float], at_least: float) -> Outcome:

@@ -203,6 +203,7 @@ def test_a_difference_that_one_seed_has_exceeds_nothing():
         ((NAN, 0.1), "refuted", f"1 of 2 runs failed: {NAN}"),
         ((0.1, 0.1), "refuted", "0 of 2 runs failed"),
         ((None,), "undecided", "no runs"),
+        (("it is nan; do this",), "confirmed", "1 of 1 runs failed: it is nan"),
     ],
 )
 def test_all_runs_fail(told, outcome, found):
