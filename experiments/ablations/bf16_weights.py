@@ -64,7 +64,7 @@ def unchanged(cell: Cell) -> float:
 
 def kahan_residual() -> float:
     """What Kahan summation keeps of adding 2^-10 to 1 in bf16, compiled for this backend."""
-    sites = {"w": parse_policy("bf16.kahan").resolve("head")}
+    sites = {"w": parse_policy("p=bf16.kahan,c=bf16,o=bf16").resolve("head")}
     params, updates = {"w": jnp.ones(1, jnp.bfloat16)}, {"w": jnp.full(1, 2.0**-10, jnp.float32)}
     residuals = initial_residuals(params, sites)
     update = exact.jit(

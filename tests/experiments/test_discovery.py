@@ -6,6 +6,7 @@ import ast
 import importlib
 import pkgutil
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,16 +16,17 @@ import pytest
 import experiments
 import experiments.ablations
 from lmjax import sharding
-from lmjax.ablation.claims import Claim, load_claims
-from lmjax.ablation.grid import Ablation, arm_differences, plan
+from lmjax.ablation.claims import Claim, judge, load_claims
+from lmjax.ablation.evidence import Evidence
+from lmjax.ablation.grid import Ablation, arm_differences, plan, read_cells
 from lmjax.train import Config, abstract_state, make_train_step
 from lmjax.train.config import from_json, to_json
 
 NAMES = sorted(
     module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg
 )
-SHARED = {"recipes"}
-"""Modules of `experiments.ablations` that are no ablation but what several are made from."""
+SHARED = {"recipes", "loss_scale_invariants"}
+"""Modules of `experiments.ablations` that are no ablation but parts of some."""
 ABLATIONS = sorted(
     f"ablations.{module.name}"
     for module in pkgutil.iter_modules(experiments.ablations.__path__)
@@ -97,6 +99,28 @@ def test_a_claim_names_its_source_and_says_what_is_large(claim: Claim) -> None:
     assert len(plan(claim.large)) == len(claim.large.arms) * len(claim.large.seeds)
     smallest = min(config.model.width for config in claim.large.arms.values())
     assert smallest >= 768, "not the size of the paper, nor near it"
+
+
+SLOW = ("loss_scaling", "pure_f16_adam", "unit_scaling")
+"""Claims whose arithmetic compiles models."""
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        pytest.param(claim, marks=pytest.mark.long if name in SLOW else [], id=name)
+        for name, claim in CLAIMS.items()
+    ],
+)
+def test_without_runs_a_claim_says_what_arithmetic_says_and_no_more(
+    claim: Claim, tmp_path: Path
+) -> None:
+    cells = read_cells(claim.ablation, tmp_path) if claim.ablation else []
+    outcomes = [
+        finding.outcome for finding in judge(claim, Evidence(claim.ablation, cells)).findings
+    ]
+    assert "refuted" not in outcomes
+    assert ("undecided" in outcomes) == (claim.ablation is not None)
 
 
 TRACED = [
