@@ -12,8 +12,9 @@ import contextlib
 import io
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -21,11 +22,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from lmjax import distributed
 from lmjax.data import DataError
+from lmjax.distributed import DistributedConfig
 from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
 from lmjax.plan.program import PlanError
 from lmjax.train import Config, InputError, TrainingFailed, train
+from lmjax.train.agreement import is_first
 from lmjax.train.errors import CheckpointError, StorageFailed
 from lmjax.train.memory import keep_freed_memory
 from lmjax.train.metrics import strict_json
@@ -42,10 +46,11 @@ class Launch:
     config: Annotated[Config, tyro.conf.arg(name="")]
     workdir: Path
     """The run directory; the same command again goes on with the run in it."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     stop_after: int | None = None
     """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
     sample: int = 200
-    """Tokens of text generated for a look when the run is done; 0: none."""
+    """Tokens of text generated for a look when a run of one process is done; 0: none."""
 
     def __post_init__(self) -> None:
         """Refuses a sample of negative length now, and not when the run is done."""
@@ -75,11 +80,12 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
             description=sys.modules["__main__"].__doc__,
         )
     )
+    alone = not _joined(launch.distributed)
     outcome = train(launch.config, launch.workdir, stop_after=launch.stop_after)
     if outcome.result is None:
         return STOPPED
-    console = Console(highlight=False)
-    if launch.sample:
+    console = Console(highlight=False, quiet=not is_first())
+    if launch.sample and alone:
         text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
         console.print(f"A sample:\n{text}", markup=False)
     loss = float(outcome.result["eval_loss"])
@@ -91,6 +97,14 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
         soft_wrap=True,
     )
     return DONE
+
+
+def _joined(config: DistributedConfig) -> bool:
+    """Whether several processes train; this one is one of them then."""
+    try:
+        return distributed.start(config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def parse_flags(parse: Callable[[], T]) -> T:
@@ -129,9 +143,20 @@ def guarded(call: Callable[[], int]) -> int:
     except (InputError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    except (TrainingFailed, CheckpointError, StorageFailed, PlanError) as error:
+    except (TrainingFailed, CheckpointError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except StorageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        distributed.leave_at_once(FAILED)
+        return FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        if distributed.started():
+            if not distributed.is_of_the_backend(error):
+                traceback.print_exc()
+            print(f"error: {distributed.explained(error)}", file=sys.stderr)
+            distributed.leave_at_once(FAILED)
+        raise
 
 
 def print_json(value: Any) -> None:

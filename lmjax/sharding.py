@@ -9,6 +9,7 @@ Knows JAX only.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -81,8 +82,9 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, or over the given ones."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh over all devices, those of a process side by side, or over the given ones."""
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     shape = mesh_shape(config, len(devices))
     return Mesh(
         np.asarray(devices).reshape(tuple(shape.values())),
@@ -186,11 +188,40 @@ def constrain_part(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...
     return constrain(mesh, x, free)
 
 
-def global_batch(mesh: Mesh, rows: dict[str, np.ndarray], processes: int) -> dict[str, jax.Array]:
-    """This process's rows of a batch, as arrays over the whole mesh."""
+@functools.cache
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of every batch the devices of this process hold, and of how many parts.
+
+    There are as many parts as processes, or fewer: where `tensor` or `sequence` divide something
+    among processes, several of them hold the same rows.
+
+    Raises:
+      ValueError: the rows of this process are not next to each other.
+    """
+    parts = batch_parts(mesh)
+    indices = batch_sharding(mesh, (parts, 1)).addressable_devices_indices_map((parts, 1))
+    held = sorted({index[0].indices(parts)[0] for index in indices.values() if index})
+    first, count = held[0], len(held)
+    if held != list(range(first, first + count)) or first % count or parts % count:
+        raise ValueError(
+            f"the mesh sizes {_described(dict(mesh.shape))} do not divide batches evenly among "
+            f"processes of {len(indices)} devices; let mesh.tensor x mesh.sequence be a divisor "
+            "or a multiple of that"
+        )
+    return first // count, parts // count
+
+
+def global_batch(mesh: Mesh, rows: dict[str, np.ndarray], shares: int) -> dict[str, jax.Array]:
+    """Batches of which this process has the rows of its share (`batch_share`), on the whole mesh.
+
+    Args:
+      mesh: where they live.
+      rows: arrays `[B / shares, T]`.
+      shares: how many there are.
+    """
 
     def place(part: np.ndarray) -> jax.Array:
-        shape = (part.shape[0] * processes, *part.shape[1:])
+        shape = (part.shape[0] * shares, *part.shape[1:])
         return jax.make_array_from_process_local_data(batch_sharding(mesh, shape), part, shape)
 
     return {name: place(part) for name, part in rows.items()}

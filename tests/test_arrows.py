@@ -15,6 +15,7 @@ ARROWS = {
     "precision": set(),
     "data": set(),
     "sharding": set(),
+    "distributed": set(),
     "forecast": {"precision"},
     "loss_scale": {"forecast", "precision"},
     "storage": {"precision"},

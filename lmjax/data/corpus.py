@@ -37,6 +37,7 @@ from lmjax.data.store import (
     published_directory,
     seal,
     sealed_content,
+    sole_builder,
 )
 from lmjax.data.tokenizers import (
     ByteTokenizer,
@@ -96,13 +97,16 @@ def tokenized_corpus(config: DataConfig, *, window: int, progress: bool = True) 
                 return corpus
             print(f"lmjax: the cache {directory} is damaged; rebuilding it", file=sys.stderr)
             discard(directory)
-        with (
-            _texts(config, origin, content) as texts,
-            published_directory(directory) as temporary,
-        ):
-            _build(config, texts, temporary, window=window, progress=progress)
-            if origin.fingerprint() != content:
-                raise DataError(f"the files of {config.dataset} changed while read: run again")
+        with sole_builder(directory):
+            if directory.is_dir():
+                continue
+            with (
+                _texts(config, origin, content) as texts,
+                published_directory(directory) as temporary,
+            ):
+                _build(config, texts, temporary, window=window, progress=progress)
+                if origin.fingerprint() != content:
+                    raise DataError(f"the files of {config.dataset} changed while read: run again")
     corpus = _open(directory)
     if corpus is None:
         raise OSError(f"{directory} is damaged as soon as it is written: check the disk")

@@ -60,6 +60,25 @@ def published_directory(target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextlib.contextmanager
+def sole_builder(target: Path) -> Iterator[None]:
+    """A block that, of all that want to build `target`, one process at a time is in.
+
+    The others wait, and should look for `target` once more when it is their turn. Where the file
+    system has no locks nobody waits: all build, and one of them publishes.
+    """
+    made = _make_parents(target.parent)
+    path = target.parent / f".{target.name}.lock"
+    lock = _locked_file(path)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+        _remove_if_empty(made)
+
+
 def discard(directory: Path) -> None:
     """Takes `directory` away in one step, so that no reader meets half of it, then deletes it."""
     grave = _new_temporary(directory.parent)
@@ -164,6 +183,30 @@ def _locked_temporary(parent: Path) -> tuple[Path, int | None]:
             return path, lock
         if lock is not None:
             os.close(lock)
+
+
+def _locked_file(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file which is at `path`, None where there is none."""
+    while fcntl is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The one before has removed what this one was waiting for.
+            if _is_at(path, descriptor):
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            return None
+        os.close(descriptor)
+    return None
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(directory: Path, *, wait: bool) -> int | None:

@@ -25,6 +25,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ from jax.experimental import multihost_utils
 
 from lmjax.precision import paths
 from lmjax.train import manifest
+from lmjax.train.agreement import from_first, is_first
 from lmjax.train.errors import CheckpointError, StorageFailed
 from lmjax.train.state import TrainState
 
@@ -77,7 +79,7 @@ class Checkpoints:
         self._arrays = ocp.StandardCheckpointer(async_options=CLOCK_MAY_JUMP)
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        if keep is not None and jax.process_index() == 0:
+        if keep is not None and is_first():
             self._directory.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
 
@@ -106,10 +108,9 @@ class Checkpoints:
           CheckpointError: there are checkpoints, but none is intact.
         """
         found, why = -1, ""
-        if jax.process_index() == 0:
+        if is_first():
             found, why = self._search(before)
-        if jax.process_count() > 1:
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        found = from_first(found)
         if found >= 0:
             self._checked.add(found)
             return found
@@ -164,11 +165,11 @@ class Checkpoints:
             complete before still are.
         """
         self.wait()
-        if step in self.steps():
+        if from_first(step in self.steps()):
             return
         folder = self._directory / f".{step}.partial"
         with self._writing(step, folder):
-            if jax.process_index() == 0:
+            if is_first():
                 folder.mkdir()
             self._arrays.save(folder / "state", state)
         texts = {"data.json": json.dumps(data), "progress.json": json.dumps(progress)}
@@ -177,7 +178,7 @@ class Checkpoints:
     def _complete(self, step: int, folder: Path, texts: dict[str, str], prune: bool) -> None:
         with self._writing(step, folder):
             self._arrays.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_first():
                 for name, text in texts.items():
                     (folder / name).write_text(text, encoding="utf-8")
                 manifest.seal(folder)
@@ -263,6 +264,20 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint is complete")
 
+    def __enter__(self) -> Checkpoints:
+        """The checkpoints themselves."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes them; but a process that fails does not wait for others, which may be lost."""
+        if error is None or jax.process_count() == 1:
+            self.close()
+
     def close(self) -> None:
         """Waits, then gives up the background threads."""
         try:
@@ -275,7 +290,7 @@ class Checkpoints:
         """Moves checkpoints newer than a step into `rewound`: the run takes another way."""
         self.wait()
         for newer in self.steps():
-            if newer > step and jax.process_index() == 0:
+            if newer > step and is_first():
                 self._set_aside(newer, "rewound")
 
     def _folder(self, step: int) -> Path:
@@ -303,7 +318,7 @@ class Checkpoints:
 
 def _system_error(error: BaseException) -> str | None:
     """What the operating system said, through Python or through TensorStore; None: nothing."""
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else None

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from lmjax import sharding
 from lmjax.data import TokenizedCorpus, validation_batches
 from lmjax.train.config import Config
@@ -32,15 +30,16 @@ def held_out_loss(
       batches: how many, spread evenly over the split; 0: the whole split, each token once.
     """
     nats = tokens = 0.0
+    share, shares = sharding.batch_share(mesh)
     for rows in validation_batches(
         corpus,
         length=config.context,
         batch_size=config.evaluation.batch_size,
         max_batches=batches,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
     ):
-        batch = sharding.global_batch(mesh, rows, jax.process_count())
+        batch = sharding.global_batch(mesh, rows, shares)
         batch_nats, batch_tokens = eval_step(params, batch)
         # Summed in Python floats: f32 would lose the small end of a long sum.
         nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)

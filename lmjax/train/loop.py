@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from lmjax.model import parameter_count
 from lmjax.numerics.telemetry import draw_telemetry
 from lmjax.precision import exact
 from lmjax.train.advice import warnings
+from lmjax.train.agreement import AgreedStop, from_first, is_first, refuse_unequal
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
 from lmjax.train.errors import InputError, NonFiniteGradients, StorageFailed
@@ -30,6 +31,7 @@ from lmjax.train.evaluate import held_out_loss
 from lmjax.train.log import StepLog
 from lmjax.train.metrics import (
     MetricsWriter,
+    SilentWriter,
     draw_curves,
     read_rows,
     replace_text,
@@ -95,24 +97,27 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise InputError(f"stop_after is {stop_after}; it must be at least 1")
     workdir = Path(workdir)
+    progress = progress and is_first()
     config, corpus, mesh = checked_input(config, progress)
+    refuse_unequal("flags", f"stop_after={stop_after}")
     exact.check_canary(jax.default_backend())
     note = partial(say, enabled=progress)
     with (
         _failing_storage_explained(workdir),
         hold_run(workdir, config, note),
-        closing(Checkpoints(workdir / "checkpoints", config.checkpoint.keep, note)) as checkpoints,
+        Checkpoints(workdir / "checkpoints", config.checkpoint.keep, note) as checkpoints,
         StopRequest() if stop is None else nullcontext(stop) as stop,
     ):
         run = start_run(config, corpus, mesh, workdir, checkpoints, note)
-        if run.step < config.steps:
+        if run.step < config.steps and is_first():
             record_environment(workdir, config)
             corpus.tokenizer.save(workdir / "tokenizer.json")
         last = min(config.steps, run.step + stop_after) if stop_after else config.steps
         while (finished := _loop_or_rewind(run, stop, last, progress)) is None:
             pass
         result = _finish(run) if finished else None
-        _draw(run)
+        if is_first():
+            _draw(run)
     return Outcome(workdir, run.step, result)
 
 
@@ -148,9 +153,10 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
         return first >= config.steps
     batch = _next_batch(run, first + 1)
     programs = _enter_phase(run, batch)
+    agreed = AgreedStop(stop, run.mesh)
     boundaries = {start for start, _ in config.phases if start > first}
     with (
-        MetricsWriter(run.workdir, first, telemetry=config.telemetry.every > 0) as writer,
+        _writer(run, telemetry=config.telemetry.every > 0) as writer,
         Reporter(first, config.steps, enabled=progress) as report,
     ):
         report.note(_introduction(run))
@@ -182,7 +188,8 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
             ):
                 log.flush()
                 _evaluate(run, programs.evaluate, log, config.evaluation.batches)
-            stopping = stop.received is not None or step == last
+            asked = agreed.after_step()
+            stopping = asked is not None or step == last
             if stopping or step % config.checkpoint.every == 0:
                 log.flush()
                 _save(run, log)
@@ -191,7 +198,7 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
             batch = _next_batch(run, step + 1)
         run.checkpoints.wait()
         if step < config.steps:
-            why = stop.received or "--stop-after"
+            why = asked or "--stop-after"
             report.note(f"stopped by {why} at step {step}; run the same command again to go on")
     return step >= config.steps
 
@@ -223,6 +230,12 @@ def _enter_phase(run: Run, batch: dict[str, jax.Array]) -> _Programs:
     )
 
 
+def _writer(run: Run, *, telemetry: bool = False) -> MetricsWriter:
+    if is_first():
+        return MetricsWriter(run.workdir, run.step, telemetry=telemetry)
+    return SilentWriter()
+
+
 def _phase_note(config: Config, step: int) -> str:
     return f"step {step}  from here on {config.at(step).precision}"
 
@@ -240,7 +253,7 @@ def _introduction(run: Run) -> str:
 
 def _next_batch(run: Run, step: int) -> dict[str, jax.Array]:
     run.positions.note(step, run.data)
-    return sharding.global_batch(run.mesh, next(run.data), jax.process_count())
+    return sharding.global_batch(run.mesh, next(run.data), sharding.batch_share(run.mesh)[1])
 
 
 def _evaluate(run: Run, eval_step: Any, log: StepLog, batches: int) -> None:
@@ -280,13 +293,13 @@ def _finish(run: Run) -> dict[str, Any]:
     The row of that evaluation may be there already, from a process killed before the result was.
     """
     path = run.workdir / "result.json"
-    if path.exists():
+    if from_first(path.exists()):
         return json.loads(path.read_text(encoding="utf-8"))
     config = run.config
     eval_step = make_eval_step(config.after(config.steps), run.mesh)
     loss = held_out_loss(eval_step, run.state.params, run.corpus, config, run.mesh)
-    with MetricsWriter(run.workdir, config.steps) as writer:
-        row = {"step": config.steps, "eval_loss": loss}
+    row = {"step": config.steps, "eval_loss": loss}
+    with _writer(run) as writer:
         if json.loads(strict_json(row)) not in read_rows(run.workdir / "metrics.jsonl"):
             writer.write(row)
     result = {
@@ -297,7 +310,8 @@ def _finish(run: Run) -> dict[str, Any]:
         "parameters_sha256": parameters_sha256(run.state.params),
     }
     text = strict_json(result, indent=2)
-    replace_text(path, text + "\n")
+    if is_first():
+        replace_text(path, text + "\n")
     return json.loads(text)
 
 

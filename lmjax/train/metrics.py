@@ -135,6 +135,26 @@ class MetricsWriter:
             stack.callback(self._events.close)
 
 
+class SilentWriter(MetricsWriter):
+    """Takes rows and writes none: in the processes of a run that leave writing to the first one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, row: Row) -> None:
+        """Does nothing."""
+
+    def write_telemetry(self, row: Row) -> None:
+        """Does nothing."""
+
+    def flush(self) -> bool:
+        """Nothing is on its way."""
+        return True
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class _EventFile:
     """A TensorBoard file of scalars.
 

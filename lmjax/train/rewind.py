@@ -13,10 +13,10 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from lmjax.data import train_iterator
+from lmjax.train.agreement import is_first
 from lmjax.train.config import Config
 from lmjax.train.errors import NonFiniteGradients, TrainingFailed
 from lmjax.train.state import abstract_state
@@ -96,7 +96,7 @@ def _record_batches(run: Run, first: int, last: int) -> Path:
       After a resumption it starts with the first step of this process.
     """
     path = run.workdir / "rewound" / f"batches-{last}.npz"
-    if jax.process_index() == 0:
+    if is_first():
         config, states = run.config, run.positions.between(first, last)
         data = train_iterator(
             run.corpus, length=config.context, batch_size=config.batch_size, seed=config.seed

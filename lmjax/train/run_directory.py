@@ -30,6 +30,7 @@ import numpy as np
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
+from lmjax.train.agreement import failing_together, is_first, whole
 from lmjax.train.config import VERSION, Config, differences, from_json, to_json
 from lmjax.train.errors import InputError
 from lmjax.train.locks import LocksUnavailable, holder, lock
@@ -47,7 +48,7 @@ derived from it."""
 def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iterator[None]:
     """`open_run`, for the length of a block in which no other process may train there.
 
-    Where several processes train together, the first one stands for all.
+    Where several processes train together, the first one locks and writes for all.
 
     Args:
       workdir: the run directory.
@@ -55,28 +56,40 @@ def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iter
       note: is told if nothing can keep another process out.
 
     Raises:
-      InputError: as `open_run`, or another process is training there.
+      InputError: as `open_run`, or another process is training there; in all processes alike.
     """
-    if jax.process_index() > 0:
-        _refuse_unfit(workdir, config)
-        yield
-        return
     with contextlib.ExitStack() as stack:
-        with _unwritable_is_bad_input(workdir):
+        with failing_together():
+            if is_first():
+                _lock_run(workdir, config, note, stack)
+                open_run(workdir, config)
+        with failing_together():
+            if not (workdir / "config.json").exists():
+                raise InputError(
+                    f"{workdir} is not what process 0 has written; choose a --workdir on a file "
+                    "system that all processes share"
+                )
             _refuse_unfit(workdir, config)
-            workdir.mkdir(parents=True, exist_ok=True)
-            try:
-                mine = stack.enter_context(lock(workdir / LOCK, wait=False))
-            except LocksUnavailable as error:
-                note(f"warning: {error}: make sure that nothing else trains in {workdir}")
-            else:
-                if not mine:
-                    raise InputError(
-                        f"{holder(workdir / LOCK)} is training in {workdir}; stop that one or wait "
-                        "for it, or choose another --workdir"
-                    )
-        open_run(workdir, config)
         yield
+
+
+def _lock_run(
+    workdir: Path, config: Config, note: Callable[[str], None], stack: contextlib.ExitStack
+) -> None:
+    """Keeps other runs out of the directory until the stack is closed."""
+    with _unwritable_is_bad_input(workdir):
+        _refuse_unfit(workdir, config)
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            mine = stack.enter_context(lock(workdir / LOCK, wait=False))
+        except LocksUnavailable as error:
+            note(f"warning: {error}: make sure that nothing else trains in {workdir}")
+        else:
+            if not mine:
+                raise InputError(
+                    f"{holder(workdir / LOCK)} is training in {workdir}; stop that one or wait for "
+                    "it, or choose another --workdir"
+                )
 
 
 def open_run(workdir: Path, config: Config) -> None:
@@ -95,7 +108,7 @@ def open_run(workdir: Path, config: Config) -> None:
 def record_cast(workdir: Path, config: Config, step: int) -> None:
     """Records that the run has another precision from a step on; the config until then is kept."""
     path = workdir / "config.json"
-    if jax.process_index() == 0 and differences(read_config(workdir), config):
+    if is_first() and differences(read_config(workdir), config):
         replace_text(workdir / f"config.until-{step}.json", path.read_text(encoding="utf-8"))
         _write_config(workdir, config)
 
@@ -208,11 +221,12 @@ def _git_revision() -> str | None:
 def parameters_sha256(params: Any) -> str:
     """A digest of path, dtype, shape and bytes of every parameter, in path order.
 
-    It depends on the values alone and not on how they are divided among devices.
+    It depends on the values alone and not on how they are divided among devices. All processes must
+    ask for it.
     """
     digest = hashlib.sha256()
     for path, leaf in paths.flatten(params).items():
-        array = np.asarray(leaf)
+        array = whole(leaf)
         digest.update(f"{path} {array.dtype.name} {list(array.shape)}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ Knows data, meshes, checkpoints and states; nothing of how steps are computed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import jax
 
 from lmjax import sharding
 from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
+from lmjax.train.agreement import failing_together, refuse_unequal
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
 from lmjax.train.errors import InputError
@@ -61,11 +63,26 @@ class Run:
 
 
 def checked_input(config: Config, progress: bool) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
-    """The resolved config, its corpus and its mesh; refuses what does not fit together."""
+    """The resolved config, its corpus and its mesh; refuses what does not fit together.
+
+    Where several processes train together, what one of them refuses all do, and so they do if they
+    are about to compute different things.
+    """
+    with failing_together():
+        config, corpus, mesh = _checked_here(config, progress)
+    # Each may have its cache where it likes.
+    config_of_all = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=""))
+    refuse_unequal("flags", repr(config_of_all))
+    refuse_unequal("text", corpus.fingerprint)
+    return config, corpus, mesh
+
+
+def _checked_here(config: Config, progress: bool) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
     try:
         config = config.resolved()
         _refuse_f64_without_x64(config)
         mesh = sharding.make_mesh(config.mesh)
+        sharding.batch_share(mesh)
         rows = (config.batch_size // config.micro_batches, config.evaluation.batch_size)
         for batch_rows in rows:
             sharding.batch_sharding(mesh, (batch_rows, config.context))
@@ -96,13 +113,14 @@ def start_run(
     note: Callable[[str], None],
 ) -> Run:
     """The run at its newest intact checkpoint, or at step 0."""
+    share, shares = sharding.batch_share(mesh)
     data = train_iterator(
         corpus,
         length=config.context,
         batch_size=config.batch_size,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
     )
     run = partial(Run, config, corpus, mesh, workdir, checkpoints, note, data)
     latest = checkpoints.newest_intact()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -304,7 +308,7 @@ def test_what_a_killed_builder_left_is_never_used_and_cleaned_up(text_files, cac
     killed = build(config, "stall")
     assert killed.stdout.readline() == "stalled\n"
     left = [*(cache / "tokens").iterdir(), *(cache / "tfds").iterdir()]
-    assert len(left) == 2
+    assert len(left) == 3
 
     # While it lives, its work is left alone.
     other = replace(config, validation_fraction=0.3)
@@ -326,7 +330,26 @@ def test_two_builders_at_once_both_end_well(text_files, cache):
     assert not [path for path in cache.rglob("*") if path.name.startswith(".")]
 
 
+def test_of_builders_that_start_together_one_builds(text_files, cache, monkeypatch):
+    built, build = [], corpus_module._build
+
+    def slow(*arguments, **options):
+        built.append(threading.get_ident())
+        time.sleep(0.2)
+        build(*arguments, **options)
+
+    monkeypatch.setattr(corpus_module, "_build", slow)
+    config = text_files(TEXTS)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: tokenized_corpus(config, window=9), range(3)))
+    assert len(built) == 1
+    assert len({corpus.fingerprint for corpus in found}) == 1
+    assert entry(cache).is_dir()
+
+
 def test_a_builder_that_comes_second_takes_the_first_ones_work(text_files, cache, monkeypatch):
+    """Where there are no locks."""
+    monkeypatch.setattr(corpus_module, "sole_builder", contextlib.nullcontext)
     config = text_files(TEXTS)
     original = corpus_module._build
 

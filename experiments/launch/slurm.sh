@@ -1,0 +1,25 @@
+#!/bin/bash
+# Trains on several nodes of a Slurm cluster, one process a node with all of its GPUs:
+#
+#   sbatch experiments/launch/slurm.sh
+#
+# srun says who is who; lmjax reads its variables. The directory of the run and this one must be on
+# a file system that all nodes share.
+#SBATCH --job-name=lmjax
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=TERM@120
+
+# Two minutes before the end srun's tasks get SIGTERM: they save a checkpoint and exit with 75, and
+# the job goes back into the queue to go on from there.
+. .venv/bin/activate
+code=0
+srun --kill-on-bad-exit=0 python -u -m experiments.llama_1b --workdir runs/llama_1b || code=$?
+if [ "$code" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
