@@ -151,9 +151,9 @@ def test_training_time_accumulates_to_the_very_step(
     saved: list[float] = []
     save = Checkpoints.save
 
-    def record(self: Any, step: int, state: Any, data: Any, progress: Any) -> None:
+    def record(self: Any, step: int, state: Any, data: Any, progress: Any, **options: Any) -> None:
         saved.append(progress["train_seconds"])
-        save(self, step, state, data, progress)
+        save(self, step, state, data, progress, **options)
 
     monkeypatch.setattr(Checkpoints, "save", record)
     monkeypatch.setattr("lmjax.train.log.time.perf_counter", iter(range(10**6)).__next__)
