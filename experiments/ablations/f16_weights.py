@@ -2,8 +2,9 @@
 
 Command:   python -m lmjax reproduce f16_weights
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      12 runs, a quarter of a minute each on a core, after compiling
+Expected:  undecided: +0.062 ± 0.008 nats at a constant 1e-5, where it was asked for; at 1e-3
+           +0.0040 ± 0.0016, too close to the 0.005 that it should stay within
 
 An update smaller than half a unit in the last place of its weight is lost when their sum is rounded
 to nearest. f16 has three bits more than bf16 (A5), so the rate has to be lower for it to be seen:

@@ -2,8 +2,9 @@
 
 Command:   python -m lmjax reproduce pure_f16_adam
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      3 runs, a quarter of a minute each on a core, after compiling
+Expected:  confirmed: NaN after two updates at eps = 1e-8, finite at 1e-4 with half of the second
+           moments lost; in f32 arithmetic parameters in f16 train, moments in f16 do not
 
 1e-8 is 0 in f16, and so is g^2 for |g| below 2.4e-4: a gradient of exactly zero, which every token
 that does not occur has, makes 0 / 0. Loss scaling cannot help, because the optimizer makes the NaN.
