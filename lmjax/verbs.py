@@ -263,6 +263,9 @@ def report(
 
     if not directories:
         raise InputError("name the directories of ablations or runs")
+    for directory in directories:
+        if not any((directory / name).exists() for name in (DEFINITION, "config.json")):
+            raise InputError(f"{directory} is the directory of neither an ablation nor a run")
     runs = [directory for directory in directories if not (directory / DEFINITION).exists()]
     for directory in directories:
         if directory not in runs:

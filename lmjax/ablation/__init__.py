@@ -15,7 +15,6 @@ evidence.py     what runs say about a sentence: confirmed, refuted or undecided
 from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation.report import Inline, write_report
 from lmjax.ablation.report_data import compare_cells
-from lmjax.ablation.runner import run
 from lmjax.ablation.statistics import (
     Estimate,
     GapTest,
@@ -43,7 +42,6 @@ __all__ = [
     "compare_cells",
     "gap_test",
     "holm",
-    "run",
     "seeds_needed",
     "seeds_to_add",
     "smallest_detectable",

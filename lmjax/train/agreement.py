@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lmjax.precision import exact
 from lmjax.sharding import Mesh
 from lmjax.train.errors import InputError
 from lmjax.train.signals import StopRequest
@@ -86,9 +87,9 @@ def _from_all(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
-def whole(array: jax.Array) -> np.ndarray:
+def whole(array: jax.Array | np.ndarray) -> np.ndarray:
     """All of an array, in every process."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
@@ -104,7 +105,7 @@ class AgreedStop:
         self._stop = stop
         everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         self._divided, self._devices = everywhere, mesh.size
-        self._maximum = jax.jit(
+        self._maximum = exact.jit(
             lambda numbers: numbers.max(), out_shardings=NamedSharding(mesh, PartitionSpec())
         )
         self._on_its_way: jax.Array | None = None

@@ -113,6 +113,7 @@ def test_arms_that_compile_alike_compile_once(undisturbed: tuple[Path, str]) -> 
     assert not list((undisturbed[0] / "logs").iterdir())
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compiled")
 def test_killed_and_gone_on_with_by_two_commands_at_once(
     home: Path, undisturbed: tuple[Path, str], tmp_path: Path
@@ -238,7 +239,7 @@ def test_the_report_is_rebuilt_from_the_files(
     assert table(capsys.readouterr().out)[2][2] == "missing"
 
     assert lmjax("report", str(tmp_path)) == cli.BAD_INPUT
-    assert "is no directory of an ablation" in capsys.readouterr().err
+    assert "of neither an ablation nor a run" in capsys.readouterr().err
 
 
 def lmjax(*arguments: str) -> int:

@@ -19,6 +19,8 @@ from lmjax.train.state import KEY_KIND, initial_state
 
 __all__ = ["home"]
 
+pytestmark = pytest.mark.long
+
 PAIRS, SEEDS, STEPS = 20, 3, 30
 
 

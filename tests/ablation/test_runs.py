@@ -117,6 +117,6 @@ def test_the_same_run_twice_and_no_run_are_refused(tmp_path: Path, capsys: Any) 
     with pytest.raises(InputError, match="hold the same run"):
         ablation_of(twice)
     assert lmjax(tmp_path) == cli.BAD_INPUT
-    assert "is no run directory" in capsys.readouterr().err
+    assert "of neither an ablation nor a run" in capsys.readouterr().err
     assert lmjax() == cli.BAD_INPUT
     assert "name the directories" in capsys.readouterr().err

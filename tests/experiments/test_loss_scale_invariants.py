@@ -73,8 +73,8 @@ def lose_scale_on_resume(patch: pytest.MonkeyPatch) -> None:
     ("finding", "break_it"),
     [
         (invariants.growth, halve_on_growth),
-        (invariants.skips, advance_adam_on_skips),
-        (invariants.resume, lose_scale_on_resume),
+        pytest.param(invariants.skips, advance_adam_on_skips, marks=pytest.mark.long),
+        pytest.param(invariants.resume, lose_scale_on_resume, marks=pytest.mark.long),
     ],
 )
 def test_each_defect_turns_its_finding_red(

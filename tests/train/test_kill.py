@@ -72,6 +72,7 @@ def test_sigint_and_sigterm_save_and_exit_75(home: Path, undisturbed: Path, tmp_
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.long
 def test_killed_twice(home: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Soon after a checkpoint, which may still be being written, and anywhere."""
     workdir = tmp_path / "run"

@@ -214,6 +214,7 @@ def hard(tiny: Any, kind: str, per_block: bool = False) -> Any:
     return tiny("mixed_f16", loss_multiplier=2.0**-10, loss_scale=scale)
 
 
+@pytest.mark.long
 def test_predictive_scaling_skips_nothing_and_loses_no_more_than_dynamic(
     tiny, draw_state, draw_batch, step_of
 ):

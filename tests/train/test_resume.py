@@ -14,7 +14,7 @@ POLICIES = (
     pytest.param("mixed_bf16", marks=pytest.mark.long),
     "mixed_f16",
     pytest.param("nvfp4,p=bf16.sr", marks=pytest.mark.long),
-    "p=bf16.kahan,c=bf16,o=f32,mu=mxfp4,nu=int8@block16",
+    pytest.param("p=bf16.kahan,c=bf16,o=f32,mu=mxfp4,nu=int8@block16", marks=pytest.mark.long),
 )
 
 
@@ -91,6 +91,7 @@ def test_the_loss_scale_changes_on_both_sides_of_the_interruption(
     assert 0 < logged[0]["skipped_steps"] < logged[-1]["skipped_steps"] < 20
 
 
+@pytest.mark.long
 def test_batches_continue_where_the_run_stopped(
     config: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
