@@ -81,6 +81,7 @@ def test_asking_for_nothing_gives_the_program_without_this_file(tiny, draw_state
     assert str(with_empty) == str(jax.make_jaxpr(gradient)(*arguments))
 
 
+@pytest.mark.long
 def test_micro_batches_are_counted_together(tiny, draw_state, draw_batch, step_of):
     def census(micro_batches: int) -> Any:
         config = narrow(tiny, micro_batches=micro_batches)

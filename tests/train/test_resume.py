@@ -12,7 +12,7 @@ from run_helpers import result, rows, tiny, untimed, write_texts
 POLICIES = (
     pytest.param("f32", marks=pytest.mark.long),
     pytest.param("mixed_bf16", marks=pytest.mark.long),
-    "mixed_f16",
+    pytest.param("mixed_f16", marks=pytest.mark.long),
     pytest.param("nvfp4,p=bf16.sr", marks=pytest.mark.long),
     pytest.param("p=bf16.kahan,c=bf16,o=f32,mu=mxfp4,nu=int8@block16", marks=pytest.mark.long),
 )
