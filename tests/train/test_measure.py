@@ -11,7 +11,9 @@ import pytest
 
 from lmjax import loss_scale, sharding
 from lmjax.loss_scale import LossScaleConfig
+from lmjax.numerics.telemetry import TelemetryConfig
 from lmjax.precision import paths
+from lmjax.precision.probes import Census, FullCensus, is_slot
 from lmjax.precision.scaling import DelayedScale
 from lmjax.train import measure
 from lmjax.train.step import make_scaled_loss, train_step
@@ -244,3 +246,10 @@ def test_a_new_phase_keeps_the_histories_that_it_can_use(tiny, draw_state):
     assert jax.tree.structure(carried) == jax.tree.structure(measure.initial_scaling(new))
     up = carried["blocks"]["mlp"]["up"]
     assert [float(up[role].history[0, 0]) for role in ("w", "x", "g")] == [3, 0, 0]
+
+
+@pytest.mark.parametrize(("exact", "kind"), [(False, Census), (True, FullCensus)])
+def test_telemetry_counts_a_sample_or_everything_as_the_config_says(tiny, exact, kind):
+    config = tiny(telemetry=TelemetryConfig(every=1, exact=exact))
+    found = jax.tree.leaves(measure.slots(config, telemetry=True), is_leaf=is_slot)
+    assert {type(slot) for slot in found} == {kind}
