@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from lmjax.train import Config, TrainState
@@ -28,6 +29,12 @@ LLAMA = GPT2 | {
     "qk_norm": True,
 }
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
+
+# What hypothesis draws by default is the same every time, so that no change is refused for what was
+# wrong before it. `pytest --hypothesis-profile=search` draws anew, and more.
+settings.register_profile("fixed", max_examples=200, derandomize=True, deadline=None)
+settings.register_profile("search", max_examples=2000, deadline=None)
+settings.load_profile("fixed")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

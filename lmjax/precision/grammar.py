@@ -182,8 +182,8 @@ def _parse_phase(text: str, segment: str, start: int, earlier: Sequence[Phase]) 
     """`STEP: POLICY`, which comes after some earlier phases."""
     step, colon, policy = segment.partition(":")
     name, position = _strip(step, start)
-    # Ten digits hold every step that an int32 counts, and Python reads them.
-    if not colon or not re.fullmatch(r"[0-9]{1,10}", name):
+    # Ten digits, zeros before them aside, hold every step that an int32 counts, and int reads them.
+    if not colon or not re.fullmatch(r"0{0,99}[0-9]{1,10}", name):
         raise PolicyError(
             "expected a phase: the step it begins at, a colon and a policy, such as 0: f32",
             text=text,

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmjax.data import DataError, load_tokenizer, tokenizers
@@ -35,7 +35,6 @@ every_tokenizer = pytest.mark.parametrize(
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=60)
 @given(text=st.text() | st.text(alphabet="ab \n\t'é<|endoftext|>\u0000\u2028"))
 def test_text_survives(name, text):
     tokenizer = make(name)
@@ -46,7 +45,6 @@ def test_text_survives(name, text):
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=60)
 @given(ids=st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 60_000)))
 def test_decoding_never_fails(name, ids):
     make(name).decode(ids)
@@ -84,7 +82,6 @@ def test_a_saved_tokenizer_is_the_same(name, tmp_path):
 
 
 @every_tokenizer
-@settings(deadline=None, max_examples=40)
 @given(text=st.text(alphabet="ab1 \n\t'sé!\u00a0\u2028\x1c", min_size=20, max_size=200))
 def test_encoding_in_chunks_changes_nothing(name, text):
     tokenizer = make(name)
