@@ -129,7 +129,7 @@ def make_optimizer(
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
       before they reach it, so moments and decay never see a narrow format: eps = 1e-8 is 0 in f16.
     """
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    clip = [_clip(config.clip_norm)] if config.clip_norm else []
     multiply = [_multiply(rates)] if rates else []
     chain = optax.chain(*clip, _direction(config, steps), *multiply)
     return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, blocks)
@@ -164,6 +164,21 @@ def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformat
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """Multiplies gradients by the factor, at most 1, that makes their norm at most `limit`.
+
+    XLA may write x / sqrt(s) as x rsqrt(s), which rounds otherwise, and does so where it sees both;
+    that depends on how arrays are cut. Behind a barrier the factor is one number for all of them.
+    """
+
+    def update(gradients: Any, _: Any) -> Any:
+        factor = limit / jnp.maximum(optax.tree.norm(gradients), limit)
+        factor = jax.lax.optimization_barrier(factor)
+        return jax.tree.map(lambda g: g * factor, gradients)
+
+    return optax.stateless(update)
 
 
 def _multiply(rates: Mapping[str, float]) -> optax.GradientTransformation:

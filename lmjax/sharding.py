@@ -166,6 +166,16 @@ def constrain(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) ->
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
 
 
+def whole(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """Pins every array of a tree to be whole on every device."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def leave(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """As `constrain`, inside `in_order`, where every array is on one device already."""
+    return x
+
+
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is cut, each on devices of its own."""
     return math.prod(mesh.shape[name] for name in RULES["batch"])
@@ -186,6 +196,73 @@ def constrain_part(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...
     taken = set(RULES["batch"])
     free = tuple("part" if taken & set(RULES.get(axis, ())) else axis for axis in axes)
     return constrain(mesh, x, free)
+
+
+def in_order(
+    mesh: Mesh | AbstractMesh,
+    parts: int,
+    function: Callable[..., Any],
+    combine: Callable[[Any, Any], Any],
+) -> Callable[..., Any]:
+    """What a function finds in the parts of a batch, combined in an order that no mesh changes.
+
+    Neighbours are combined by pairs, and what comes out by pairs again: a binary tree over the
+    parts. Each device goes through its parts one after another, as programs of the same shapes, and
+    combines those; then devices exchange what they have with the one beside them, with the one two
+    away, four away, and so on. So no sum depends on how many devices there are.
+
+    Args:
+      mesh: where the parts live.
+      parts: how many, 2^n.
+      function: `(index, rows, *whole) -> tree`, where `index` is an i32[] and `rows` a part.
+      combine: `(tree, tree) -> tree`; the order of the two must not matter to it.
+
+    Returns:
+      `(batch, *whole) -> tree`, which is whole on every device, as `whole` is.
+
+    Raises:
+      ValueError: the devices that cut a batch do not divide `parts`, or others cut anything else.
+    """
+    axes, devices = RULES["batch"], batch_parts(mesh)
+    refuse_unordered(mesh, parts)
+    held = parts // devices
+
+    def on_device(batch: Any, *whole: Any) -> Any:
+        indices = jax.lax.axis_index(axes) * held + jax.numpy.arange(held, dtype="int32")
+        cut = jax.tree.map(lambda rows: rows.reshape(held, -1, *rows.shape[1:]), batch)
+        found = jax.lax.map(lambda part: function(*part, *whole), (indices, cut))
+        for _ in range(held.bit_length() - 1):
+            pairs = (jax.tree.map(lambda x, i=i: x[i::2], found) for i in (0, 1))
+            found = jax.vmap(combine)(*pairs)
+        found = jax.tree.map(lambda x: x[0], found)
+        for distance in (2**i for i in range(devices.bit_length() - 1)):
+            swap = [(i, i ^ distance) for i in range(devices)]
+            other = jax.tree.map(lambda x, to=swap: jax.lax.ppermute(x, axes, to), found)
+            found = combine(found, other)
+        return found
+
+    def over_all(batch: Any, *whole: Any) -> Any:
+        specs = (PartitionSpec(axes), *(PartitionSpec() for _ in whole))
+        mapped = jax.shard_map(
+            on_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False
+        )
+        return mapped(batch, *whole)
+
+    return over_all
+
+
+def refuse_unordered(mesh: Mesh | AbstractMesh, parts: int) -> None:
+    """Refuses a mesh that `in_order` cannot go through so many parts on.
+
+    Raises:
+      ValueError: the devices that cut a batch do not divide `parts`, or others cut anything else.
+    """
+    devices = batch_parts(mesh)
+    if parts % devices or devices != mesh.size:
+        raise ValueError(
+            f"the mesh sizes {_described(dict(mesh.shape))} do not fit deterministic_reductions: "
+            f"let mesh.data x mesh.fsdp divide {parts}, and mesh.tensor and mesh.sequence be 1"
+        )
 
 
 @functools.cache

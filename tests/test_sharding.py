@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,17 +126,17 @@ MESHES: list[dict[str, int]] = [
 ]
 
 
-def trained(sizes: dict[str, int], devices: int, family: str = "llama") -> dict:
-    """Three steps of a tiny model on a mesh: its losses, and digests of its initial parameters."""
+def trained(sizes: dict[str, int], devices: int, family: str = "llama", **changes: Any) -> dict:
+    """Three steps of a tiny model on a mesh: its losses, and digests of its parameters.
+
+    `changes` replaces fields of the config.
+    """
     from lmjax.optimizer import OptimizerConfig
     from lmjax.train import Config, create_state, make_train_step
     from lmjax.train.run_directory import parameters_sha256
 
     config = Config(
-        precision="f32",
-        steps=10,
-        context=16,
-        batch_size=8,
+        **{"precision": "f32", "steps": 10, "context": 16, "batch_size": 8} | changes,
         mesh=MeshConfig(**sizes),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
         model=ModelConfig(vocab_size=64, width=16, layers=2, heads=4, **FAMILIES[family]),
@@ -150,34 +153,43 @@ def trained(sizes: dict[str, int], devices: int, family: str = "llama") -> dict:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     after = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)}
-    return {"digest": digest, "losses": losses, "stable": held == after, "cut": len(held) > 1}
+    return {
+        "digest": digest,
+        "losses": losses,
+        "final": parameters_sha256(state.params),
+        "stable": held == after,
+        "cut": len(held) > 1,
+    }
 
 
-def reduced(policy: str) -> dict:
-    """The gradient on eight devices: whether its numbers are of bf16, and how far from f32's."""
+@functools.cache
+def gradient(policy: str) -> dict:
+    """Gradients and loss of a batch on eight devices."""
     from lmjax.precision import exact
     from lmjax.train import Config, create_state
     from lmjax.train.step import make_gradient
 
-    def gradient(policy: str) -> dict:
-        config = Config(
-            precision=policy,
-            context=16,
-            batch_size=8,
-            mesh=MeshConfig(data=4, fsdp=2),
-            model=ModelConfig(vocab_size=64, width=16, layers=2, heads=4),
-        ).resolved()
-        mesh = sharding.make_mesh(config.mesh)
-        tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64, jnp.int32)
-        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh, (8, 16)))
-        arguments = (batch, jax.random.key(0), jnp.float32(1), {}, {})
-        (gradients, _), loss = exact.jit(make_gradient(config, mesh))(
-            create_state(config, mesh).params, *arguments
-        )
-        leaves = paths.flatten(gradients) | {"loss": loss}
-        return {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
+    config = Config(
+        precision=policy,
+        context=16,
+        batch_size=8,
+        mesh=MeshConfig(data=4, fsdp=2),
+        model=ModelConfig(vocab_size=64, width=16, layers=2, heads=4),
+    ).resolved()
+    mesh = sharding.make_mesh(config.mesh)
+    tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64, jnp.int32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh, (8, 16)))
+    arguments = (batch, jax.random.key(0), jnp.float32(1), {}, {})
+    (gradients, _), loss = exact.jit(make_gradient(config, mesh))(
+        create_state(config, mesh).params, *arguments
+    )
+    leaves = paths.flatten(gradients) | {"loss": loss}
+    return {path: np.asarray(leaf, np.float32) for path, leaf in leaves.items()}
 
+
+def reduced(policy: str) -> dict:
+    """The gradient on eight devices: whether its numbers are of bf16, and how far from f32's."""
     exactly, narrow = gradient("f32"), gradient(policy)
     is_bf16 = lambda x: bool(np.all(x == x.astype(jnp.bfloat16).astype(np.float32)))
     return {
@@ -219,9 +231,19 @@ def assert_equal(one: dict, *others: dict) -> None:
     assert one["losses"][2] < one["losses"][0]
 
 
+def assert_identical(one: dict, *others: dict) -> None:
+    """Runs have the same losses and the same parameters, to the last bit."""
+    for other in others:
+        assert other["losses"] == one["losses"]
+        assert other["final"] == one["final"] != one["digest"]
+
+
 def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says():
-    runs, reductions = on_eight_devices()
+    runs, ordered, reductions = on_eight_devices()
     assert_equal(*runs)
+    assert_identical(*ordered)
+    assert ordered[0]["losses"] == pytest.approx(runs[0]["losses"], rel=1e-5)
+    assert ordered[1]["cut"]
     everywhere, only_mlp = reductions
     assert everywhere["loss"]
     assert all(everywhere["bf16"].values())
@@ -237,6 +259,32 @@ def test_every_mesh_computes_what_one_device_computes(family: str):
     assert_equal(*on_eight_devices(family))
 
 
+NARROW = (
+    "p=bf16.sr,c=bf16,o=f32,r=bf16,w=e4m3@tensor,x=e4m3@tensor.delayed,g=e5m2@tensor.sr,"
+    "nu=int8@block64"
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("family", "precision", "micro_batches"),
+    [("gpt2", "f32", 1), ("llama", "mixed_f16", 2), ("llama", NARROW, 1)],
+)
+def test_a_fixed_order_gives_the_same_bits_on_every_mesh(
+    family: str, precision: str, micro_batches: int
+):
+    assert_identical(*on_eight_devices(family, precision, str(micro_batches)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"), [({"data": 8}, 4), ({"data": 4, "tensor": 2}, 4), ({"data": 3}, 8)]
+)
+def test_a_mesh_that_cannot_keep_the_order_is_refused(sizes: dict[str, int], parts: int):
+    mesh = sharding.abstract_mesh(MeshConfig(**sizes), math.prod(sizes.values()))
+    with pytest.raises(ValueError, match="do not fit deterministic_reductions"):
+        sharding.in_order(mesh, parts, lambda index, rows: rows, lambda one, other: one)
+
+
 def test_on_one_device_there_is_nothing_to_reduce(tiny):
     config = tiny("f32,r=bf16")
     one = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -245,11 +293,31 @@ def test_on_one_device_there_is_nothing_to_reduce(tiny):
     assert not reduces_narrow(tiny("f32").param_sites, sharding.abstract_mesh(SIZES, 8))
 
 
-if __name__ == "__main__":
-    if sys.argv[1:]:
-        (family,) = sys.argv[1:]
-        print(json.dumps([trained({}, 1, family)] + [trained(m, 8, family) for m in MESHES]))
-        sys.exit()
+ORDERED_MESHES = [
+    ({}, 1),
+    ({"data": 2}, 2),
+    ({"data": 1, "fsdp": 2}, 2),
+    ({"data": 4}, 4),
+    ({"data": 2, "fsdp": 2}, 4),
+    ({"data": 8}, 8),
+    ({"data": 1, "fsdp": 8}, 8),
+    ({"data": 4, "fsdp": 2}, 8),
+]
+
+
+def main(family: str = "", precision: str = "", micro_batches: str = "1") -> list:
+    """What the tests above ask of eight devices."""
+    if precision:
+        fields = {"micro_batches": int(micro_batches), "batch_size": 8 * int(micro_batches)}
+        fields |= {"precision": precision, "deterministic_reductions": 8}
+        return [trained(sizes, n, family, **fields) for sizes, n in ORDERED_MESHES]
+    if family:
+        return [trained({}, 1, family)] + [trained(sizes, 8, family) for sizes in MESHES]
     runs = [trained({}, 1), *(trained(MESHES[index], 8) for index in (2, 5))]
+    ordered = [trained(*ORDERED_MESHES[i], deterministic_reductions=8) for i in (0, -1)]
     reductions = [reduced("f32,r=bf16"), reduced("f32; **/mlp/*: r=bf16; **/norm: r=f32")]
-    print(json.dumps([runs, reductions]))
+    return [runs, ordered, reductions]
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))

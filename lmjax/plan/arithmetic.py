@@ -21,6 +21,11 @@ gradients     reduce-scatter over fsdp and all-reduce of the slice over data and
               in f32, before weight gradients are rounded; with a policy that reduces in another
               format (key `r`), one all-reduce over data and fsdp in that format. ZeRO's third
               volume; for f = 1, plain data parallelism. They are summed in every micro-batch.
+              With `deterministic_reductions` each device gathers all parameters as they are stored,
+              once, and log2(d f) times passes on its sum of all gradients in f32; nothing else:
+
+                  m (ring(f) P bytes(p) + log2(d f) 4 P)
+
 embedding     tokens go to the devices that hold columns of the table, and rows come back, in the
               compute format; their cotangents the other way:
 
@@ -114,7 +119,8 @@ def expected_traffic(config: Config, mesh: Mapping[str, int]) -> list[Traffic]:
     """
     total: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
     weights = list(_weights(config, mesh))
-    for part in (_parameters, _gradients, _embedding, _activations, _positions):
+    usual = (_parameters, _gradients, _embedding, _activations, _positions)
+    for part in (_in_order,) if config.deterministic_reductions else usual:
         for one in part(config, mesh, weights):
             key = (one.purpose, one.kind, one.dtype, one.axes)
             total[key] = total.get(key, 0.0) + config.micro_batches * one.sent
@@ -123,7 +129,8 @@ def expected_traffic(config: Config, mesh: Mapping[str, int]) -> list[Traffic]:
 
 def tokens_on_device(config: Config, mesh: Mapping[str, int]) -> float:
     """Tokens of a micro-batch whose activations one device holds."""
-    parts = mesh["data"] * mesh["fsdp"] * mesh["sequence"]
+    devices = mesh["data"] * mesh["fsdp"] * mesh["sequence"]
+    parts = max(devices, config.deterministic_reductions)
     return config.batch_size / config.micro_batches * config.context / parts
 
 
@@ -137,6 +144,17 @@ def _weights(config: Config, mesh: Mapping[str, int]) -> Iterator[_Weight]:
             for name in RULES.get(axis, ()):
                 cut[name] = mesh[name] if size % mesh[name] == 0 else 1
         yield _Weight(path, leaf.size, sites[path], cut["fsdp"], cut["tensor"])
+
+
+def _in_order(config: Config, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
+    """What `sharding.in_order` sends: it knows only neighbours at distances 1, 2, 4 and so on."""
+    for weight in weights:
+        stored = carrier(weight.site.params)
+        sent = _ring(weight.fsdp) * weight.size * _bytes(stored)
+        yield Traffic("parameters", "all-gather", _hlo(stored), ("fsdp",), sent)
+        for axis in RULES["batch"]:
+            sent = math.log2(mesh[axis]) * weight.size * 4
+            yield Traffic("gradients", "collective-permute", "f32", (axis,), sent)
 
 
 def _parameters(

@@ -15,6 +15,8 @@ this device, V/t columns of logits, and P values of parameters on it:
     attention                 3 N heads/t T 4 + N heads/t T c where that is more than the head:
                               scores, weights and their cotangents of one block
     rows                      3 N D 4: around the last norm
+    fixed order               with `deterministic_reductions`, of all P values: the gradients of the
+                              parts on this device, a sum or two, and, if fsdp cuts them, parameters
 
 XLA's CPU compiler, whose figure stands beside the sum, holds saved activations of narrow formats in
 f32 as soon as the backward pass begins, and a transposed copy of the head; on other backends these
@@ -64,8 +66,21 @@ def expected_memory(config: Config, devices: int) -> dict[str, float]:
         "saved activations": saved,
         "head or attention": head + max(_head(config, sizes), _attention(config, sizes)),
         "rows": 3.0 * tokens * width * 4,
+        "fixed order": _fixed_order(config, sizes, state.params),
         CPU_ONLY: (saved * (4 / compute - 1) if config.model.remat == "full" else 0.0) + head,
     }
+
+
+def _fixed_order(config: Config, mesh: Mapping[str, int], params: object) -> float:
+    """What `deterministic_reductions` holds besides."""
+    parts = config.deterministic_reductions
+    if not parts:
+        return 0.0
+    leaves = jax.tree.leaves(params)
+    held = parts // math.prod(mesh[axis] for axis in sharding.RULES["batch"])
+    gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) if mesh["fsdp"] > 1 else 0
+    sums = 2 if held > 1 else 1
+    return float((held + sums) * sum(leaf.size for leaf in leaves) * 4 + gathered)
 
 
 def _on_device(tree: object) -> float:

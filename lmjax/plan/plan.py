@@ -87,7 +87,8 @@ def make_plan(config: Config, devices: int) -> Plan:
     config = config.resolved().at(0)
     program = partitioned(config, devices)
     mesh = sharding.mesh_shape(config.mesh, devices)
-    return Plan(config, mesh, program, tuple(collectives(program.text, mesh)))
+    sent = tuple(collectives(program.text, mesh)) if program.text else ()
+    return Plan(config, mesh, program, sent)
 
 
 def scaled(config: Config, devices: int, to: int) -> Config:

@@ -53,7 +53,7 @@ class Program:
     """A compiled train step.
 
     Attributes:
-      text: HLO of the program of one device, after the partitioner.
+      text: HLO of the program of one device, after the partitioner; empty where there is only one.
       memory: what it needs.
       warnings: what the partitioner complained of: tensors that it could only move by making them
         whole on every device first.
@@ -96,6 +96,8 @@ def partitioned(config: Config, devices: int) -> Program:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise PlanError(f"the step could not be compiled for {devices} devices: {last[0]}")
         memory = Memory(**json.loads(done.stdout.splitlines()[-1]))
+        if devices == 1:  # nothing is partitioned, and nothing sent
+            return Program("", memory, ())
         (dump,) = Path(folder).glob(DUMPED)
         return Program(dump.read_text("utf-8"), memory, _complaints(done.stderr))
 

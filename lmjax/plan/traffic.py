@@ -58,7 +58,7 @@ def purpose_of(collective: Collective) -> str:
         return "positions"
     if collective.kind == "all-gather" and axes == {"fsdp"}:
         return "parameters"
-    if reduction and not axes & {"tensor"}:
+    if (reduction or collective.kind == "collective-permute") and not axes & {"tensor"}:
         return "gradients"
     if axes == {"tensor"} and source.endswith("/dot_general"):
         return "activations"

@@ -25,9 +25,20 @@ class ExcessPrecisionError(RuntimeError):
     """The backend drops roundings although told not to: no precision result would be true."""
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Any:
-    """`jax.jit` with excess precision off; takes the same options."""
-    return jax.jit(function, compiler_options=dict(COMPILER_OPTIONS), **options)
+ORDER_OPTIONS = {"xla_gpu_deterministic_ops": True}
+"""GPU kernels that add in whatever order their threads arrive are replaced or refused."""
+
+
+def jit(function: Callable[..., Any], *, fixed_order: bool = False, **options: Any) -> Any:
+    """`jax.jit` with excess precision off; takes the same options.
+
+    Args:
+      function: to be compiled.
+      fixed_order: whether it must sum in the same order whenever it runs.
+      options: of `jax.jit`.
+    """
+    compiler_options = COMPILER_OPTIONS | (ORDER_OPTIONS if fixed_order else {})
+    return jax.jit(function, compiler_options=compiler_options, **options)
 
 
 def at_least_f32(dtype: Any) -> np.dtype:

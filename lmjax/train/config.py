@@ -104,6 +104,10 @@ class Config:
     """Sequences in a step, over all devices and micro-batches."""
     micro_batches: int = 1
     """Parts that a batch is cut into; their gradients are summed in f32."""
+    deterministic_reductions: int = 0
+    """Parts (2^n) of each micro-batch, summed in a fixed order: losses and parameters are then bit
+    for bit the same on any number of devices (mesh.data x mesh.fsdp) that divides it. 0: they are
+    the same but for rounding, and a step is faster."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     loss_multiplier: float = 1.0
@@ -141,6 +145,7 @@ class Config:
                 f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} "
                 "micro-batches; choose numbers that divide"
             )
+        self._refuse_disorder()
         for start, policy in parse_policy(self.precision).phases:
             resolve_sites(self.model, policy)
             if start >= self.steps:
@@ -148,6 +153,31 @@ class Config:
                     f"the policy's phase from step {start} on would never run, for the run ends "
                     f"after {self.steps} steps; start it earlier or raise --steps"
                 )
+
+    def _refuse_disorder(self) -> None:
+        """Refuses what `deterministic_reductions` cannot hold for."""
+        parts = self.deterministic_reductions
+        if not parts:
+            return
+        if parts < 1 or parts & (parts - 1):
+            raise ValueError(
+                f"deterministic_reductions is {parts}; it must be 0 or a power of two, such as 8"
+            )
+        rows = {
+            "batch_size / micro_batches": self.batch_size // self.micro_batches,
+            "evaluation.batch_size": self.evaluation.batch_size,
+        }
+        for name, count in rows.items():
+            if count % parts:
+                raise ValueError(
+                    f"{name} is {count}, which deterministic_reductions {parts} does not divide; "
+                    "choose a multiple"
+                )
+        if self.optimizer.name == "muon":
+            raise ValueError(
+                "muon multiplies matrices that mesh.fsdp cuts, so their sums would depend on the "
+                "mesh; with deterministic_reductions use --optimizer.name adamw or lion"
+            )
 
     @property
     def phases(self) -> tuple[tuple[int, Config], ...]:

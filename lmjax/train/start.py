@@ -86,6 +86,8 @@ def _checked_here(config: Config, progress: bool) -> tuple[Config, TokenizedCorp
         rows = (config.batch_size // config.micro_batches, config.evaluation.batch_size)
         for batch_rows in rows:
             sharding.batch_sharding(mesh, (batch_rows, config.context))
+        if config.deterministic_reductions:
+            sharding.refuse_unordered(mesh, config.deterministic_reductions)
         corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -23,7 +23,12 @@ from lmjax.precision.exact import at_least_f32
 from lmjax.storage import apply_updates, update_census
 from lmjax.train import measure
 from lmjax.train.config import Config
-from lmjax.train.reduction import Gradient, reduced_gradient, reduces_narrow
+from lmjax.train.reduction import (
+    Gradient,
+    ordered_gradient,
+    reduced_gradient,
+    reduces_narrow,
+)
 from lmjax.train.state import TrainState, abstract_state, optimizer_of
 
 Batch = dict[str, jax.Array]
@@ -54,7 +59,10 @@ def make_train_step(
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     step = train_step(config, mesh, telemetry=telemetry)
-    return exact.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    fixed_order = config.deterministic_reductions > 0
+    return exact.jit(
+        step, fixed_order=fixed_order, donate_argnums=0, out_shardings=(shardings, None)
+    )
 
 
 def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainStep:
@@ -84,6 +92,8 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         (gradients, measured), losses = _over_micro_batches(
             micro_step, state.params, slots, batch, config
         )
+        if config.deterministic_reductions:  # else fsdp would cut the sum of squares of the norm
+            gradients = sharding.whole(mesh, gradients)
         cotangents = measure.cotangent_spread(measured, scale)
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, cotangents=cotangents
@@ -119,6 +129,9 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
 def make_gradient(config: Config, mesh: Any) -> Gradient:
     """The gradient of the scaled loss and what its slots measured; beside them the loss."""
     of_loss = functools.partial(jax.grad, argnums=(0, 4), has_aux=True)
+    if config.deterministic_reductions:
+        part = of_loss(make_scaled_loss(config, mesh, constrain=sharding.leave))
+        return ordered_gradient(part, config.param_sites, mesh, config.deterministic_reductions)
     if not reduces_narrow(config.param_sites, mesh):
         return of_loss(make_scaled_loss(config, mesh))
     part = of_loss(make_scaled_loss(config, mesh, constrain=sharding.constrain_part))
@@ -201,12 +214,12 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
     """
     config = config.resolved()
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    sites = config.sites
+    sites, parts = config.sites, config.deterministic_reductions
+    constrain = functools.partial(sharding.leave if parts else sharding.constrain, mesh)
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed nats and number of the tokens whose weight is 1."""
         with jax.numpy_dtype_promotion("strict"):
-            constrain = lambda x, axes: sharding.constrain(mesh, x, axes)
             logits = apply(
                 params, batch["inputs"], config=config.model, sites=sites, constrain=constrain
             )
@@ -215,4 +228,9 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
             weights = batch["weights"].astype(nats.dtype)
             return jnp.sum(nats * weights), jnp.sum(weights)
 
-    return exact.jit(eval_step)
+    if not parts:
+        return exact.jit(eval_step)
+    of_part = lambda index, rows, params: eval_step(params, rows)
+    add = functools.partial(jax.tree.map, jnp.add)
+    over_parts = sharding.in_order(mesh, parts, of_part, add)
+    return exact.jit(lambda params, batch: over_parts(batch, params), fixed_order=True)
