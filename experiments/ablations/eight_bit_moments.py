@@ -2,8 +2,10 @@
 
 Command:   python -m lmjax reproduce eight_bit_moments
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      24 runs, 20 seconds each on a core, after compiling
+Expected:  undecided: int8 with one factor fails or diverges in 6 runs of 6, and blocks of e4m3
+           at 1e-3 differ by -0.003 ± 0.013 nats; at 3e-3 by +0.006 ± 0.031, where three seeds
+           cannot tell 0.02
 
 int8 with one factor a tensor has 127 equal steps up to the largest moment: every second moment
 below a 254th of it becomes 0, and what is divided by its root explodes. Blocks keep outliers to

@@ -2,8 +2,10 @@
 
 Command:   python -m lmjax reproduce fp8_formats
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      21 runs, 20 seconds each on a core, after compiling
+Expected:  undecided: at 2^-6 raw fp8 is worse by 0.84 ± 0.13 nats, as asked. The rest is
+           smaller than three seeds can tell: with a factor a tensor +0.0031 ± 0.0088, and
+           +0.0013 ± 0.0098 at 2^-6; raw +0.0066 ± 0.0113, with a loss scale +0.0023 ± 0.0162
 
 Weights and activations are rounded to e4m3 and cotangents to e5m2 before they are multiplied. With
 one factor a tensor this should not be seen in the loss; without, small cotangents underflow, the

@@ -2,8 +2,10 @@
 
 Command:   python -m lmjax reproduce fp8_optimizer
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      18 runs, 20 seconds each on a core, after compiling
+Expected:  confirmed: first moments in e4m3 -0.0005 ± 0.0029 nats, with f16 weights and second
+           moments +0.0071 ± 0.0020; second moments in e4m3 +24 ± 14, weights in e4m3
+           +1.88 ± 0.03, in e5m3 +1.25 ± 0.04
 
 Second moments are squares: in a tensor they span more than the 2^18 of e4m3, so that the small ones
 become 0, and a step is divided by the root of the newest gradient alone, or by eps where that is 0.

@@ -2,8 +2,9 @@
 
 Command:   python -m lmjax reproduce rope_positions
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      10 seconds; nothing is trained
+Expected:  confirmed: at position 4096 scores are wrong by 0.70 with angles in bf16, by 0.0019 with
+           angles in f32
 
 bf16 has no odd integers above 256, so angles computed in it are wrong by radians at long positions
 and scores no longer depend on distance alone. Angles computed in f32 and rounded as sine and cosine

@@ -2,8 +2,9 @@
 
 Command:   python -m lmjax reproduce tile_scaling
 Hardware:  2 CPU cores
-Time:      not measured yet
-Expected:  not measured yet
+Time:      10 seconds; nothing is trained
+Expected:  confirmed: tiles win 15.1 dB in e4m3 beside an outlier of 2^16, 0.4 dB beside 2^8, and
+           20.3 dB in int8; sums in 14 bits are 28 times better 128 terms at a time
 
 One channel of an activation is planted as an outlier, and the next weight divided by as much, so
 that their product stays what it was. With one factor a tensor every other channel moves down by as

@@ -9,7 +9,7 @@ import pytest
 
 from lmjax.precision.policy import PolicyError
 from lmjax.sharding import MeshConfig
-from lmjax.train import Config
+from lmjax.train import Config, EvaluationConfig
 from lmjax.train.config import differences, from_json, to_json
 
 
@@ -21,6 +21,14 @@ from lmjax.train.config import differences, from_json, to_json
         ({"context": 17}, "learns only 16 positions"),
         ({"batch_size": 6, "micro_batches": 4}, "cannot be cut into 4"),
         ({"log_every": 0}, "log_every is 0"),
+        ({"deterministic_reductions": 3}, "power of two"),
+        ({"deterministic_reductions": -8}, "power of two"),
+        ({"deterministic_reductions": 8}, "batch_size / micro_batches is 4"),
+        (
+            {"deterministic_reductions": 4, "evaluation": EvaluationConfig(batch_size=2)},
+            "evaluation.batch_size is 2",
+        ),
+        ({"deterministic_reductions": 4, "optimizer": {"name": "muon"}}, "muon multiplies"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, message, tiny):
