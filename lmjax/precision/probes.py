@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.precision.bits import floor_log2, largest_magnitude, pattern, split
+from lmjax.precision.bits import largest_magnitude, pattern, split
 from lmjax.precision.formats import Format
 
 EXPONENTS = 256
@@ -227,8 +227,8 @@ def exponent_histogram(x: jax.Array) -> jax.Array:
       f32[EXPONENTS]: entry e counts elements with `2**(e - 127) <= abs(x) < 2**(e - 126)`; entry 0
       also zeros and subnormals, the last one infinities and NaN. f64 is rounded to f32 first.
     """
-    x = x.astype(jnp.float32) if x.dtype == jnp.float64 else x
-    bins = jnp.clip(floor_log2(x) + np.int32(127), 0, np.int32(EXPONENTS - 1)).reshape(-1)
+    patterns = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).reshape(-1)
+    bins = (patterns >> np.uint32(23)) & np.uint32(EXPONENTS - 1)  # without the sign
     # Counted as integers: a sum of ones in f32 stops at 2^24.
     return jnp.zeros((EXPONENTS,), jnp.int32).at[bins].add(1).astype(jnp.float32)
 
