@@ -124,7 +124,12 @@ def test_without_runs_a_claim_says_what_arithmetic_says_and_no_more(
 
 
 TRACED = [
-    pytest.param(claim, arm, marks=[] if number == 0 else pytest.mark.long, id=f"{name}-{arm}")
+    pytest.param(
+        claim,
+        arm,
+        marks=[] if number == 0 and claim.quick else pytest.mark.long,
+        id=f"{name}-{arm}",
+    )
     for name, claim in CLAIMS.items()
     for number, arm in enumerate(reversed(claim.large.arms))
 ]
@@ -132,7 +137,7 @@ TRACED = [
 
 @pytest.mark.parametrize(("claim", "arm"), TRACED)
 def test_the_large_version_of_a_claim_traces_for_eight_devices(claim: Claim, arm: str) -> None:
-    """The last arm in the default suite, the others in the long one."""
+    """The last arm of the quick claims in the default suite, all others in the long one."""
     config = claim.large.arms[arm].resolved()
     mesh = sharding.abstract_mesh(sharding.MeshConfig(fsdp=4, tensor=2), 8)
     shape = (config.batch_size, config.context)

@@ -30,8 +30,14 @@ def assert_equal(actual, expected):
     assert bits(actual) == bits(expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "family"),
+    [
+        *((policy, "gpt2") for policy in POLICIES),
+        *(pytest.param(policy, "llama", marks=pytest.mark.long) for policy in POLICIES[:-1]),
+        (POLICIES[-1], "llama"),
+    ],
+)
 def test_one_batch_is_learnt_by_heart(policy, family, tiny, draw_state, draw_batch, compiled_step):
     config = tiny(policy, family)
     state, batch, step = draw_state(config), draw_batch(config), compiled_step(config)
