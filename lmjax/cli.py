@@ -44,8 +44,9 @@ class Launch:
     """Flags of an experiment: its config, and how this launch of it is carried out."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    workdir: Path
-    """The run directory; the same command again goes on with the run in it."""
+    workdir: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """The run directory; the same command again goes on with the run in it. s3://BUCKET/RUN and
+    gs://BUCKET/RUN are in an object store: any machine goes on with the run there."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     stop_after: int | None = None
     """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
@@ -70,7 +71,7 @@ def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
 
 
 def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequence[str]) -> int:
-    default = Launch(config=config(), workdir=Path("runs") / module.rpartition(".")[2])
+    default = Launch(config=config(), workdir=str(Path("runs", module.rpartition(".")[2])))
     launch = parse_flags(
         lambda: tyro.cli(
             Launch,
@@ -92,7 +93,7 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
     console.print(
         f"held-out loss {loss:.4f} nats per token after {outcome.step} steps "
         f"({outcome.result['train_seconds']:.1f} s of training); everything is in "
-        f"{outcome.workdir}",
+        f"{launch.workdir}",
         markup=False,
         soft_wrap=True,
     )

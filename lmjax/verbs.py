@@ -5,6 +5,7 @@ Knows all rooms; how flags are parsed, errors caught and tables printed is in `c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -29,8 +30,13 @@ from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import KEYS
 from lmjax.precision.native import Arithmetic, in_words, this_backend
 from lmjax.train import Config, InputError
+from lmjax.train.object_store import as_url
+from lmjax.train.remote import fetched
 
 T = TypeVar("T")
+
+RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+"""A path, or a URL: a `Path` would make one slash of two."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -70,7 +76,7 @@ def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 
 
 def generate(
-    run: tyro.conf.Positional[Path],
+    run: RunDirectory,
     /,
     prompt: str = "",
     tokens: int = 200,
@@ -83,7 +89,7 @@ def generate(
     """Continues a text with the newest checkpoint of a run.
 
     Args:
-      run: The run directory.
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
       prompt: Text to go on from; empty: the start of a document.
       tokens: Most tokens to generate.
       temperature: Divides the logits; 0 takes the likeliest token.
@@ -102,13 +108,11 @@ def generate(
     return DONE
 
 
-def score(
-    run: tyro.conf.Positional[Path], /, text: str, precision: str | None = None, json: bool = False
-) -> int:
+def score(run: RunDirectory, /, text: str, precision: str | None = None, json: bool = False) -> int:
     """Log-probability of a text, per token and in all.
 
     Args:
-      run: The run directory.
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
       text: The text, read as the beginning of a document.
       precision: Policy to compute with, if not the run's own.
       json: Print JSON.
@@ -137,13 +141,11 @@ def score(
     return DONE
 
 
-def evaluate(
-    run: tyro.conf.Positional[Path], /, precision: str | None = None, json: bool = False
-) -> int:
+def evaluate(run: RunDirectory, /, precision: str | None = None, json: bool = False) -> int:
     """Loss on the whole validation split that a run held out.
 
     Args:
-      run: The run directory.
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
       precision: Policy to compute with, if not the run's own.
       json: Print JSON.
     """
@@ -245,7 +247,7 @@ def sharding(
 
 
 def report(
-    directories: tyro.conf.Positional[tuple[Path, ...]],
+    directories: tyro.conf.Positional[tuple[str, ...]],
     /,
     out: Path | None = None,
     json: bool = False,
@@ -254,15 +256,24 @@ def report(
 
     Args:
       directories: Of ablations, each of which gets its report; or of runs, which are compared with
-        the first of them.
+        the first of them. Runs may be in an object store: s3://BUCKET/RUN.
       out: Where the comparison of runs goes, if not the directory that holds them.
       json: Print JSON.
     """
+    if not directories:
+        raise InputError("name the directories of ablations or runs")
+    if out is None and any(map(as_url, directories)):
+        raise InputError("say with --out DIR where the report on runs in an object store goes")
+    with contextlib.ExitStack() as stack:
+        here = [stack.enter_context(fetched(name, checkpoint=False)) for name in directories]
+        _report(here, out, json=json)
+    return DONE
+
+
+def _report(directories: Sequence[Path], out: Path | None, *, json: bool) -> None:
     from lmjax.ablation.grid import DEFINITION
     from lmjax.ablation_cli import report_on, report_on_runs
 
-    if not directories:
-        raise InputError("name the directories of ablations or runs")
     for directory in directories:
         if not any((directory / name).exists() for name in (DEFINITION, "config.json")):
             raise InputError(f"{directory} is the directory of neither an ablation nor a run")
@@ -272,7 +283,6 @@ def report(
             report_on(directory, json=json)
     if runs:
         report_on_runs(runs, out, json=json)
-    return DONE
 
 
 def reproduce(

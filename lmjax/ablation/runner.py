@@ -22,6 +22,7 @@ from lmjax.ablation.report_data import compare_cells
 from lmjax.ablation.verdict import seeds_to_add
 from lmjax.ablation.worker import discard_failed
 from lmjax.data import tokenized_corpus
+from lmjax.train.object_store import refuse_collapsed
 from lmjax.train.run_directory import InputError
 from lmjax.train.signals import StopRequest
 
@@ -77,6 +78,7 @@ def run(
       AblationError: a worker failed. The others have saved checkpoints.
     """
     directory = Path(directory)
+    refuse_collapsed(directory)
     for name, value in (("processes", processes), ("threads", threads)):
         if value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")

@@ -16,6 +16,7 @@ from lmjax.precision import exact
 from lmjax.train import Config, InputError, abstract_state, read_config
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.progress import say
+from lmjax.train.remote import fetched
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,18 @@ def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedM
     Nothing is written or moved there: another process may be training.
 
     Args:
-      workdir: the run directory.
+      workdir: the run directory, or a string such as `s3://BUCKET/RUN`.
       precision: a policy to compute with instead of the run's; parameters stay as stored.
 
     Raises:
       InputError: there is no run, or it has no checkpoint yet.
       CheckpointError: it has checkpoints, but none is intact.
     """
-    workdir = Path(workdir)
+    with fetched(workdir) as directory:
+        return _load_model(directory, precision)
+
+
+def _load_model(workdir: Path, precision: str | None) -> TrainedModel:
     config = read_config(workdir)
     folder = workdir / "checkpoints"
     if not folder.is_dir():

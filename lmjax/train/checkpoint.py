@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +60,9 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run directory, newest `keep` of them; without `keep`, only to read.
 
+    `mirror` is given the steps of those that stay, once another is complete and before older ones
+    are removed. It is a part of writing: the next one waits for it, and hears of its failure.
+
     The one that writes also removes what a killed process left unfinished, and sets aside what is
     damaged. A reader touches nothing: another process may be training.
 
@@ -68,13 +71,18 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, keep: int | None = None, note: Callable[[str], None] | None = None
+        self,
+        directory: Path,
+        keep: int | None = None,
+        note: Callable[[str], None] | None = None,
+        mirror: Callable[[Sequence[int]], None] | None = None,
     ):
         # Orbax logs every save through absl; a run reports its saves, and their failures, itself.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._directory = directory.absolute()
         self._keep = keep
         self._note = note or (lambda text: None)
+        self._mirror = mirror or (lambda steps: None)
         self._checked: set[int] = set()
         self._arrays = ocp.StandardCheckpointer(async_options=CLOCK_MAY_JUMP)
         self._background = ThreadPoolExecutor(1, "checkpoint")
@@ -161,8 +169,8 @@ class Checkpoints:
         oldest ones beyond `keep` are removed once this one is complete.
 
         Raises:
-          StorageFailed: this checkpoint or the one before could not be written. Those that were
-            complete before still are.
+          StorageFailed: this checkpoint or the one before could not be written, or not by the
+            mirror. Those that were complete before still are.
         """
         self.wait()
         if from_first(step in self.steps()):
@@ -184,7 +192,10 @@ class Checkpoints:
                 manifest.seal(folder)
                 folder.rename(self._folder(step))
                 manifest.sync_directory(self._directory)
-                for old in self.steps()[: -self._keep] if self._keep and prune else ():
+                steps = self.steps()
+                kept = steps[-self._keep :] if self._keep and prune else steps
+                self._mirror(kept)
+                for old in steps[: -len(kept)]:
                     self._remove(old)
 
     @contextlib.contextmanager

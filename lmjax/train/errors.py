@@ -29,4 +29,6 @@ class CheckpointError(RuntimeError):
 
 
 class StorageFailed(RuntimeError):
-    """A file of the run could not be written: the disk is full, or has become read-only."""
+    """Something of the run could not be written: the disk is full or has become read-only, or an
+    object store refuses.
+    """

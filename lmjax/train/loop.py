@@ -38,6 +38,7 @@ from lmjax.train.metrics import (
     strict_json,
 )
 from lmjax.train.progress import Reporter, say
+from lmjax.train.remote import staged
 from lmjax.train.rewind import rewind
 from lmjax.train.run_directory import (
     hold_run,
@@ -55,7 +56,7 @@ class Outcome:
     """How a call of `train` ended.
 
     Attributes:
-      workdir: the run directory.
+      workdir: the run directory; of one in an object store, the copy on this machine.
       step: the last step done.
       result: content of `result.json`; None when the run was stopped before its planned length.
     """
@@ -77,7 +78,8 @@ def train(
 
     Args:
       config: what to compute.
-      workdir: the run directory; one that holds a started run of the same config is resumed.
+      workdir: the run directory; one that holds a started run of the same config is resumed. A
+        string such as `s3://BUCKET/RUN` is in an object store; see remote.py.
       stop_after: stop with a checkpoint after this many steps of this call. The schedule stays
         that of `config.steps`.
       progress: show a progress bar, or lines where the output is no terminal.
@@ -91,12 +93,11 @@ def train(
       InputError: the config, the data or the directory cannot be used; nothing was written there.
       TrainingFailed: too many steps in a row had non-finite gradients.
       CheckpointError: no checkpoint is intact, or the newest holds something else.
-      StorageFailed: a file cannot be written. What was complete before still is.
+      StorageFailed: a file or an object cannot be written. What was complete before still is.
       ExcessPrecisionError: the backend drops roundings.
     """
     if stop_after is not None and stop_after < 1:
         raise InputError(f"stop_after is {stop_after}; it must be at least 1")
-    workdir = Path(workdir)
     progress = progress and is_first()
     config, corpus, mesh = checked_input(config, progress)
     refuse_unequal("flags", f"stop_after={stop_after}")
@@ -104,8 +105,9 @@ def train(
     note = partial(say, enabled=progress)
     with (
         _failing_storage_explained(workdir),
+        staged(workdir, config.data.cache_path, note) as (workdir, mirror),
         hold_run(workdir, config, note),
-        Checkpoints(workdir / "checkpoints", config.checkpoint.keep, note) as checkpoints,
+        Checkpoints(workdir / "checkpoints", config.checkpoint.keep, note, mirror) as checkpoints,
         StopRequest() if stop is None else nullcontext(stop) as stop,
     ):
         run = start_run(config, corpus, mesh, workdir, checkpoints, note)
@@ -122,7 +124,7 @@ def train(
 
 
 @contextmanager
-def _failing_storage_explained(workdir: Path) -> Iterator[None]:
+def _failing_storage_explained(workdir: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -23,8 +23,7 @@ class Damaged(Exception):
 
 def seal(folder: Path) -> None:
     """Writes the manifest of a folder and returns when all of the folder is on the disk itself."""
-    files = _files(folder)
-    lines = [f"{_digest(path, sync=True)}  {name}\n" for name, path in files.items()]
+    lines = [f"{_digest(path, sync=True)}  {name}\n" for name, path in files(folder).items()]
     (folder / NAME).write_text("".join(lines), encoding="utf-8")
     _digest(folder / NAME, sync=True)
     for directory in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
@@ -41,7 +40,7 @@ def check(folder: Path) -> None:
       Damaged: it is not, and why.
     """
     expected = _read(folder / NAME)
-    present = _files(folder)
+    present = files(folder)
     for name in sorted(expected.keys() | present.keys()):
         if name not in present:
             raise Damaged(f"{name} is missing")
@@ -68,15 +67,15 @@ def _read(path: Path) -> dict[str, str]:
     return {match[2]: match[1] for match in matches if match}
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files(folder: Path) -> dict[str, Path]:
     """The files below a folder by their names, but for the manifest and hidden ones."""
-    files = {
+    found = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.name.startswith(".")
     }
-    files.pop(NAME, None)
-    return files
+    found.pop(NAME, None)
+    return found
 
 
 def _digest(path: Path, *, sync: bool = False) -> str:
