@@ -55,6 +55,7 @@ def replay(
     *,
     large: bool = False,
     processes: int = 1,
+    vmap_seeds: bool = False,
     seeds: str | None = None,
     json: bool = False,
 ) -> Outcome | None:
@@ -67,6 +68,7 @@ def replay(
         every judgement so far.
       large: run their large versions.
       processes: runs at a time.
+      vmap_seeds: train the seeds of an arm in one program where that is possible.
       seeds: in place of the claims' own, as `0,1,2`.
       json: print JSON.
 
@@ -80,7 +82,7 @@ def replay(
     planned = [(claim, _ablation(claim, large, seeds)) for claim in claims]
     judgements = []
     for claim, ablation in planned:
-        evidence = _evidence(ablation, workdir, processes)
+        evidence = _evidence(ablation, workdir, processes, vmap_seeds)
         if evidence is None:
             return None
         judgements.append(judge(claim, evidence))
@@ -106,12 +108,14 @@ def _ablation(claim: Claim, large: bool, seeds: str | None) -> Ablation | None:
         raise InputError(str(error)) from error
 
 
-def _evidence(ablation: Ablation | None, workdir: Path, processes: int) -> Evidence | None:
+def _evidence(
+    ablation: Ablation | None, workdir: Path, processes: int, vmap_seeds: bool
+) -> Evidence | None:
     """The runs of an ablation, all done; None if a signal stopped them."""
     if ablation is None:
         return Evidence()
     try:
-        outcome = run(ablation, workdir / "runs", processes=processes)
+        outcome = run(ablation, workdir / "runs", processes=processes, vmap_seeds=vmap_seeds)
     except AblationError as error:
         raise TrainingFailed(f"{error}; run the same command again to go on") from error
     if outcome.stopped_by is not None:

@@ -31,7 +31,7 @@ def poison(patch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
     """Embeds a token that no text has so that its norm overflows, and puts it into a batch."""
     import jax
 
-    from lmjax.train import loop, start
+    from lmjax.train import loop, records, start
 
     take = loop._next_batch
 
@@ -46,7 +46,7 @@ def poison(patch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
 
     patch.setattr(start, "create_state", poisoned_state)
     patch.setattr(loop, "_next_batch", take_with_poison)
-    patch.setattr(loop, "draw_curves", lambda *_: None)
+    patch.setattr(records, "draw_curves", lambda *_: None)
 
 
 def poisoned_state(config: Any, mesh: Any) -> Any:

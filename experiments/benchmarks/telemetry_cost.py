@@ -16,39 +16,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import quickstart
-from experiments.benchmarks.throughput import paired_ratio
+from experiments.benchmarks import paired
+from experiments.benchmarks.paired import Contestant, paired_ratio, take_turns
 from lmjax import sharding
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import keep_freed_memory
 
 
-def stepper(config: Config, *, telemetry: bool) -> Callable[[int], float]:
-    """A function that takes so many steps on one random batch and returns the seconds of one."""
+def stepper(config: Config, *, telemetry: bool) -> Contestant:
+    """The contestant that takes steps with or without telemetry."""
     mesh = sharding.make_mesh(config.mesh)
-    shape = (config.batch_size, config.context + 1)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
     step = make_train_step(config, mesh, telemetry=telemetry)
-    state = create_state(config, mesh)
-
-    def run(steps: int) -> float:
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
-        return (time.perf_counter() - start) / steps
-
-    run(1)  # compiles
-    return run
+    return paired.stepper(step, create_state(config, mesh), paired.random_batch(config))
 
 
 def report(config: Config, rounds: int, steps: int, every: int) -> dict[str, Any]:
@@ -56,10 +41,7 @@ def report(config: Config, rounds: int, steps: int, every: int) -> dict[str, Any
     contestants = {
         name: stepper(config, telemetry=name == "watched") for name in ("plain", "watched")
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for index in range(rounds):
-        for name in sorted(contestants, reverse=bool(index % 2)):
-            seconds[name].append(contestants[name](steps))
+    seconds = take_turns(contestants, rounds, steps)
     ratio = paired_ratio(seconds["watched"], seconds["plain"])
     return {
         "step_seconds": {name: float(np.median(values)) for name, values in seconds.items()},

@@ -28,12 +28,11 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +48,7 @@ from experiments.benchmarks.contestants import (
     lmjax_contestant,
     torch_contestant,
 )
+from experiments.benchmarks.paired import paired_ratio
 from lmjax.precision.policy import PolicyError
 from lmjax.train.memory import keep_freed_memory
 
@@ -114,31 +114,6 @@ def measure(contestants: Sequence[Contestant], shape: Shape, rounds: int) -> dic
         for name, rate in rates.items():
             peaks[name].append(rate())
     return {"tokens_per_second": speeds, "peaks": peaks, "losses": losses}
-
-
-class Ratio(NamedTuple):
-    """A paired ratio: its median, and the interval that holds the true median at `confidence`."""
-
-    median: float
-    low: float
-    high: float
-    confidence: float
-
-
-def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """The ratio of two contestants, round by round.
-
-    The narrowest interval between order statistics of at least 95% confidence (Conover 1999,
-    section 3.2), or the whole range where there are too few rounds for that.
-    """
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    count = len(ratios)
-    confidences = [
-        1 - 2 * sum(math.comb(count, i) for i in range(below + 1)) / 2**count
-        for below in range((count + 1) // 2)
-    ]
-    below = max((i for i, confidence in enumerate(confidences) if confidence >= 0.95), default=0)
-    return Ratio(median(ratios), ratios[below], ratios[count - 1 - below], confidences[below])
 
 
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -234,6 +234,14 @@ def plan(ablation: Ablation) -> dict[str, Config]:
         if seed in ablation.seeds_of(arm)
     )
     return {cell_key(config): config for config in configs}
+
+
+def arms(keys: Iterable[str]) -> list[list[str]]:
+    """Keys of cells, those together that differ in the seed alone, in the order of the first."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        found.setdefault(key.rpartition("-seed")[0], []).append(key)
+    return list(found.values())
 
 
 def keys_by_arm(ablation: Ablation) -> dict[str, dict[int, str]]:

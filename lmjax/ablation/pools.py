@@ -10,11 +10,12 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import lmjax
+from lmjax.ablation.worker import VMAP_SEEDS
 from lmjax.train.run_directory import InputError
 
 
@@ -44,12 +45,15 @@ class Pool(Protocol):
 class LocalPool:
     """Processes of this machine, each with its own XLA threads and a log in `logs/`."""
 
-    def __init__(self, directory: Path, definition: Path, processes: int, threads: int):
+    def __init__(
+        self, directory: Path, definition: Path, processes: int, threads: int, vmap_seeds: bool
+    ):
         (directory / "logs").mkdir(exist_ok=True)
         # Other commands may be at work in this directory, on this machine or another.
         stem = f"{platform.node()}-{os.getpid()}"
         self._logs = [directory / "logs" / f"{stem}-{i}.log" for i in range(processes)]
-        self._workers = [_start(directory, definition, threads, log) for log in self._logs]
+        flags = [str(threads), *([VMAP_SEEDS] if vmap_seeds else [])]
+        self._workers = [_start(directory, definition, flags, log) for log in self._logs]
 
     def alive(self) -> bool:
         """Whether any process is running."""
@@ -82,10 +86,12 @@ class LocalPool:
                 log.unlink()
 
 
-def _start(directory: Path, definition: Path, threads: int, log: Path) -> subprocess.Popen[bytes]:
+def _start(
+    directory: Path, definition: Path, flags: Sequence[str], log: Path
+) -> subprocess.Popen[bytes]:
     source = str(Path(lmjax.__file__).parents[1])
     search = [source, os.environ.get("PYTHONPATH", "")]
-    arguments = (str(directory), str(definition), str(threads))
+    arguments = (str(directory), str(definition), *flags)
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "lmjax.ablation.worker", *arguments],
@@ -104,6 +110,7 @@ class SlurmPool:
       definition: what the ablation is; a file that does not change.
       jobs: length of the array.
       threads: cores of each job.
+      vmap_seeds: whether they train the seeds of an arm at once.
       options: parameters of submitit's `AutoExecutor`, such as `slurm_partition`; `cluster=local`
         runs the jobs on this machine.
 
@@ -117,6 +124,7 @@ class SlurmPool:
         definition: Path,
         jobs: int,
         threads: int,
+        vmap_seeds: bool,
         options: Mapping[str, Any],
     ):
         try:
@@ -132,7 +140,7 @@ class SlurmPool:
             executor.update_parameters(**parameters)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise InputError(f"submitit cannot submit: {error}") from error
-        work = SlurmWorker(directory, definition, threads)
+        work = SlurmWorker(directory, definition, threads, vmap_seeds)
         with executor.batch():
             self._jobs = [executor.submit(work) for _ in range(jobs)]
 
@@ -163,9 +171,9 @@ class SlurmPool:
 class SlurmWorker:
     """What a job of the array calls; submitted again as it is when Slurm preempts it."""
 
-    def __init__(self, directory: Path, definition: Path, threads: int):
+    def __init__(self, directory: Path, definition: Path, threads: int, vmap_seeds: bool):
         self.directory, self.definition = directory.absolute(), definition.absolute()
-        self.threads = threads
+        self.threads, self.vmap_seeds = threads, vmap_seeds
 
     def __call__(self) -> None:
         """Works until no cell is left that no other job is at."""
@@ -173,7 +181,13 @@ class SlurmWorker:
 
         worker.prepare_process(self.directory, self.threads)
         with worker.StopRequest() as stop:
-            worker.work(self.directory, grid.read_ablation(self.definition), stop, patient=False)
+            worker.work(
+                self.directory,
+                grid.read_ablation(self.definition),
+                stop,
+                patient=False,
+                vmap_seeds=self.vmap_seeds,
+            )
 
     def checkpoint(self) -> Any:
         """The job that goes on with the work of this one: runs resume from their checkpoints."""

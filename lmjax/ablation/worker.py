@@ -1,13 +1,15 @@
-"""A process that runs the cells of an ablation, one after another, until none is left.
+"""A process that runs the cells of an ablation until none is left.
 
-    python -m lmjax.ablation.worker DIRECTORY DEFINITION THREADS
+    python -m lmjax.ablation.worker DIRECTORY DEFINITION THREADS [--vmap-seeds]
+
+It runs them one after another, or the seeds of an arm at once where that is asked for and possible.
 
 Any number of workers share a directory: each takes a lock on the cell that it is working on, which
 the operating system releases when the worker ends, however it ends. The process that started it
 holds its standard input open; when that is closed, because the other process asks for it or is
 dead, the worker saves a checkpoint and ends.
 
-Knows how one run is trained; nothing of who starts workers, and where.
+Knows how runs are trained; nothing of who starts workers, and where.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -27,16 +30,25 @@ import jax
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation
 from lmjax.data import DataError
-from lmjax.train import Config, InputError, TrainingFailed, train
+from lmjax.train import CannotVmap, Config, InputError, TrainingFailed, train, train_seeds
 from lmjax.train.locks import lock
 from lmjax.train.memory import keep_freed_memory
+from lmjax.train.seeds import reason_against
 from lmjax.train.signals import StopRequest
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 SECONDS_BETWEEN_LOOKS = 0.2
+VMAP_SEEDS = "--vmap-seeds"
 
 
-def work(directory: Path, ablation: Ablation, stop: StopRequest, *, patient: bool = True) -> None:
+def work(
+    directory: Path,
+    ablation: Ablation,
+    stop: StopRequest,
+    *,
+    patient: bool = True,
+    vmap_seeds: bool = False,
+) -> None:
     """Runs every cell that is not done, until all are or somebody asks to stop.
 
     Args:
@@ -44,10 +56,15 @@ def work(directory: Path, ablation: Ablation, stop: StopRequest, *, patient: boo
       ablation: what they are.
       stop: is watched for requests to stop.
       patient: wait for cells that other workers are at, in case these workers die.
+      vmap_seeds: train the seeds of an arm in one program; see `lmjax/train/seeds.py`.
     """
     left = grid.plan(ablation)
+    together = jobs(left, vmap_seeds=vmap_seeds)
     while left and not stop.received:
-        taken = [key for key, config in left.items() if _run_if_free(directory, key, config, stop)]
+        taken = []
+        for job in together:
+            cells = {key: left[key] for key in job if key in left}
+            taken += _run_free(directory, cells, stop)
         for key in taken:
             del left[key]
         if not taken:
@@ -56,18 +73,54 @@ def work(directory: Path, ablation: Ablation, stop: StopRequest, *, patient: boo
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _run_if_free(directory: Path, key: str, config: Config, stop: StopRequest) -> bool:
-    """Runs a cell unless that is done; False when another worker is at it or work has stopped."""
+def jobs(cells: Mapping[str, Config], *, vmap_seeds: bool) -> list[list[str]]:
+    """The keys of cells, those together that one worker runs at once, memory permitting."""
+    if not vmap_seeds:
+        return [[key] for key in cells]
+    found = []
+    for arm in grid.arms(cells):
+        apart = reason_against(cells[arm[0]]) is not None
+        found += [[key] for key in arm] if apart else [arm]
+    return found
+
+
+def _run_free(directory: Path, cells: Mapping[str, Config], stop: StopRequest) -> list[str]:
+    """Runs those of some cells that are not done, at once if they are several and can be.
+
+    Returns:
+      All of them but those that another worker is at; none when work has stopped.
+    """
     if stop.received:
-        return False
-    run = grid.cells_directory(directory) / key
-    with cell_lock(directory, key) as mine:
-        if mine and not grid.is_done(run):
+        return []
+    with contextlib.ExitStack() as locks:
+        mine = [key for key in cells if locks.enter_context(cell_lock(directory, key))]
+        runs = {key: grid.cells_directory(directory) / key for key in mine}
+        todo = [key for key in mine if not grid.is_done(runs[key])]
+        if len(todo) > 1 and _run_at_once([cells[key] for key in todo], runs, stop):
+            return mine
+        for key in todo:
+            if stop.received:
+                break
             try:
-                train(config, run, progress=False, stop=stop)
+                train(cells[key], runs[key], progress=False, stop=stop)
             except TrainingFailed as error:
-                grid.record_failure(run, str(error))
+                grid.record_failure(runs[key], str(error))
         return mine
+
+
+def _run_at_once(configs: Sequence[Config], runs: Mapping[str, Path], stop: StopRequest) -> bool:
+    """Runs cells that differ in the seed alone in one program; False, and a line, if none can."""
+    workdirs = {config.seed: runs[grid.cell_key(config)] for config in configs}
+    try:
+        outcomes = train_seeds(configs[0], workdirs, stop=stop)
+    except CannotVmap as error:
+        names = ", ".join(path.name for path in workdirs.values())
+        print(f"one after another, because {error}: {names}", file=sys.stderr)
+        return False
+    for seed, outcome in outcomes.items():
+        if isinstance(outcome, TrainingFailed):
+            grid.record_failure(workdirs[seed], str(outcome))
+    return True
 
 
 def cell_lock(directory: Path, key: str) -> contextlib.AbstractContextManager[bool]:
@@ -107,13 +160,13 @@ def prepare_process(directory: Path, threads: int) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def main(directory: Path, definition: Path, threads: int) -> int:
+def main(directory: Path, definition: Path, threads: int, *, vmap_seeds: bool) -> int:
     """A worker whose standard input says how long it is wanted; returns its exit code."""
     prepare_process(directory, threads)
     with StopRequest() as stop:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
         try:
-            work(directory, grid.read_ablation(definition), stop)
+            work(directory, grid.read_ablation(definition), stop, vmap_seeds=vmap_seeds)
         except (InputError, DataError) as error:
             print(error, file=sys.stderr)
             return BAD_INPUT
@@ -131,4 +184,6 @@ def _stop_at_end_of_input(stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    folder, definition, threads, *flags = sys.argv[1:]
+    chosen = VMAP_SEEDS in flags
+    sys.exit(main(Path(folder), Path(definition), int(threads), vmap_seeds=chosen))

@@ -206,6 +206,23 @@ class Config:
         """
         return self.at(max(steps - 1, 0))
 
+    def is_watched(self, step: int) -> bool:
+        """Whether telemetry counts what rounding does in a step."""
+        return self.telemetry.every > 0 and step % self.telemetry.every == 0
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a row in `metrics.jsonl`."""
+        return step % self.log_every == 0 or self.is_watched(step) or step == self.steps
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation; the one at the end is not meant."""
+        every = self.evaluation.every
+        return every > 0 and step % every == 0 and step < self.steps
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a step is followed by a checkpoint even if the run neither ends nor stops."""
+        return step % self.checkpoint.every == 0
+
     @property
     def sites(self) -> Sites:
         """The formats of every site of the model under this policy, which must have one phase."""

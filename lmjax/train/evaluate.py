@@ -1,9 +1,11 @@
-"""Held-out loss of a set of parameters."""
+"""Held-out loss of a set of parameters, or of several at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from lmjax import sharding
 from lmjax.data import TokenizedCorpus, validation_batches
@@ -29,7 +31,24 @@ def held_out_loss(
       mesh: where to compute.
       batches: how many, spread evenly over the split; 0: the whole split, each token once.
     """
-    nats = tokens = 0.0
+    return float(held_out_losses(eval_step, params, corpus, config, mesh, batches=batches))
+
+
+def held_out_losses(
+    eval_step: Callable[[Any, Any], Any],
+    params: Any,
+    corpus: TokenizedCorpus,
+    config: Config,
+    mesh: sharding.Mesh,
+    *,
+    batches: int = 0,
+) -> np.ndarray:
+    """As `held_out_loss`, with whatever axes `eval_step` gives its two results.
+
+    Returns:
+      float64, of their shape.
+    """
+    nats = tokens = np.zeros((), np.float64)
     share, shares = sharding.batch_share(mesh)
     for rows in validation_batches(
         corpus,
@@ -41,6 +60,7 @@ def held_out_loss(
     ):
         batch = sharding.global_batch(mesh, rows, shares)
         batch_nats, batch_tokens = eval_step(params, batch)
-        # Summed in Python floats: f32 would lose the small end of a long sum.
-        nats, tokens = nats + float(batch_nats), tokens + float(batch_tokens)
-    return nats / tokens
+        # Summed in f64: f32 would lose the small end of a long sum.
+        nats = nats + np.asarray(batch_nats, np.float64)
+        tokens = tokens + np.asarray(batch_tokens, np.float64)
+    return np.asarray(nats / tokens)

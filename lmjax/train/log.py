@@ -17,16 +17,22 @@ from lmjax.train.progress import Reporter
 
 
 class Clock:
-    """Seconds of training, over all processes of a run; monotonic, whatever the date is set to."""
+    """Seconds of training, over all processes of a run; monotonic, whatever the date is set to.
 
-    def __init__(self, seconds: float):
+    Args:
+      seconds: those before.
+      runs: among how many runs that step at once the time is divided.
+    """
+
+    def __init__(self, seconds: float, runs: int = 1):
         self.seconds = seconds
+        self._runs = runs
         self._since = time.perf_counter()
 
     def pause(self) -> None:
         """Counts the time since the last pause or resumption as training."""
         now = time.perf_counter()
-        self.seconds, self._since = self.seconds + now - self._since, now
+        self.seconds, self._since = self.seconds + (now - self._since) / self._runs, now
 
     def resume(self) -> None:
         """Does not count the time since the last pause."""
@@ -46,6 +52,11 @@ class StepLog:
     def pending(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Remembers a step's metrics, which the device may still be computing."""
         self._waiting = (step, metrics)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Writes and shows the loss of an evaluation."""
+        self.writer.write({"step": step, "eval_loss": loss})
+        self.report.note(f"step {step}  held-out loss {loss:.4f}")
 
     def flush(self) -> None:
         """Waits for the remembered metrics, writes and shows them.

@@ -9,8 +9,7 @@ the loop moves the state from one phase to the next and compiles that one's step
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,31 +19,27 @@ import jax
 
 from lmjax import sharding
 from lmjax.model import parameter_count
-from lmjax.numerics.telemetry import draw_telemetry
 from lmjax.precision import exact
 from lmjax.train.advice import warnings
 from lmjax.train.agreement import AgreedStop, from_first, is_first, refuse_unequal
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
-from lmjax.train.errors import InputError, NonFiniteGradients, StorageFailed
+from lmjax.train.errors import InputError, NonFiniteGradients
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.log import StepLog
-from lmjax.train.metrics import (
-    MetricsWriter,
-    SilentWriter,
-    draw_curves,
-    read_rows,
-    replace_text,
-    strict_json,
-)
 from lmjax.train.progress import Reporter, say
+from lmjax.train.records import (
+    draw,
+    failing_storage_explained,
+    pause,
+    record_result,
+    record_start,
+    save,
+    writer_of,
+)
 from lmjax.train.remote import staged
 from lmjax.train.rewind import rewind
-from lmjax.train.run_directory import (
-    hold_run,
-    parameters_sha256,
-    record_environment,
-)
+from lmjax.train.run_directory import hold_run
 from lmjax.train.signals import StopRequest
 from lmjax.train.start import Run, checked_input, start_run
 from lmjax.train.state import change_phase
@@ -104,34 +99,21 @@ def train(
     exact.check_canary(jax.default_backend())
     note = partial(say, enabled=progress)
     with (
-        _failing_storage_explained(workdir),
+        failing_storage_explained(workdir),
         staged(workdir, config.data.cache_path, note) as (workdir, mirror),
         hold_run(workdir, config, note),
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep, note, mirror) as checkpoints,
         StopRequest() if stop is None else nullcontext(stop) as stop,
     ):
         run = start_run(config, corpus, mesh, workdir, checkpoints, note)
-        if run.step < config.steps and is_first():
-            record_environment(workdir, config)
-            corpus.tokenizer.save(workdir / "tokenizer.json")
+        record_start(run)
         last = min(config.steps, run.step + stop_after) if stop_after else config.steps
         while (finished := _loop_or_rewind(run, stop, last, progress)) is None:
             pass
         result = _finish(run) if finished else None
         if is_first():
-            _draw(run)
+            draw(run)
     return Outcome(workdir, run.step, result)
-
-
-@contextmanager
-def _failing_storage_explained(workdir: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageFailed(
-            f"{error.filename or workdir}: {error.strerror or error}; the newest complete "
-            "checkpoint is intact. Once that is mended, the same command goes on from there"
-        ) from error
 
 
 def _loop_or_rewind(run: Run, stop: StopRequest, last: int, progress: bool) -> bool | None:
@@ -158,7 +140,7 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
     agreed = AgreedStop(stop, run.mesh)
     boundaries = {start for start, _ in config.phases if start > first}
     with (
-        _writer(run, telemetry=config.telemetry.every > 0) as writer,
+        writer_of(run, telemetry=config.telemetry.every > 0) as writer,
         Reporter(first, config.steps, enabled=progress) as report,
     ):
         report.note(_introduction(run))
@@ -171,30 +153,26 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
         for step in range(first + 1, last + 1):
             if step - 1 in boundaries:
                 log.flush()
-                _pause(run)
+                pause(run)
                 programs = _enter_phase(run, batch)
                 report.note(_phase_note(config, step - 1))
                 run.clock.resume()
-            watched = config.telemetry.every and step % config.telemetry.every == 0
-            train_step = programs.watched if watched else programs.train
+            train_step = programs.watched if config.is_watched(step) else programs.train
             run.state, metrics = train_step(run.state, batch)
             report.advance(step)
             # Fetching the metrics of the step before, now that this one is on its way, keeps the
             # device busy.
             log.flush()
-            if step % config.log_every == 0 or watched or step == config.steps:
+            if config.is_logged(step):
                 log.pending(step, metrics)
-            if (
-                config.evaluation.every
-                and step % config.evaluation.every == 0 < config.steps - step
-            ):
+            if config.is_evaluated(step):
                 log.flush()
                 _evaluate(run, programs.evaluate, log, config.evaluation.batches)
             asked = agreed.after_step()
             stopping = asked is not None or step == last
-            if stopping or step % config.checkpoint.every == 0:
+            if stopping or config.is_saved(step):
                 log.flush()
-                _save(run, log)
+                save(run, log)
             if stopping:
                 break
             batch = _next_batch(run, step + 1)
@@ -232,12 +210,6 @@ def _enter_phase(run: Run, batch: dict[str, jax.Array]) -> _Programs:
     )
 
 
-def _writer(run: Run, *, telemetry: bool = False) -> MetricsWriter:
-    if is_first():
-        return MetricsWriter(run.workdir, run.step, telemetry=telemetry)
-    return SilentWriter()
-
-
 def _phase_note(config: Config, step: int) -> str:
     return f"step {step}  from here on {config.at(step).precision}"
 
@@ -259,69 +231,19 @@ def _next_batch(run: Run, step: int) -> dict[str, jax.Array]:
 
 
 def _evaluate(run: Run, eval_step: Any, log: StepLog, batches: int) -> None:
-    _pause(run)
+    pause(run)
     loss = held_out_loss(
         eval_step, run.state.params, run.corpus, run.config, run.mesh, batches=batches
     )
-    log.writer.write({"step": run.step, "eval_loss": loss})
-    log.report.note(f"step {run.step}  held-out loss {loss:.4f}")
+    log.evaluated(run.step, loss)
     run.clock.resume()
 
 
-def _pause(run: Run) -> None:
-    jax.block_until_ready(run.state.params)
-    run.clock.pause()
-
-
-def _save(run: Run, log: StepLog) -> None:
-    # Saving waits for the step anyway; waiting first gives the step's time to the run.
-    _pause(run)
-    if not log.writer.flush():
-        log.report.note("warning: rows of metrics.jsonl wait for a file system that hangs")
-    progress = {
-        "train_seconds": run.clock.seconds,
-        "corpus": run.corpus.fingerprint,
-        "rewinds": run.rewinds,
-    }
-    # While steps are being skipped, the checkpoints from before are those to rewind to.
-    good = int(run.state.opt_state.consecutive_skips) == 0
-    prune = good or run.config.faults.non_finite != "rewind"
-    run.checkpoints.save(run.step, run.state, run.data.get_state(), progress, prune=prune)
-
-
 def _finish(run: Run) -> dict[str, Any]:
-    """Evaluates on the whole validation split and writes `result.json`, unless that was done.
-
-    The row of that evaluation may be there already, from a process killed before the result was.
-    """
+    """Evaluates on the whole validation split and writes `result.json`, unless that was done."""
     path = run.workdir / "result.json"
     if from_first(path.exists()):
         return json.loads(path.read_text(encoding="utf-8"))
-    config = run.config
-    eval_step = make_eval_step(config.after(config.steps), run.mesh)
-    loss = held_out_loss(eval_step, run.state.params, run.corpus, config, run.mesh)
-    row = {"step": config.steps, "eval_loss": loss}
-    with _writer(run) as writer:
-        if json.loads(strict_json(row)) not in read_rows(run.workdir / "metrics.jsonl"):
-            writer.write(row)
-    result = {
-        "steps": config.steps,
-        "eval_loss": loss,
-        "tokens": config.steps * config.batch_size * config.context,
-        "train_seconds": run.clock.seconds,
-        "parameters_sha256": parameters_sha256(run.state.params),
-    }
-    text = strict_json(result, indent=2)
-    if is_first():
-        replace_text(path, text + "\n")
-    return json.loads(text)
-
-
-def _draw(run: Run) -> None:
-    rows = read_rows(run.workdir / "metrics.jsonl")
-    title = f"{run.workdir.name}   {run.config.precision}"
-    if rows:
-        draw_curves(rows, title, run.workdir / "curves.png")
-    telemetry = read_rows(run.workdir / "telemetry.jsonl")
-    if telemetry:
-        draw_telemetry(telemetry, title, run.workdir)
+    eval_step = make_eval_step(run.config.after(run.config.steps), run.mesh)
+    loss = held_out_loss(eval_step, run.state.params, run.corpus, run.config, run.mesh)
+    return record_result(run, loss)

@@ -34,6 +34,7 @@ from lmjax.train.state import TrainState, abstract_state, optimizer_of
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
@@ -214,6 +215,12 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
     """
     config = config.resolved()
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    fixed_order = config.deterministic_reductions > 0
+    return exact.jit(evaluation(config, mesh), fixed_order=fixed_order)
+
+
+def evaluation(config: Config, mesh: Any) -> EvalStep:
+    """The evaluation of one batch before compilation; see `make_eval_step`."""
     sites, parts = config.sites, config.deterministic_reductions
     constrain = functools.partial(sharding.leave if parts else sharding.constrain, mesh)
 
@@ -229,8 +236,8 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
             return jnp.sum(nats * weights), jnp.sum(weights)
 
     if not parts:
-        return exact.jit(eval_step)
+        return eval_step
     of_part = lambda index, rows, params: eval_step(params, rows)
     add = functools.partial(jax.tree.map, jnp.add)
     over_parts = sharding.in_order(mesh, parts, of_part, add)
-    return exact.jit(lambda params, batch: over_parts(batch, params), fixed_order=True)
+    return lambda params, batch: over_parts(batch, params)

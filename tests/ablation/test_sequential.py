@@ -49,7 +49,7 @@ class Pool:
 
     started: list[list[tuple[str, int]]]
 
-    def __init__(self, directory: Path, definition: Path, processes: int, threads: int):
+    def __init__(self, directory: Path, definition: Path, *_: object):
         ran = []
         for key, config in grid.plan(grid.read_ablation(definition)).items():
             run = grid.cells_directory(directory) / key

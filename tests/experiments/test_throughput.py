@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 
-import numpy as np
 import pytest
 
 from experiments.benchmarks import throughput
@@ -15,29 +13,6 @@ from experiments.benchmarks.contestants import SHAPES
 def test_flops_per_token_are_those_of_the_reference_shapes():
     assert SHAPES["S"].flops_per_token / 1e6 == pytest.approx(34.7, abs=0.05)
     assert SHAPES["M"].flops_per_token / 1e6 == pytest.approx(799, abs=1)
-
-
-def test_a_ratio_is_paired_by_round():
-    # The machine halves its speed for some rounds; the ratio of each round is 2 all the same.
-    theirs = [100.0, 50.0, 100.0, 50.0, 50.0, 100.0, 50.0, 100.0]
-    ratio = throughput.paired_ratio([2 * speed for speed in theirs], theirs)
-    assert ratio == (2.0, 2.0, 2.0, 1 - 2 / 2**8)
-
-
-def test_the_interval_is_that_of_the_sign_test():
-    # Of 10 rounds, the second and the ninth: 1 - 2 (1 + 10) / 2^10.
-    ratio = throughput.paired_ratio([float(n) for n in range(1, 11)], [1.0] * 10)
-    assert (ratio.low, ratio.high) == (2.0, 9.0)
-    assert ratio.confidence == 1 - 22 / 1024
-
-
-def test_the_interval_holds_the_median_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    draws = generator.normal(1.0, 0.1, (2000, 10))
-    ratios = [throughput.paired_ratio(draw, np.ones(10)) for draw in draws]
-    held = np.mean([ratio.low <= 1.0 <= ratio.high for ratio in ratios])
-    promised = ratios[0].confidence
-    assert abs(held - promised) < 4 * math.sqrt(promised * (1 - promised) / 2000)
 
 
 def test_lmjax_and_its_peer_train_alike(capsys):

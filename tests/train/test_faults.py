@@ -38,7 +38,7 @@ Row = Callable[[str, list[bool]], None]
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def config(home: Path) -> Any:
 def undisturbed(config: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of the run that nothing happens to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+        patch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
         workdir = tmp_path_factory.mktemp("undisturbed") / "run"
         train(config, workdir, progress=False)
     return workdir

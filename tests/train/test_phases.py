@@ -26,7 +26,7 @@ POLICY = f"0: {PHASES[0]} | {SAVED}: {PHASES[1]} | {EVALUATED}: {PHASES[2]}"
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing would be a fifth of the time of these tests."""
-    monkeypatch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
 
 
 def phased(home: Path, policy: str = POLICY) -> Any:
@@ -47,7 +47,7 @@ def uninterrupted(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
     workdir = tmp_path_factory.mktemp("phases") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+        patch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
         patch.setattr("lmjax.train.loop.make_train_step", record)
         patch.setattr("lmjax.train.loop.Reporter.note", lambda _, text: said.append(text))
         train(phased(home), workdir, progress=False)

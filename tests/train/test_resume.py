@@ -21,7 +21,7 @@ POLICIES = (
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing would be a fifth of the time of these tests."""
-    monkeypatch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

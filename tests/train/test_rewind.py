@@ -19,7 +19,7 @@ POISON = 7
 
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
 
 
 def config(home: Path, non_finite: str, **faults: Any) -> Any:

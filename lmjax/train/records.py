@@ -1,0 +1,125 @@
+"""What a run leaves in its directory: rows, checkpoints, the result, the curves.
+
+The parts of the loops that know files. They take a `Run` with its state; nothing here knows how
+steps are computed, or whether other runs step beside this one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax.numerics.telemetry import draw_telemetry
+from lmjax.train.agreement import is_first
+from lmjax.train.errors import StorageFailed
+from lmjax.train.log import StepLog
+from lmjax.train.metrics import (
+    MetricsWriter,
+    SilentWriter,
+    draw_curves,
+    read_rows,
+    replace_text,
+    strict_json,
+)
+from lmjax.train.run_directory import parameters_sha256, record_environment
+from lmjax.train.start import Run
+
+
+@contextmanager
+def failing_storage_explained(workdir: str | Path) -> Iterator[None]:
+    """Raises `StorageFailed` for what the operating system refuses in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageFailed(
+            f"{error.filename or workdir}: {error.strerror or error}; the newest complete "
+            "checkpoint is intact. Once that is mended, the same command goes on from there"
+        ) from error
+
+
+def record_start(run: Run, seeds: Sequence[int] = ()) -> None:
+    """Writes where the steps to come are computed, unless there are none, and the tokenizer.
+
+    Args:
+      run: at its newest checkpoint.
+      seeds: those that one program trains at once; see `record_environment`.
+    """
+    if run.step < run.config.steps and is_first():
+        record_environment(run.workdir, run.config, seeds)
+        run.corpus.tokenizer.save(run.workdir / "tokenizer.json")
+
+
+def writer_of(run: Run, *, telemetry: bool = False) -> MetricsWriter:
+    """What writes the rows of the steps after the run's last one."""
+    if is_first():
+        return MetricsWriter(run.workdir, run.step, telemetry=telemetry)
+    return SilentWriter()
+
+
+def pause(run: Run) -> None:
+    """Waits for the last step; the time until the clock is resumed does not count."""
+    jax.block_until_ready(run.state.params)
+    run.clock.pause()
+
+
+def save(run: Run, log: StepLog) -> None:
+    """Writes a checkpoint in the background, once the rows up to it are written."""
+    # Saving waits for the step anyway; waiting first gives the step's time to the run.
+    pause(run)
+    if not log.writer.flush():
+        log.report.note("warning: rows of metrics.jsonl wait for a file system that hangs")
+    progress = {
+        "train_seconds": run.clock.seconds,
+        "corpus": run.corpus.fingerprint,
+        "rewinds": run.rewinds,
+    }
+    # While steps are being skipped, the checkpoints from before are those to rewind to.
+    good = int(run.state.opt_state.consecutive_skips) == 0
+    prune = good or run.config.faults.non_finite != "rewind"
+    run.checkpoints.save(run.step, run.state, run.data.get_state(), progress, prune=prune)
+
+
+def record_result(run: Run, loss: float) -> dict[str, Any]:
+    """Writes the last row and `result.json` of a run that has done its steps.
+
+    The row may be there already, from a process killed before the result was.
+
+    Args:
+      run: as the last step left it.
+      loss: held out, over the whole validation split.
+
+    Returns:
+      The result, as it stands in the file.
+    """
+    config = run.config
+    row = {"step": config.steps, "eval_loss": loss}
+    with writer_of(run) as writer:
+        if json.loads(strict_json(row)) not in read_rows(run.workdir / "metrics.jsonl"):
+            writer.write(row)
+    result = {
+        "steps": config.steps,
+        "eval_loss": loss,
+        "tokens": config.steps * config.batch_size * config.context,
+        "train_seconds": run.clock.seconds,
+        "parameters_sha256": parameters_sha256(run.state.params),
+    }
+    text = strict_json(result, indent=2)
+    if is_first():
+        replace_text(run.workdir / "result.json", text + "\n")
+    return json.loads(text)
+
+
+def draw(run: Run) -> None:
+    """Draws the curves of a run, and what its telemetry has counted, if anything."""
+    rows = read_rows(run.workdir / "metrics.jsonl")
+    title = f"{run.workdir.name}   {run.config.precision}"
+    if rows:
+        draw_curves(rows, title, run.workdir / "curves.png")
+    telemetry = read_rows(run.workdir / "telemetry.jsonl")
+    if telemetry:
+        draw_telemetry(telemetry, title, run.workdir)
