@@ -49,7 +49,7 @@ def objects() -> Iterator[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(claims, "SILENCE_SECONDS", 1.5)
     monkeypatch.setattr(claims, "LOOK_SECONDS", 0.02)
@@ -133,7 +133,7 @@ def undisturbed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of the run on this machine that nobody interrupts."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmjax.train.loop.draw_curves", lambda *_: None)
+        patch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
         train(tiny(home), workdir, progress=False)
     return workdir
 
