@@ -1,8 +1,9 @@
 #!/bin/bash
 # Trains on several nodes of a Slurm cluster, one process a node with all of its GPUs:
 #
-#   sbatch experiments/launch/slurm.sh
+#   sbatch experiments/launch/slurm.sh python -m experiments.llama_1b --workdir runs/llama_1b
 #
+# Options before the name of this file replace those below: sbatch --nodes=4 --gpus-per-node=4 ...
 # srun says who is who; lmjax reads its variables. The directory of the run and this one must be on
 # a file system that all nodes share.
 #SBATCH --job-name=lmjax
@@ -16,9 +17,14 @@
 
 # Two minutes before the end srun's tasks get SIGTERM: they save a checkpoint and exit with 75, and
 # the job goes back into the queue to go on from there.
+if [ $# -eq 0 ]; then
+    echo "usage: sbatch slurm.sh COMMAND, such as: python -m experiments.llama_1b" >&2
+    exit 2
+fi
 . .venv/bin/activate
+export PYTHONUNBUFFERED=1
 code=0
-srun --kill-on-bad-exit=0 python -u -m experiments.llama_1b --workdir runs/llama_1b || code=$?
+srun --kill-on-bad-exit=0 "$@" || code=$?
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

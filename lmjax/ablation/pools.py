@@ -10,6 +10,7 @@ import platform
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -143,18 +144,36 @@ class SlurmPool:
         work = SlurmWorker(directory, definition, threads, vmap_seeds)
         with executor.batch():
             self._jobs = [executor.submit(work) for _ in range(jobs)]
+        self._queue = _Queue() if executor.cluster == "slurm" else None
 
     def alive(self) -> bool:
         """Whether any job is queued or running."""
-        return not all(job.done() for job in self._jobs)
+        return not all(self._ended(job) for job in self._jobs)
+
+    def _ended(self, job: Any) -> bool:
+        """Whether a job has left its result, or will never leave one.
+
+        submitit asks sacct about that, which many clusters do not have.
+        """
+        if _has_result(job):
+            return True
+        return job.done() if self._queue is None else not self._queue.has(job.job_id)
 
     def failure(self) -> Failure | None:
-        """What a job raised."""
-        for job in self._jobs:
-            error = job.exception() if job.done() else None
+        """What a job raised; else, that one ended without a word."""
+        ended = [job for job in self._jobs if self._ended(job)]
+        silent = [job for job in ended if not _has_result(job)]
+        for job in ended:
+            error = None if job in silent else job.exception()
             if error is not None:
                 last = str(error).strip().rpartition("\n")[2]
                 return Failure(f"job {job.job_id}: {last} (see {job.paths.stderr})", False)
+        if silent:
+            return Failure(
+                f"job {silent[0].job_id} was ended before its work was (see "
+                f"{silent[0].paths.stderr})",
+                False,
+            )
         return None
 
     def stop(self) -> None:
@@ -168,6 +187,35 @@ class SlurmPool:
             self.stop()
 
 
+def _has_result(job: Any) -> bool:
+    # A listing is fresh where `exists` may remember that there was nothing, as on NFS.
+    path = job.paths.result_pickle
+    return path.name in os.listdir(path.parent)
+
+
+class _Queue:
+    """Which jobs of this user Slurm has: those that wait, also to go on after a preemption, or run.
+
+    Slurm is asked seldom, because it serves many.
+    """
+
+    SECONDS_BETWEEN_QUESTIONS = 10
+
+    def __init__(self) -> None:
+        self._asked = float("-inf")
+        self._jobs: set[str] | None = None
+
+    def has(self, job: str) -> bool:
+        """Whether Slurm had a job when asked last; it counts as there until it has answered."""
+        if time.monotonic() - self._asked > self.SECONDS_BETWEEN_QUESTIONS:
+            command = ["squeue", "--me", "--array", "--noheader", "--format=%i"]
+            answer = subprocess.run(command, capture_output=True, text=True)
+            if answer.returncode == 0:
+                self._jobs = set(answer.stdout.split())
+            self._asked = time.monotonic()
+        return self._jobs is None or job in self._jobs
+
+
 class SlurmWorker:
     """What a job of the array calls; submitted again as it is when Slurm preempts it."""
 
@@ -176,7 +224,11 @@ class SlurmWorker:
         self.threads, self.vmap_seeds = threads, vmap_seeds
 
     def __call__(self) -> None:
-        """Works until no cell is left that no other job is at."""
+        """Works until no cell is left that no other job is at.
+
+        Raises:
+          SystemExit: somebody asked to stop. Slurm may start the job again, so it has no result.
+        """
         from lmjax.ablation import grid, worker
 
         worker.prepare_process(self.directory, self.threads)
@@ -188,6 +240,8 @@ class SlurmWorker:
                 patient=False,
                 vmap_seeds=self.vmap_seeds,
             )
+        if stop.received:
+            sys.exit(worker.STOPPED)
 
     def checkpoint(self) -> Any:
         """The job that goes on with the work of this one: runs resume from their checkpoints."""
