@@ -15,12 +15,13 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@120
 
-# Two minutes before the end srun's tasks get SIGTERM: they save a checkpoint and exit with 75, and
-# the job goes back into the queue to go on from there.
 if [ $# -eq 0 ]; then
     echo "usage: sbatch slurm.sh COMMAND, such as: python -m experiments.llama_1b" >&2
     exit 2
 fi
+
+# Two minutes before the end srun's tasks get SIGTERM: they save a checkpoint and exit with 75, and
+# the job goes back into the queue to go on from there.
 . .venv/bin/activate
 export PYTHONUNBUFFERED=1
 code=0
