@@ -268,7 +268,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Ablation, Path]]:
     """What was run and where; every run ends at once with a loss of its seed, worse in bf16."""
     calls: list[tuple[Ablation, Path]] = []
 
-    def run(ablation: Ablation, directory: Path, *, processes: int) -> Any:
+    def run(ablation: Ablation, directory: Path, **_: Any) -> Any:
         calls.append((ablation, directory))
         losses = {arm: 1.0 + number for number, arm in enumerate(ablation.arms)}
         cells = tuple(

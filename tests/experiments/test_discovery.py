@@ -127,7 +127,7 @@ TRACED = [
     pytest.param(
         claim,
         arm,
-        marks=[] if number == 0 and claim.quick else pytest.mark.long,
+        marks=[] if number == 0 and claim.quick and claim.ablation else pytest.mark.long,
         id=f"{name}-{arm}",
     )
     for name, claim in CLAIMS.items()
@@ -137,7 +137,7 @@ TRACED = [
 
 @pytest.mark.parametrize(("claim", "arm"), TRACED)
 def test_the_large_version_of_a_claim_traces_for_eight_devices(claim: Claim, arm: str) -> None:
-    """The last arm of the quick claims in the default suite, all others in the long one."""
+    """The last arm of quick claims that train; all others are in the long suite."""
     config = claim.large.arms[arm].resolved()
     mesh = sharding.abstract_mesh(sharding.MeshConfig(fsdp=4, tensor=2), 8)
     shape = (config.batch_size, config.context)

@@ -15,6 +15,7 @@ def test_flops_per_token_are_those_of_the_reference_shapes():
     assert SHAPES["M"].flops_per_token / 1e6 == pytest.approx(799, abs=1)
 
 
+@pytest.mark.long
 def test_lmjax_and_its_peer_train_alike(capsys):
     flags = "--shape tiny --policies mixed_bf16 --peers jnp,torch --torch-python false --rounds 2"
     throughput.main([*flags.split(), "--json"])

@@ -75,7 +75,10 @@ def test_logits_are_those_of_the_whole_sequence(
 
 @pytest.mark.parametrize(
     ("family", "keys", "values"),
-    [("gpt2", "e4m3@channel", "int8@block4"), ("llama", "mxfp8", "int4@channel.affine")],
+    [
+        pytest.param("gpt2", "e4m3@channel", "int8@block4", marks=pytest.mark.long),
+        ("llama", "mxfp8", "int4@channel.affine"),
+    ],
 )
 def test_logits_are_those_of_rounded_keys_and_values(
     family, keys, values, tiny, whole, pieces, monkeypatch

@@ -86,7 +86,7 @@ def test_the_standard_cotangents_are_far_below_f16(at_start):
     assert max(np.max(d) for d in found.values()) < 2.0**-14
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.long)])
 def test_every_gradient_is_a_multiple_of_the_true_one(
     family: str, tiny, draw_params, draw_batch, compile_fast, monkeypatch
 ):
@@ -174,16 +174,12 @@ def test_the_standard_parametrisation_calls_nothing_of_it(tiny, draw_batch, monk
 MESH = sharding.abstract_mesh(MeshConfig(), 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("precision", "family", "changes"),
     [
         ("p=bf16.kahan,c=f16,w=e4m3@tensor,r=bf16", "llama", {"remat": "dots", "tied": True}),
-        pytest.param(
-            "mixed_f16; blocks/0: c=f32",
-            "gpt2",
-            {"remat": "full", "dropout": 0.1},
-            marks=pytest.mark.long,
-        ),
+        ("mixed_f16; blocks/0: c=f32", "gpt2", {"remat": "full", "dropout": 0.1}),
     ],
 )
 def test_it_goes_together_with_all_that_a_run_may_have(
@@ -223,13 +219,9 @@ def test_auto_stands_for_no_loss_scale(kind: Any, resolved: str, tiny):
     assert tiny("mixed_f16").resolved().loss_scale.kind == "dynamic"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "precision",
-    [
-        "c=f16,w=e4m3,x=e4m3,g=e5m2",
-        pytest.param("pure_f16", marks=pytest.mark.long),
-        pytest.param("c=bf16,w=e4m3,x=e4m3,g=e5m2", marks=pytest.mark.long),
-    ],
+    "precision", ["c=f16,w=e4m3,x=e4m3,g=e5m2", "pure_f16", "c=bf16,w=e4m3,x=e4m3,g=e5m2"]
 )
 def test_it_learns_a_batch_by_heart_without_a_loss_scale(
     precision: str, tiny, draw_state, draw_batch, compiled_step

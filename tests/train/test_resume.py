@@ -79,6 +79,7 @@ def test_stopped_twice_equals_uninterrupted(
     assert len({(row["step"], "eval_loss" in row) for row in rows(workdir)}) == 8 + 3
 
 
+@pytest.mark.long
 def test_the_loss_scale_changes_on_both_sides_of_the_interruption(
     uninterrupted: Callable[[str], Path],
 ) -> None:
