@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
 import traceback
@@ -81,6 +82,10 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
             description=sys.modules["__main__"].__doc__,
         )
     )
+    if parts := launch.config.deterministic_reductions:
+        # On CPU sums depend on the size of XLA's thread pool too: the number of cores or of
+        # devices, whichever is larger, unless this says otherwise before there is a backend.
+        os.environ.setdefault("PJRT_NPROC", str(parts))
     alone = not _joined(launch.distributed)
     outcome = train(launch.config, launch.workdir, stop_after=launch.stop_after)
     if outcome.result is None:

@@ -142,8 +142,9 @@ def trained(sizes: dict[str, int], devices: int, family: str = "llama", **change
         model=ModelConfig(vocab_size=64, width=16, layers=2, heads=4, **FAMILIES[family]),
     ).resolved()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
-    tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64, jnp.int32)
-    shape = sharding.batch_sharding(mesh, (8, 16))
+    rows = config.batch_size
+    tokens = jax.random.randint(jax.random.key(1), (rows, 17), 0, 64, jnp.int32)
+    shape = sharding.batch_sharding(mesh, (rows, 16))
     batch = jax.device_put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, shape)
     state, step = create_state(config, mesh), make_train_step(config, mesh)
     digest = parameters_sha256(state.params)

@@ -17,7 +17,7 @@ SHORTER = {
     "quickstart.config(), steps=40": """quickstart.config(), steps=4, batch_size=4,
         model=replace(quickstart.config().model, width=32, layers=1, heads=2, unroll=1)""",
 }
-"""What is replaced in the code before it runs here: steps, rows and sizes show nothing to a test."""
+"""What is replaced in the code before it runs here: steps and sizes show nothing to a test."""
 
 
 def test_the_notebooks_are_found() -> None:
