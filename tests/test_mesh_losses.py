@@ -68,9 +68,10 @@ ORDERED = {"deterministic-reductions": 8, "precision": "mixed_f16"}
 
 
 def test_a_run_that_moves_between_meshes_is_the_undisturbed_run_bit_for_bit(tmp_path: Path):
-    """1 -> 8 -> 2 x 2 -> 1, stopped and resumed each time."""
-    expected = losses(tmp_path / "one", "llama", {}, 1, **ORDERED)
-    moves = [({}, 1), ({"data": 1, "fsdp": 8}, 8), ({"data": 2, "fsdp": 2}, 4), ({}, 1)]
+    """2 -> 8 -> 2 x 2 -> 2 devices, stopped and resumed each time."""
+    two = ({"data": 2}, 2)
+    expected = losses(tmp_path / "one", "llama", *two, **ORDERED)
+    moves = [two, ({"data": 1, "fsdp": 8}, 8), ({"data": 2, "fsdp": 2}, 4), two]
     for index, (mesh, devices) in enumerate(moves):
         stop = {} if index == 3 else {"stop-after": 12}
         found = losses(tmp_path / "moving", "llama", mesh, devices, **ORDERED | stop)

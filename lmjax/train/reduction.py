@@ -76,6 +76,9 @@ def ordered_gradient(
 ) -> Gradient:
     """As `reduced_gradient`, bit for bit the same on every mesh that `sharding.in_order` takes.
 
+    That holds as far as parts themselves come out the same: XLA's CPU compiler makes other products
+    of the program of a single device, from some size of the model on.
+
     Args:
       gradient: of one part, whose activations are pinned nowhere.
       sites: the site of each parameter.
