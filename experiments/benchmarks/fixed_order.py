@@ -24,6 +24,7 @@ import numpy as np
 from experiments import quickstart
 from experiments.benchmarks.paired import (
     Contestant,
+    Ratio,
     paired_ratio,
     random_batch,
     stepper,
@@ -74,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for name, seconds in result["step_seconds"].items():
         print(f"{name:8} {seconds * 1e3:8.1f} ms a step")
-    ratio = result["fixed / free"]
-    interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['confidence']:.0%}"
-    print(f"fixed / free {ratio['median']:.2f} ({interval})")
+    print(f"fixed / free {Ratio(**result['fixed / free'])}")
 
 
 if __name__ == "__main__":

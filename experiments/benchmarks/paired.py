@@ -71,6 +71,10 @@ class Ratio(NamedTuple):
     high: float
     confidence: float
 
+    def __str__(self) -> str:
+        """As in the README: `1.13 (1.06 to 1.15, 96%)`."""
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}, {self.confidence:.0%})"
+
 
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """The ratio of two contestants, round by round.

@@ -27,6 +27,7 @@ import numpy as np
 from experiments import char_shakespeare
 from experiments.benchmarks.paired import (
     Contestant,
+    Ratio,
     paired_ratio,
     random_batch,
     stepper,
@@ -95,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for name, seconds in result["step_seconds"].items():
         print(f"{name:8} {seconds * 1e3:8.1f} ms a step of {flags.seeds} seeds")
-    ratio = result["in turn / at once"]
-    interval = f"{ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['confidence']:.0%}"
-    print(f"in turn / at once {ratio['median']:.2f} ({interval})")
+    print(f"in turn / at once {Ratio(**result['in turn / at once'])}")
 
 
 if __name__ == "__main__":
