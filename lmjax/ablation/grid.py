@@ -240,8 +240,14 @@ def arms(keys: Iterable[str]) -> list[list[str]]:
     """Keys of cells, those together that differ in the seed alone, in the order of the first."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        found.setdefault(key.rpartition("-seed")[0], []).append(key)
+        found.setdefault(arm_and_seed(key)[0], []).append(key)
     return list(found.values())
+
+
+def arm_and_seed(key: str) -> tuple[str, int]:
+    """What the cells of an arm have in common in their keys, and the seed of this one."""
+    arm, _, seed = key.rpartition("-seed")
+    return arm, int(seed)
 
 
 def keys_by_arm(ablation: Ablation) -> dict[str, dict[int, str]]:

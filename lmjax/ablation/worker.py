@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -33,6 +33,7 @@ from lmjax.data import DataError
 from lmjax.train import CannotVmap, Config, InputError, TrainingFailed, train, train_seeds
 from lmjax.train.locks import lock
 from lmjax.train.memory import keep_freed_memory
+from lmjax.train.programs import Programs
 from lmjax.train.seeds import reason_against
 from lmjax.train.signals import StopRequest
 
@@ -60,11 +61,16 @@ def work(
     """
     left = grid.plan(ablation)
     together = jobs(left, vmap_seeds=vmap_seeds)
+    programs, compiled = Programs(), set[str]()
     while left and not stop.received:
-        taken = []
-        for job in together:
+        taken, ahead = [], list(together)
+        while ahead:
+            job = _first(ahead, compiled)
+            ahead.remove(job)
             cells = {key: left[key] for key in job if key in left}
-            taken += _run_free(directory, cells, stop)
+            ran = _run_free(directory, cells, stop, programs)
+            compiled |= {grid.arm_and_seed(key)[0] for key in ran}
+            taken += ran
         for key in taken:
             del left[key]
         if not taken:
@@ -84,7 +90,20 @@ def jobs(cells: Mapping[str, Config], *, vmap_seeds: bool) -> list[list[str]]:
     return found
 
 
-def _run_free(directory: Path, cells: Mapping[str, Config], stop: StopRequest) -> list[str]:
+def _first(ahead: Sequence[list[str]], compiled: Collection[str]) -> list[str]:
+    """The job to do first: of the first seed, and there of an arm that this process has compiled.
+
+    Seeds stay in turn, so that what is there is paired early.
+    """
+    of_seed = lambda job: grid.arm_and_seed(job[0])[1]
+    in_turn = [job for job in ahead if of_seed(job) == of_seed(ahead[0])]
+    known = (job for job in in_turn if grid.arm_and_seed(job[0])[0] in compiled)
+    return next(known, ahead[0])
+
+
+def _run_free(
+    directory: Path, cells: Mapping[str, Config], stop: StopRequest, programs: Programs
+) -> list[str]:
     """Runs those of some cells that are not done, at once if they are several and can be.
 
     Returns:
@@ -102,7 +121,7 @@ def _run_free(directory: Path, cells: Mapping[str, Config], stop: StopRequest) -
             if stop.received:
                 break
             try:
-                train(cells[key], runs[key], progress=False, stop=stop)
+                train(cells[key], runs[key], progress=False, stop=stop, programs=programs)
             except TrainingFailed as error:
                 grid.record_failure(runs[key], str(error))
         return mine

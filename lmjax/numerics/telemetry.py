@@ -39,7 +39,7 @@ import numpy as np
 
 from lmjax.model import input_format
 from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
-from lmjax.precision.probes import Census
+from lmjax.precision.probes import Census, Fate
 from lmjax.storage import UpdateCensus
 
 BLOCKS = "blocks/"
@@ -123,16 +123,16 @@ def _unstacked(stacked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _tensor(census: Census, format_name: str) -> dict[str, Any]:
     size = float(census.size)
     shares = {
-        "zero": census.zeros,
-        "underflow": census.underflows,
-        "subnormal": census.subnormals,
-        "overflow": census.overflows,
+        "zero": Fate.ZERO,
+        "underflow": Fate.UNDERFLOW,
+        "subnormal": Fate.SUBNORMAL,
+        "overflow": Fate.OVERFLOW,
     }
     counts = np.asarray(census.histogram)
     return {
         "format": format_name,
         "size": int(size),
-        **{name: float(count) / size for name, count in shares.items()},
+        **{name: float(census.elements(fate)) / size for name, fate in shares.items()},
         "maximum": float(census.maximum),
         "exponents": {str(i - 127): int(counts[i]) for i in np.flatnonzero(counts) if i > 0},
     }

@@ -29,6 +29,8 @@ PANELS = {
 _RANGE, _SUBNORMAL = "#c1121f", "#e07a2f"
 _LEAST_SHARE = 1e-6
 _LOW, _HIGH = -60, 20
+_WIDTH, _BAR, _BELOW, _ABOVE = 14.0, 1.0, 0.9, 0.65
+"""Inches: of the figure, for the colours on its right, below and above the panels."""
 
 Row = Mapping[str, Any]
 
@@ -57,16 +59,15 @@ def draw_exponents(row: Row, path: str | os.PathLike[str], title: str = "") -> N
             norm=LogNorm(_LEAST_SHARE, 1),
             extent=(_LOW, _HIGH, len(sites) - 0.5, -0.5),
         )
-        for index, tensor in enumerate(tensors):
-            if tensor:
-                _mark_range(panel, index, _format(tensor["format"]))
+        _mark_ranges(panel, tensors)
+        panel.set_xticks(range(_LOW + 10, _HIGH, 20))
         panel.set_xlabel("exponent (base 2)")
-    figure.colorbar(image, ax=axes, shrink=0.5, label="share of the tensor", pad=0.01)
+    figure.colorbar(image, cax=_beside(figure), label="share of the tensor")
     marks = [
         Line2D([], [], color=_RANGE, label="smallest and largest number of the format"),
         Line2D([], [], color=_SUBNORMAL, label="smallest normal number"),
     ]
-    figure.legend(handles=marks, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles=marks, loc="lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -102,21 +103,32 @@ def draw_course(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
         panel.set_xticks(shown, [str(steps[index]) for index in shown])
         panel.set_xlabel("step")
     figure.colorbar(
-        image, ax=axes, shrink=0.5, label="share underflowed or overflowed", pad=0.01, extend="min"
+        image, cax=_beside(figure), label="share underflowed or overflowed", extend="min"
     )
     figure.savefig(path, dpi=110)
 
 
 def _grid(sites: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(14, 2.2 + 0.17 * len(sites)), layout="constrained")
-    axes = figure.subplots(1, len(PANELS), sharey=True)
+    """The panels, laid out by the lengths of names: an automatic layout draws everything twice."""
+    height = 2.2 + 0.17 * len(sites)
+    names = 0.2 + 0.062 * max(map(len, sites), default=0)
+    figure = Figure(figsize=(_WIDTH, height))
+    sides = {"left": names / _WIDTH, "right": 1 - _BAR / _WIDTH}
+    ends = {"bottom": _BELOW / height, "top": 1 - _ABOVE / height}
+    axes = figure.subplots(1, len(PANELS), sharey=True, gridspec_kw=sides | ends | {"wspace": 0.05})
     for panel, name in zip(axes, PANELS, strict=True):
         panel.set_title(name, fontsize=10)
         panel.tick_params(labelsize=7)
         panel.spines[:].set_visible(False)
+        panel.tick_params(left=panel is axes[0])
     axes[0].set_yticks(range(len(sites)), list(sites))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.suptitle(title, x=0.01, y=1 - 0.12 / height, ha="left", va="top", fontsize=11)
     return figure, axes
+
+
+def _beside(figure: Figure) -> Axes:
+    """Where the colours are explained: right of the panels."""
+    return figure.add_axes((1 - (_BAR - 0.15) / _WIDTH, 0.3, 0.15 / _WIDTH, 0.4))
 
 
 def _sites(rows: Sequence[Row]) -> list[str]:
@@ -143,13 +155,19 @@ def _format(text: str) -> Format:
     return parse_quantizer(text).format
 
 
-def _mark_range(panel: Axes, index: int, number_format: Format) -> None:
-    """Short vertical lines at the ends of a format's range, where the panel reaches that far."""
-    marks = {
-        np.log2(number_format.smallest_subnormal): _RANGE,
-        np.log2(number_format.smallest_normal): _SUBNORMAL,
-        np.log2(number_format.largest_finite): _RANGE,
-    }
-    for exponent, color in marks.items():
-        if _LOW < exponent < _HIGH:
-            panel.plot([exponent] * 2, [index - 0.5, index + 0.5], color=color, linewidth=1.2)
+def _mark_ranges(panel: Axes, tensors: Sequence[Mapping[str, Any]]) -> None:
+    """Short vertical lines at the ends of formats' ranges, where the panel reaches that far."""
+    marks = []
+    for index, tensor in enumerate(tensors):
+        if tensor:
+            number_format = _format(tensor["format"])
+            marks += [
+                (np.log2(number_format.smallest_subnormal), index, _RANGE),
+                (np.log2(number_format.smallest_normal), index, _SUBNORMAL),
+                (np.log2(number_format.largest_finite), index, _RANGE),
+            ]
+    shown = [mark for mark in marks if _LOW < mark[0] < _HIGH]
+    if shown:
+        exponents, rows, colors = zip(*shown, strict=True)
+        middle = np.asarray(rows)
+        panel.vlines(exponents, middle - 0.5, middle + 0.5, colors=colors, linewidth=1.2)

@@ -21,6 +21,7 @@ Knows jax, `bits` and `formats`.
 
 from __future__ import annotations
 
+import enum
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -41,9 +42,6 @@ SPREAD_SAMPLE, CENSUS_SAMPLE = 2**12, 2**14
 
 _LINE = 16
 """Neighbours that are sampled together: those of one line of a cache, in f32."""
-
-_ROW = 128
-"""Elements that are counted in one byte."""
 
 
 class Rounded(NamedTuple):
@@ -125,6 +123,22 @@ class Spread(NamedTuple):
         return Spread(jnp.maximum(self.maximum, other.maximum), self.histogram + other.histogram)
 
 
+class Fate(enum.IntEnum):
+    """What became of an element when it was rounded: one of these."""
+
+    OTHER = 0
+    """It stays a normal number, infinite or NaN."""
+    ZERO = 1
+    """It was 0 before."""
+    UNDERFLOW = 2
+    """It became 0."""
+    SUBNORMAL = 3
+    """It became subnormal, and so lost relative precision."""
+    OVERFLOW = 4
+    """It was finite, but beyond the largest finite value of the format: it saturates or becomes
+    infinite, as the site rounds."""
+
+
 class Census(NamedTuple):
     """What became of the elements of a tensor when it was rounded.
 
@@ -132,29 +146,30 @@ class Census(NamedTuple):
     its size; tensors that are no larger are counted whole.
 
     Attributes:
-      size: elements of the tensor.
-      zeros: elements that were 0 before.
-      underflows: elements that became 0.
-      subnormals: elements that became subnormal, and so lost relative precision.
-      overflows: finite elements beyond the largest finite value of the format; they saturate or
-        become infinite, as the site rounds.
-      maximum: the largest magnitude of all elements of the unrounded tensor.
-      histogram: f32[EXPONENTS], in units of the format.
+      size: f32[], elements of the tensor.
+      maximum: f32[], the largest magnitude of all elements of the unrounded tensor.
+      table: f32[len(Fate), EXPONENTS], elements by what became of them and by their exponent in
+        units of the format; see `exponent_histogram`.
     """
 
     size: jax.Array
-    zeros: jax.Array
-    underflows: jax.Array
-    subnormals: jax.Array
-    overflows: jax.Array
     maximum: jax.Array
-    histogram: jax.Array
+    table: jax.Array
+
+    @property
+    def histogram(self) -> jax.Array:
+        """f32[EXPONENTS]: elements by exponent."""
+        return self.table.sum(axis=-2)
+
+    def elements(self, fate: Fate) -> jax.Array:
+        """f32[]: how many elements this became of."""
+        return self.table[..., fate, :].sum(axis=-1)
 
     @classmethod
     def empty(cls) -> Census:
         """Nothing seen."""
-        shapes = dict.fromkeys(cls._fields, ()) | {"histogram": (EXPONENTS,)}
-        return cls(**{name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()})
+        zero = jnp.zeros((), jnp.float32)
+        return cls(zero, zero, jnp.zeros((len(Fate), EXPONENTS), jnp.float32))
 
     @classmethod
     def of(cls, tensor: Rounded) -> Census:
@@ -163,30 +178,16 @@ class Census(NamedTuple):
 
     @classmethod
     def _counted(cls, tensor: Rounded, size: int) -> Census:
+        # One table in one pass: a watched step holds some hundred of these, which all take their
+        # time to compile.
         scaled, values = (_sample(x, size) for x in (tensor.scaled, tensor.values))
-        # On bit patterns: compiled comparisons of floats may take subnormals for 0.
-        work, _, before = split(scaled)
-        _, _, after = split(values.astype(work.dtype))
-        normal, largest, infinity = (
-            pattern(value, work)
-            for value in (tensor.format.smallest_normal, tensor.format.largest_finite, np.inf)
-        )
-        counts = _count_four(
-            before == 0,
-            (before != 0) & (after == 0),
-            (after != 0) & (after < normal),
-            (before > largest) & (before < infinity),
-        )
-        weight = _weight(tensor.scaled, scaled)
-        zeros, underflows, subnormals, overflows = (count * weight for count in counts)
+        bins = np.int32(EXPONENTS) * _fates(scaled, values, tensor.format) + _exponents(scaled)
+        counts = jnp.zeros((len(Fate) * EXPONENTS,), jnp.int32).at[bins].add(1)
         return cls(
             size=jnp.asarray(tensor.scaled.size, jnp.float32),
-            zeros=zeros,
-            underflows=underflows,
-            subnormals=subnormals,
-            overflows=overflows,
             maximum=_maximum(tensor.raw),
-            histogram=exponent_histogram(scaled) * weight,
+            table=counts.astype(jnp.float32).reshape(len(Fate), -1)
+            * _weight(tensor.scaled, scaled),
         )
 
     def combine(self, other: Census) -> Census:
@@ -227,10 +228,39 @@ def exponent_histogram(x: jax.Array) -> jax.Array:
       f32[EXPONENTS]: entry e counts elements with `2**(e - 127) <= abs(x) < 2**(e - 126)`; entry 0
       also zeros and subnormals, the last one infinities and NaN. f64 is rounded to f32 first.
     """
-    patterns = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).reshape(-1)
-    bins = (patterns >> np.uint32(23)) & np.uint32(EXPONENTS - 1)  # without the sign
     # Counted as integers: a sum of ones in f32 stops at 2^24.
-    return jnp.zeros((EXPONENTS,), jnp.int32).at[bins].add(1).astype(jnp.float32)
+    counts = jnp.zeros((EXPONENTS,), jnp.int32).at[_exponents(x.reshape(-1))].add(1)
+    return counts.astype(jnp.float32)
+
+
+def _exponents(x: jax.Array) -> jax.Array:
+    """int32, of the shape of `x`: the bin of each element in `exponent_histogram`."""
+    patterns = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    biased = (patterns >> np.uint32(23)) & np.uint32(EXPONENTS - 1)  # without the sign
+    return biased.astype(jnp.int32)
+
+
+def _fates(scaled: jax.Array, values: jax.Array, rounded_to: Format) -> jax.Array:
+    """int32: the `Fate` of each element, from what it was before and after rounding.
+
+    On bit patterns: compiled comparisons of floats may take subnormals for 0.
+    """
+    work, _, before = split(scaled)
+    _, _, after = split(values.astype(work.dtype))
+    normal, largest, infinity = (
+        pattern(value, work)
+        for value in (rounded_to.smallest_normal, rounded_to.largest_finite, np.inf)
+    )
+    fates = {
+        Fate.ZERO: before == 0,
+        Fate.UNDERFLOW: (before != 0) & (after == 0),
+        Fate.SUBNORMAL: (after != 0) & (after < normal),
+        Fate.OVERFLOW: (before > largest) & (before < infinity),
+    }
+    return sum(
+        (np.int32(fate) * mask.astype(jnp.int32) for fate, mask in fates.items()),
+        start=jnp.int32(Fate.OTHER),
+    )
 
 
 def _sample(x: jax.Array, size: int) -> jax.Array:
@@ -252,20 +282,6 @@ def _sample(x: jax.Array, size: int) -> jax.Array:
 def _weight(x: jax.Array, sample: jax.Array) -> np.float32:
     """How many elements of a tensor one of its sample stands for."""
     return np.float32(x.size / sample.size)
-
-
-def _count_four(*masks: jax.Array) -> list[jax.Array]:
-    """f32[] each: how many elements are true. In one pass: a byte of an integer for each mask."""
-    fields = [
-        mask.reshape(-1).astype(jnp.uint32) << np.uint32(8 * i) for i, mask in enumerate(masks)
-    ]
-    packed = functools.reduce(jnp.bitwise_or, fields)
-    packed = jnp.pad(packed, (0, -packed.size % _ROW)).reshape(-1, _ROW)
-    sums = jnp.sum(packed, axis=1, dtype=jnp.uint32)
-    return [
-        jnp.sum((sums >> np.uint32(8 * i)) & np.uint32(255), dtype=jnp.uint32).astype(jnp.float32)
-        for i in range(len(masks))
-    ]
 
 
 def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]) -> jax.Array:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -27,6 +27,7 @@ from lmjax.train.config import Config
 from lmjax.train.errors import InputError, NonFiniteGradients
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.log import StepLog
+from lmjax.train.programs import PhasePrograms, Programs
 from lmjax.train.progress import Reporter, say
 from lmjax.train.records import (
     draw,
@@ -43,7 +44,7 @@ from lmjax.train.run_directory import hold_run
 from lmjax.train.signals import StopRequest
 from lmjax.train.start import Run, checked_input, start_run
 from lmjax.train.state import change_phase
-from lmjax.train.step import make_eval_step, make_train_step
+from lmjax.train.step import Batch
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def train(
     stop_after: int | None = None,
     progress: bool = True,
     stop: StopRequest | None = None,
+    programs: Programs | None = None,
 ) -> Outcome:
     """Trains, or goes on training, until the planned number of steps is done.
 
@@ -80,6 +82,7 @@ def train(
       progress: show a progress bar, or lines where the output is no terminal.
       stop: a request that the caller watches for, over several runs; by default this run takes
         over the signals itself.
+      programs: compiled by runs before this one in the process, if any; keeps those of this one.
 
     Returns:
       How it ended; `result` is None if it was stopped by `stop_after`, SIGINT or SIGTERM.
@@ -98,6 +101,7 @@ def train(
     refuse_unequal("flags", f"stop_after={stop_after}")
     exact.check_canary(jax.default_backend())
     note = partial(say, enabled=progress)
+    programs = programs or Programs()
     with (
         failing_storage_explained(workdir),
         staged(workdir, config.data.cache_path, note) as (workdir, mirror),
@@ -108,18 +112,20 @@ def train(
         run = start_run(config, corpus, mesh, workdir, checkpoints, note)
         record_start(run)
         last = min(config.steps, run.step + stop_after) if stop_after else config.steps
-        while (finished := _loop_or_rewind(run, stop, last, progress)) is None:
+        while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
             pass
-        result = _finish(run) if finished else None
+        result = _finish(run, programs) if finished else None
         if is_first():
             draw(run)
     return Outcome(workdir, run.step, result)
 
 
-def _loop_or_rewind(run: Run, stop: StopRequest, last: int, progress: bool) -> bool | None:
+def _loop_or_rewind(
+    run: Run, programs: Programs, stop: StopRequest, last: int, progress: bool
+) -> bool | None:
     """`_loop`; None if the run has rewound instead and the loop is to be entered again."""
     try:
-        return _loop(run, stop, last, progress)
+        return _loop(run, programs, stop, last, progress)
     except NonFiniteGradients as failure:
         if run.config.faults.non_finite != "rewind":
             raise
@@ -127,7 +133,7 @@ def _loop_or_rewind(run: Run, stop: StopRequest, last: int, progress: bool) -> b
         return None
 
 
-def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
+def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: bool) -> bool:
     """Steps until the run is done (True) or stopped with a checkpoint (False), at `last` or before.
 
     A request to stop that came earlier, while the step was compiled, is met after one step.
@@ -136,7 +142,7 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
     if first >= last:
         return first >= config.steps
     batch = _next_batch(run, first + 1)
-    programs = _enter_phase(run, batch)
+    steps = _enter_phase(run, batch, programs)
     agreed = AgreedStop(stop, run.mesh)
     boundaries = {start for start, _ in config.phases if start > first}
     with (
@@ -154,10 +160,10 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
             if step - 1 in boundaries:
                 log.flush()
                 pause(run)
-                programs = _enter_phase(run, batch)
+                steps = _enter_phase(run, batch, programs)
                 report.note(_phase_note(config, step - 1))
                 run.clock.resume()
-            train_step = programs.watched if config.is_watched(step) else programs.train
+            train_step = steps.watched if config.is_watched(step) else steps.train
             run.state, metrics = train_step(run.state, batch)
             report.advance(step)
             # Fetching the metrics of the step before, now that this one is on its way, keeps the
@@ -167,7 +173,7 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
                 log.pending(step, metrics)
             if config.is_evaluated(step):
                 log.flush()
-                _evaluate(run, programs.evaluate, log, config.evaluation.batches)
+                _evaluate(run, programs, log)
             asked = agreed.after_step()
             stopping = asked is not None or step == last
             if stopping or config.is_saved(step):
@@ -183,15 +189,7 @@ def _loop(run: Run, stop: StopRequest, last: int, progress: bool) -> bool:
     return step >= config.steps
 
 
-class _Programs(NamedTuple):
-    """The compiled steps of one phase; `watched` is the train step with telemetry, if any."""
-
-    train: Any
-    watched: Any
-    evaluate: Any
-
-
-def _enter_phase(run: Run, batch: dict[str, jax.Array]) -> _Programs:
+def _enter_phase(run: Run, batch: Batch, programs: Programs) -> PhasePrograms:
     """The programs of the phase that the next step belongs to.
 
     The state moves into that phase's formats now and not after its predecessor's last step, so that
@@ -200,14 +198,7 @@ def _enter_phase(run: Run, batch: dict[str, jax.Array]) -> _Programs:
     left, entered = run.config.after(run.step), run.config.at(run.step)
     if left != entered:
         run.state = change_phase(run.state, left, entered, run.mesh)
-    compiled = lambda step: step.lower(run.state, batch).compile()
-    return _Programs(
-        train=compiled(make_train_step(entered, run.mesh)),
-        watched=compiled(make_train_step(entered, run.mesh, telemetry=True))
-        if entered.telemetry.every
-        else None,
-        evaluate=make_eval_step(entered, run.mesh),
-    )
+    return programs.phase(entered, run.mesh, run.state, batch)
 
 
 def _phase_note(config: Config, step: int) -> str:
@@ -225,25 +216,29 @@ def _introduction(run: Run) -> str:
     )
 
 
-def _next_batch(run: Run, step: int) -> dict[str, jax.Array]:
+def _next_batch(run: Run, step: int) -> Batch:
     run.positions.note(step, run.data)
     return sharding.global_batch(run.mesh, next(run.data), sharding.batch_share(run.mesh)[1])
 
 
-def _evaluate(run: Run, eval_step: Any, log: StepLog, batches: int) -> None:
+def _evaluate(run: Run, programs: Programs, log: StepLog) -> None:
     pause(run)
-    loss = held_out_loss(
-        eval_step, run.state.params, run.corpus, run.config, run.mesh, batches=batches
-    )
+    loss = _held_out(run, programs, batches=run.config.evaluation.batches)
     log.evaluated(run.step, loss)
     run.clock.resume()
 
 
-def _finish(run: Run) -> dict[str, Any]:
+def _finish(run: Run, programs: Programs) -> dict[str, Any]:
     """Evaluates on the whole validation split and writes `result.json`, unless that was done."""
     path = run.workdir / "result.json"
     if from_first(path.exists()):
         return json.loads(path.read_text(encoding="utf-8"))
-    eval_step = make_eval_step(run.config.after(run.config.steps), run.mesh)
-    loss = held_out_loss(eval_step, run.state.params, run.corpus, run.config, run.mesh)
-    return record_result(run, loss)
+    return record_result(run, _held_out(run, programs))
+
+
+def _held_out(run: Run, programs: Programs, *, batches: int = 0) -> float:
+    """The held-out loss of the parameters, computed in the phase that made them."""
+    eval_step = programs.evaluation(run.config.after(run.step), run.mesh)
+    return held_out_loss(
+        eval_step, run.state.params, run.corpus, run.config, run.mesh, batches=batches
+    )

@@ -13,6 +13,7 @@ from run_helpers import ROOT, home, result, tiny
 
 from lmjax.ablation import grid, worker
 from lmjax.ablation.grid import Ablation, Cell
+from lmjax.train import Config, programs, train
 from lmjax.train.signals import StopRequest
 
 __all__ = ["home"]
@@ -53,6 +54,39 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(worker, "train", noted)
     return keys
+
+
+def test_a_worker_compiles_an_arm_once_and_the_seeds_are_those_of_runs_alone(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str]
+) -> None:
+    made: list[str] = []
+    make = programs.make_train_step
+
+    def noted(config: Config, mesh: Any, **options: Any) -> Any:
+        made.append(config.precision)
+        return make(config, mesh, **options)
+
+    monkeypatch.setattr(programs, "make_train_step", noted)
+    base = tiny(home, steps=3)
+    arms = {p: dataclasses.replace(base, precision=p) for p in ("f32", "mixed_bf16")}
+    chosen = ablation(
+        home, base=base, arms=arms, varies=("precision",), control="f32", seeds=(0, 1)
+    )
+    cells = work(chosen, tmp_path)
+    assert len(cells) == 4
+    assert made == [arm.resolved().precision for arm in arms.values()]
+    alone = train(dataclasses.replace(base, seed=1), tmp_path / "alone", progress=False)
+    of_worker = grid.keys_by_arm(chosen)["f32"][1]
+    assert alone.result is not None
+    digest = result(grid.cells_directory(tmp_path) / of_worker)["parameters_sha256"]
+    assert alone.result["parameters_sha256"] == digest
+
+
+def test_seeds_stay_in_turn_and_a_worker_takes_arms_that_it_has_compiled_first() -> None:
+    ahead = [["b-seed1"], ["c-seed1"], ["c-seed0"]]
+    assert worker._first(ahead, compiled=()) == ["b-seed1"]
+    assert worker._first(ahead, compiled=("c",)) == ["c-seed1"]
+    assert worker._first(ahead[2:], compiled=("b",)) == ["c-seed0"]
 
 
 def test_cells_run_once_and_failures_are_results(

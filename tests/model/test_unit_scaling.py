@@ -23,7 +23,7 @@ from lmjax import sharding
 from lmjax.loss_scale import LossScaleConfig
 from lmjax.model import ModelConfig, apply, token_losses, unit_scaling
 from lmjax.precision import paths
-from lmjax.precision.probes import Census
+from lmjax.precision.probes import Census, Fate
 from lmjax.sharding import MeshConfig
 from lmjax.train import abstract_state, make_train_step
 from lmjax.train.advice import warnings
@@ -204,10 +204,10 @@ def test_f16_needs_no_loss_scale(tiny, draw_params, draw_batch, compile_fast):
     counted = paths.flatten(measured, lambda node: isinstance(node, Census))
     assert len(counted) > 20
     for path, census in counted.items():
-        assert not np.any(census.overflows), path
+        assert not np.any(census.elements(Fate.OVERFLOW)), path
         assert np.all(census.maximum < 2.0**10), path
         # The first position of 64 has one key and so no gradient of its scores: rounding errors.
-        assert np.all(census.underflows < census.size / 64), path
+        assert np.all(census.elements(Fate.UNDERFLOW) < census.size / 64), path
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lmjax.precision.grammar import parse_policy
 from lmjax.precision.hadamard import random_signs, rotate
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import SitePolicy
-from lmjax.precision.probes import Census, Probe
+from lmjax.precision.probes import Census, Fate, Probe
 from lmjax.precision.quantizer import parse_quantizer
 from lmjax.precision.scaling import fake_quantize
 
@@ -273,7 +273,7 @@ def test_telemetry_counts_what_becomes_of_the_rotated_tensor(compile_fast: Calla
     plain = censuses(f"f32,w={narrow},x={narrow},g={narrow}")
     rotated = censuses(f"f32,w={narrow},x={narrow}.rht,xb={narrow},wb={narrow}.rht,g={narrow}")
     for role, size in {"x": x.size, "w": w.size}.items():
-        assert plain[role].underflows > size / 2, "the outlier hides the others"
-        assert rotated[role].underflows < plain[role].underflows / 2
+        assert plain[role].elements(Fate.UNDERFLOW) > size / 2, "the outlier hides the others"
+        assert rotated[role].elements(Fate.UNDERFLOW) < plain[role].elements(Fate.UNDERFLOW) / 2
         assert rotated[role].maximum == 300.0, "the maximum is that of the tensor"
     assert rotated["g"].size == 3 * 5 * 32, "as the product dx has it: 23 and zeros, rotated"

@@ -13,7 +13,7 @@ from lmjax import loss_scale, sharding
 from lmjax.loss_scale import LossScaleConfig
 from lmjax.numerics.telemetry import TelemetryConfig
 from lmjax.precision import paths
-from lmjax.precision.probes import Census, FullCensus, is_slot
+from lmjax.precision.probes import Census, Fate, FullCensus, is_slot
 from lmjax.precision.scaling import DelayedScale
 from lmjax.train import measure
 from lmjax.train.step import make_scaled_loss, train_step
@@ -112,7 +112,7 @@ def test_telemetry_shows_the_logit_cotangent_die(
     scale = jnp.asarray(2.0**exponent, jnp.float32)
     state = state._replace(opt_state=state.opt_state._replace(scale=scale))
     g = step_of(config, True)(state, batch)[1]["telemetry"]["head/g"]
-    lost = (g.zeros + g.underflows) / g.size
+    lost = (g.elements(Fate.ZERO) + g.elements(Fate.UNDERFLOW)) / g.size
     assert float(lost) == pytest.approx(zeros, abs=0.04 if exponent == -9 else 2e-3)
 
 
@@ -206,7 +206,7 @@ def underflow_and_skips(config: Any, draw: Any, step_of: Any) -> tuple[float, in
     for index in range(60):
         state, metrics = step(state, draw_batch(config, index % 4))
         census = [c for path, c in metrics["telemetry"].items() if path.endswith(("/dx", "/dw"))]
-        lost = sum(float(np.sum(c.underflows)) for c in census)
+        lost = sum(float(np.sum(c.elements(Fate.UNDERFLOW))) for c in census)
         shares.append(lost / sum(float(np.sum(c.size)) for c in census))
     return float(np.mean(shares)), int(metrics["skipped_steps"])
 

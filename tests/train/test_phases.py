@@ -48,7 +48,7 @@ def uninterrupted(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     workdir = tmp_path_factory.mktemp("phases") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
-        patch.setattr("lmjax.train.loop.make_train_step", record)
+        patch.setattr("lmjax.train.programs.make_train_step", record)
         patch.setattr("lmjax.train.loop.Reporter.note", lambda _, text: said.append(text))
         train(phased(home), workdir, progress=False)
     return {"workdir": workdir, "compiled": compiled, "said": said}
