@@ -5,9 +5,10 @@ Knows claims, how ablations are run and reported, and how a terminal is written 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json as json_format
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from lmjax.ablation.evidence import Evidence, Outcome
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation.report import write_report
 from lmjax.ablation.report_text import markdown_table
-from lmjax.ablation.runner import AblationError, run
+from lmjax.ablation.runner import AblationError, run_each
+from lmjax.ablation.runner import Outcome as Ended
 from lmjax.ablation_cli import parse_seeds
 from lmjax.cli import print_json, print_table
 from lmjax.train import InputError, TrainingFailed
@@ -80,15 +82,18 @@ def replay(
       TrainingFailed: a run could not be carried out, for a reason that is no result.
     """
     planned = [(claim, _ablation(claim, large, seeds)) for claim in claims]
+    ablations = [ablation for _, ablation in planned if ablation is not None]
+    outcomes = run_each(ablations, workdir / "runs", processes=processes, vmap_seeds=vmap_seeds)
     judgements = []
-    for claim, ablation in planned:
-        evidence = _evidence(ablation, workdir, processes, vmap_seeds)
-        if evidence is None:
-            return None
-        judgements.append(judge(claim, evidence))
-        _write(judgements[-1], workdir)
-        if not json:
-            _print(judgements[-1])
+    with contextlib.closing(outcomes):
+        for claim, ablation in planned:
+            evidence = Evidence() if ablation is None else _evidence(outcomes, workdir)
+            if evidence is None:
+                return None
+            judgements.append(judge(claim, evidence))
+            _write(judgements[-1], workdir)
+            if not json:
+                _print(judgements[-1])
     if json:
         print_json([_as_json(judgement) for judgement in judgements])
     elif len(judgements) > 1:
@@ -108,20 +113,16 @@ def _ablation(claim: Claim, large: bool, seeds: str | None) -> Ablation | None:
         raise InputError(str(error)) from error
 
 
-def _evidence(
-    ablation: Ablation | None, workdir: Path, processes: int, vmap_seeds: bool
-) -> Evidence | None:
-    """The runs of an ablation, all done; None if a signal stopped them."""
-    if ablation is None:
-        return Evidence()
+def _evidence(outcomes: Iterator[Ended], workdir: Path) -> Evidence | None:
+    """The runs of the next ablation, all done; None if a signal stopped them."""
     try:
-        outcome = run(ablation, workdir / "runs", processes=processes, vmap_seeds=vmap_seeds)
+        outcome = next(outcomes)
     except AblationError as error:
         raise TrainingFailed(f"{error}; run the same command again to go on") from error
     if outcome.stopped_by is not None:
         return None
-    write_report(ablation, outcome.cells, workdir / ablation.name)
-    return Evidence(ablation, outcome.cells)
+    write_report(outcome.ablation, outcome.cells, workdir / outcome.ablation.name)
+    return Evidence(outcome.ablation, outcome.cells)
 
 
 def list_claims(*, json: bool = False) -> None:

@@ -1,8 +1,9 @@
 """What the tests of whole runs share: a text, a config that trains on it in a moment, processes.
 
 A run of this size is nearly all compilation, so the tests share one persistent compilation cache:
-the second run of a program, in this process or another, reads the executable of the first. LLVM is
-asked for no optimisation, here and in other processes, which changes no rounding.
+the second run of a program in another process reads the executable of the first, and in this one
+all runs share their programs. LLVM is asked for no optimisation, here and in other processes, which
+changes no rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from jax.experimental.compilation_cache import compilation_cache
 
     from lmjax.precision import exact
+    from lmjax.train.programs import Programs
 
+    programs = Programs()
     folder = tmp_path_factory.mktemp("home")
     write_texts(folder / "texts")
     with pytest.MonkeyPatch.context() as patch:
@@ -38,6 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setitem(exact.COMPILER_OPTIONS, "xla_backend_optimization_level", 0)
+        patch.setattr("lmjax.train.loop.Programs", lambda: programs)
         with _CompilationCache(folder / "compiled", compilation_cache):
             yield folder
 

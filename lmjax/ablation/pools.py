@@ -28,7 +28,7 @@ class Failure(NamedTuple):
 
 
 class Pool(Protocol):
-    """Workers of one ablation."""
+    """Workers of one ablation, or of several one after another."""
 
     def alive(self) -> bool:
         """Whether any of them is still at work."""
@@ -47,14 +47,20 @@ class LocalPool:
     """Processes of this machine, each with its own XLA threads and a log in `logs/`."""
 
     def __init__(
-        self, directory: Path, definition: Path, processes: int, threads: int, vmap_seeds: bool
+        self,
+        directory: Path,
+        definitions: Sequence[Path],
+        processes: int,
+        threads: int,
+        vmap_seeds: bool,
     ):
         (directory / "logs").mkdir(exist_ok=True)
         # Other commands may be at work in this directory, on this machine or another.
         stem = f"{platform.node()}-{os.getpid()}"
         self._logs = [directory / "logs" / f"{stem}-{i}.log" for i in range(processes)]
-        flags = [str(threads), *([VMAP_SEEDS] if vmap_seeds else [])]
-        self._workers = [_start(directory, definition, flags, log) for log in self._logs]
+        flags = [VMAP_SEEDS] if vmap_seeds else []
+        arguments = [str(directory), str(threads), *flags, *map(str, definitions)]
+        self._workers = [_start(arguments, log) for log in self._logs]
 
     def alive(self) -> bool:
         """Whether any process is running."""
@@ -87,12 +93,9 @@ class LocalPool:
                 log.unlink()
 
 
-def _start(
-    directory: Path, definition: Path, flags: Sequence[str], log: Path
-) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     source = str(Path(lmjax.__file__).parents[1])
     search = [source, os.environ.get("PYTHONPATH", "")]
-    arguments = (str(directory), str(definition), *flags)
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "lmjax.ablation.worker", *arguments],
@@ -108,7 +111,7 @@ class SlurmPool:
 
     Args:
       directory: of the ablation, on a file system that all nodes share.
-      definition: what the ablation is; a file that does not change.
+      definitions: what the ablations are; files that do not change.
       jobs: length of the array.
       threads: cores of each job.
       vmap_seeds: whether they train the seeds of an arm at once.
@@ -122,7 +125,7 @@ class SlurmPool:
     def __init__(
         self,
         directory: Path,
-        definition: Path,
+        definitions: Sequence[Path],
         jobs: int,
         threads: int,
         vmap_seeds: bool,
@@ -141,7 +144,7 @@ class SlurmPool:
             executor.update_parameters(**parameters)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise InputError(f"submitit cannot submit: {error}") from error
-        work = SlurmWorker(directory, definition, threads, vmap_seeds)
+        work = SlurmWorker(directory, definitions, threads, vmap_seeds)
         with executor.batch():
             self._jobs = [executor.submit(work) for _ in range(jobs)]
         self._queue = _Queue() if executor.cluster == "slurm" else None
@@ -219,8 +222,11 @@ class _Queue:
 class SlurmWorker:
     """What a job of the array calls; submitted again as it is when Slurm preempts it."""
 
-    def __init__(self, directory: Path, definition: Path, threads: int, vmap_seeds: bool):
-        self.directory, self.definition = directory.absolute(), definition.absolute()
+    def __init__(
+        self, directory: Path, definitions: Sequence[Path], threads: int, vmap_seeds: bool
+    ):
+        self.directory = directory.absolute()
+        self.definitions = [definition.absolute() for definition in definitions]
         self.threads, self.vmap_seeds = threads, vmap_seeds
 
     def __call__(self) -> None:
@@ -235,7 +241,7 @@ class SlurmWorker:
         with worker.StopRequest() as stop:
             worker.work(
                 self.directory,
-                grid.read_ablation(self.definition),
+                [grid.read_ablation(definition) for definition in self.definitions],
                 stop,
                 patient=False,
                 vmap_seeds=self.vmap_seeds,

@@ -1,15 +1,17 @@
-"""Running an ablation: everything around its cells.
+"""Running ablations: everything around their cells.
 
 `run` prepares the texts, writes the definition into the directory, starts workers and watches the
 files of the cells until every cell has ended; where seeds are added as needed, it then does so and
-goes on. It keeps no state of its own: what is done is what the directory says, and which seeds were
-added follows from that, so the same call goes on after any interruption.
+goes on. `run_each` does the same for several ablations, whose workers wait for nobody in between.
+They keep no state of their own: what is done is what the directory says, and which seeds were added
+follows from that, so the same call goes on after any interruption.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from lmjax.train.run_directory import InputError
 from lmjax.train.seeds import reason_against
 from lmjax.train.signals import StopRequest
 
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class AblationError(RuntimeError):
@@ -83,38 +85,51 @@ def run(
       AblationError: a worker failed. The others have saved checkpoints.
     """
     directory = Path(directory)
-    refuse_collapsed(directory)
-    for name, value in (("processes", processes), ("threads", threads)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; it must be at least 1")
-    _prepare_texts(ablation, progress)
-    _open(directory)
+    workers = _Workers(directory, processes, threads, slurm, vmap_seeds)
+    _prepare([ablation], directory, progress)
     if retry_failed:
         discard_failed(directory, with_added_seeds(ablation, directory))
-
-    def start(definition: Path, left: Mapping[str, Config]) -> Pool:
-        count = min(processes, len(jobs(left, vmap_seeds=vmap_seeds)))
-        if slurm is None:
-            return LocalPool(directory, definition, count, threads, vmap_seeds)
-        return SlurmPool(directory, definition, count, threads, vmap_seeds, slurm)
-
-    notes = _one_after_another(ablation) if vmap_seeds else []
     ablation = with_added_seeds(ablation, directory)
     while True:
-        stopped_by = _run_cells(ablation, directory, start, notes, progress)
-        cells = tuple(grid.read_cells(ablation, directory))
-        if any(cell.status == "missing" for cell in cells):
-            if stopped_by is None:
-                raise AblationError(
-                    f"the workers ended before the cells did; see {directory / 'logs'}"
-                )
-            return Outcome(ablation, cells, stopped_by)
+        ((cells, signal),) = _run_cells([ablation], workers, progress)
+        outcome = _outcome(ablation, cells, signal, directory)
         grown = with_added_seeds(ablation, directory)
-        if grown == ablation:
-            return Outcome(ablation, cells, None)
-        if stopped_by is not None:
-            return Outcome(ablation, cells, stopped_by)
+        if outcome.stopped_by is not None or grown == ablation:
+            return outcome
+        if signal is not None:
+            return Outcome(ablation, cells, signal)
         ablation = grown
+
+
+def run_each(
+    ablations: Sequence[Ablation],
+    directory: str | Path,
+    *,
+    processes: int = 1,
+    threads: int = 1,
+    vmap_seeds: bool = False,
+    progress: bool = True,
+) -> Generator[Outcome, None, None]:
+    """Runs what is left of several ablations; see `run`. Adds no seeds.
+
+    The workers are the same for all, and go on while the caller looks at what came out. They are
+    killed if the iterator is closed before its end.
+
+    Yields:
+      The outcome of each ablation when its cells have ended. One that was stopped is the last.
+
+    Raises:
+      As `run` does.
+    """
+    directory = Path(directory)
+    workers = _Workers(directory, processes, threads, None, vmap_seeds)
+    _prepare(ablations, directory, progress)
+    with contextlib.closing(_run_cells(ablations, workers, progress)) as ended:
+        for ablation, (cells, signal) in zip(ablations, ended, strict=True):
+            outcome = _outcome(ablation, cells, signal, directory)
+            yield outcome
+            if outcome.stopped_by is not None:
+                return
 
 
 def with_added_seeds(ablation: Ablation, directory: Path) -> Ablation:
@@ -134,32 +149,85 @@ def with_added_seeds(ablation: Ablation, directory: Path) -> Ablation:
     return ablation
 
 
+@dataclass(frozen=True)
+class _Workers:
+    """How cells of a directory are worked on; see `run` for the meaning of the fields."""
+
+    directory: Path
+    processes: int
+    threads: int
+    slurm: Mapping[str, Any] | None
+    vmap_seeds: bool
+
+    def __post_init__(self) -> None:
+        """Refuses fewer than one."""
+        for name in ("processes", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def start(self, definitions: Sequence[Path], left: Mapping[str, Config]) -> Pool:
+        """As many as find work."""
+        count = min(self.processes, len(jobs(left, vmap_seeds=self.vmap_seeds)))
+        if self.slurm is None:
+            return LocalPool(self.directory, definitions, count, self.threads, self.vmap_seeds)
+        return SlurmPool(
+            self.directory, definitions, count, self.threads, self.vmap_seeds, self.slurm
+        )
+
+    def notes(self, ablation: Ablation) -> list[str]:
+        """What is to be said of an ablation before it runs, a line each."""
+        notes = _one_after_another(ablation) if self.vmap_seeds else []
+        return notes + ([_added(ablation)] if ablation.seed_counts else [])
+
+
 def _run_cells(
-    ablation: Ablation,
-    directory: Path,
-    start: Callable[[Path, Mapping[str, Config]], Pool],
-    notes: Sequence[str],
-    progress: bool,
-) -> str | None:
-    """Runs what is left of the cells; returns the signal that stopped it, if one did."""
-    definition = grid.write_ablation(ablation, directory)
+    ablations: Sequence[Ablation], workers: _Workers, progress: bool
+) -> Generator[tuple[tuple[Cell, ...], str | None], None, None]:
+    """Runs what is left of the cells of ablations.
+
+    Yields:
+      For each ablation, when they have ended, its cells and the signal that was received, if any.
+    """
+    directory = workers.directory
+    definitions = [grid.write_ablation(ablation, directory) for ablation in ablations]
+    left_of = [_left(ablation, directory) for ablation in ablations]
+    left = {key: config for cells in left_of for key, config in cells.items()}
+    with StopRequest() as stop:
+        pool = workers.start(definitions, left) if left else None
+        try:
+            for ablation, unfinished in zip(ablations, left_of, strict=True):
+                if pool is not None and unfinished:
+                    with Display(ablation, enabled=progress) as display:
+                        for note in workers.notes(ablation):
+                            display.note(note)
+                        _watch(pool, stop, display, ablation, directory)
+                if pool is not None and ablation is ablations[-1]:
+                    _await_end(pool)
+                yield tuple(grid.read_cells(ablation, directory)), stop.received
+        finally:
+            if pool is not None:
+                pool.kill()
+
+
+def _left(ablation: Ablation, directory: Path) -> dict[str, Config]:
+    """The cells that have not ended, by key."""
     cells = grid.read_cells(ablation, directory)
     missing = {cell.directory.name for cell in cells if cell.status == "missing"}
-    left = {key: config for key, config in grid.plan(ablation).items() if key in missing}
-    if not left:
-        return None
-    with StopRequest() as stop:
-        pool = start(definition, left)
-        try:
-            with Display(ablation, enabled=progress) as display:
-                for note in notes:
-                    display.note(note)
-                if ablation.seed_counts:
-                    display.note(_added(ablation))
-                _watch(pool, stop, display, ablation, directory)
-        finally:
-            pool.kill()
-    return stop.received
+    return {key: config for key, config in grid.plan(ablation).items() if key in missing}
+
+
+def _outcome(
+    ablation: Ablation, cells: tuple[Cell, ...], signal: str | None, directory: Path
+) -> Outcome:
+    """What became of an ablation whose workers have ended, or are at another.
+
+    Raises:
+      AblationError: cells have not ended, though nobody asked to stop.
+    """
+    missing = any(cell.status == "missing" for cell in cells)
+    if missing and signal is None:
+        raise AblationError(f"the workers ended before the cells did; see {directory / 'logs'}")
+    return Outcome(ablation, cells, signal if missing else None)
 
 
 def _one_after_another(ablation: Ablation) -> list[str]:
@@ -178,13 +246,16 @@ def _added(ablation: Ablation) -> str:
     return f"seeds were added where a question is open: {', '.join(counts)}"
 
 
-def _prepare_texts(ablation: Ablation, progress: bool) -> None:
-    """Tokenizes each text once, before several workers would set out to."""
+def _prepare(ablations: Sequence[Ablation], directory: Path, progress: bool) -> None:
+    """Tokenizes each text once, before several workers would set out to; opens the directory."""
+    refuse_collapsed(directory)
+    arms = [arm for ablation in ablations for arm in ablation.arms.values()]
     try:
-        for data, context in {(c.data, c.context) for c in ablation.arms.values()}:
+        for data, context in {(arm.data, arm.context) for arm in arms}:
             tokenized_corpus(data, window=context + 1, progress=progress)
     except ValueError as error:
         raise InputError(str(error)) from error
+    _open(directory)
 
 
 def _open(directory: Path) -> None:
@@ -206,7 +277,9 @@ def _open(directory: Path) -> None:
 def _watch(
     pool: Pool, stop: StopRequest, display: Display, ablation: Ablation, directory: Path
 ) -> None:
-    """Shows the cells until no worker is left; has all workers stop when one fails, or on request.
+    """Shows the cells until all have ended, or no worker is left.
+
+    Has all workers stop, and waits for them, when one fails, or on request.
 
     Raises:
       InputError, AblationError: a worker failed.
@@ -215,7 +288,7 @@ def _watch(
     states = _read_states(keys, ablation.metric, directory, {})
     display.show(states)
     stopping = False
-    while pool.alive():
+    while (stopping or _any_missing(states)) and pool.alive():
         if not stopping and (stop.received or pool.failure()):
             stopping = True
             pool.stop()
@@ -223,9 +296,19 @@ def _watch(
         time.sleep(SECONDS_BETWEEN_LOOKS)
         states = _read_states(keys, ablation.metric, directory, states)
         display.show(states)
-    failure = None if stop.received else pool.failure()
+    failure = None if stop.received or not _any_missing(states) else pool.failure()
     if failure is not None:
         raise (InputError if failure.bad_input else AblationError)(failure.reason)
+
+
+def _any_missing(states: Mapping[str, State]) -> bool:
+    return any(state.status == "missing" for state in states.values())
+
+
+def _await_end(pool: Pool) -> None:
+    """The last pictures are drawn after the last result is there."""
+    while pool.alive():
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _read_states(

@@ -1,6 +1,6 @@
-"""A process that runs the cells of an ablation until none is left.
+"""A process that runs the cells of ablations until none is left.
 
-    python -m lmjax.ablation.worker DIRECTORY DEFINITION THREADS [--vmap-seeds]
+    python -m lmjax.ablation.worker DIRECTORY THREADS [--vmap-seeds] DEFINITION...
 
 It runs them one after another, or the seeds of an arm at once where that is asked for and possible.
 
@@ -44,7 +44,7 @@ VMAP_SEEDS = "--vmap-seeds"
 
 def work(
     directory: Path,
-    ablation: Ablation,
+    ablations: Sequence[Ablation],
     stop: StopRequest,
     *,
     patient: bool = True,
@@ -54,12 +54,12 @@ def work(
 
     Args:
       directory: where the cells are.
-      ablation: what they are.
+      ablations: what they are; those of the first come first.
       stop: is watched for requests to stop.
       patient: wait for cells that other workers are at, in case these workers die.
       vmap_seeds: train the seeds of an arm in one program; see `lmjax/train/seeds.py`.
     """
-    left = grid.plan(ablation)
+    left = {key: config for each in ablations for key, config in grid.plan(each).items()}
     together = jobs(left, vmap_seeds=vmap_seeds)
     programs, compiled = Programs(), set[str]()
     while left and not stop.received:
@@ -179,13 +179,14 @@ def prepare_process(directory: Path, threads: int) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def main(directory: Path, definition: Path, threads: int, *, vmap_seeds: bool) -> int:
+def main(directory: Path, definitions: Sequence[Path], threads: int, *, vmap_seeds: bool) -> int:
     """A worker whose standard input says how long it is wanted; returns its exit code."""
     prepare_process(directory, threads)
     with StopRequest() as stop:
         threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
         try:
-            work(directory, grid.read_ablation(definition), stop, vmap_seeds=vmap_seeds)
+            ablations = [grid.read_ablation(definition) for definition in definitions]
+            work(directory, ablations, stop, vmap_seeds=vmap_seeds)
         except (InputError, DataError) as error:
             print(error, file=sys.stderr)
             return BAD_INPUT
@@ -203,6 +204,6 @@ def _stop_at_end_of_input(stop: StopRequest) -> None:
 
 
 if __name__ == "__main__":
-    folder, definition, threads, *flags = sys.argv[1:]
-    chosen = VMAP_SEEDS in flags
-    sys.exit(main(Path(folder), Path(definition), int(threads), vmap_seeds=chosen))
+    folder, threads, *rest = sys.argv[1:]
+    paths = [Path(argument) for argument in rest if argument != VMAP_SEEDS]
+    sys.exit(main(Path(folder), paths, int(threads), vmap_seeds=VMAP_SEEDS in rest))

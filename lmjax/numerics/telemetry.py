@@ -30,7 +30,7 @@ Knows NumPy, probes, policies and the sites of a model; nothing of the loop that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 
 from lmjax.model import input_format
+from lmjax.precision import paths
 from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
 from lmjax.precision.probes import Census, Fate
 from lmjax.storage import UpdateCensus
@@ -51,6 +52,9 @@ class TelemetryConfig:
 
     every: int = 0
     """Steps between watched steps, which are written to telemetry.jsonl; 0: none."""
+    tensors: str = "**"
+    """Which tensors are counted, as a pattern of their paths, such as `**/dw` for the gradients of
+    weights or `head/*`. Blocks are counted alike. The fewer, the faster watched steps compile."""
     exact: bool = False
     """Count every element of every tensor, and not 2^14 of each; largest magnitudes are always of
     all elements. Watched steps then take about twice as long."""
@@ -59,6 +63,34 @@ class TelemetryConfig:
         """Refuses negative numbers."""
         if self.every < 0:
             raise ValueError(f"telemetry.every is {self.every}; it must not be negative")
+
+
+def roles(site: str) -> tuple[str, ...]:
+    """The tensors of a site that can be counted; see `precision/probes.py`."""
+    if site.rsplit("/", 1)[-1] in PRODUCT_SITES:
+        return ("w", "x", "g", "dx", "dw")
+    return ("dx",) if site == "loss" else ("y", "dx")  # the loss hands on one number
+
+
+def counted_roles(config: TelemetryConfig, site: str, layers: int) -> list[str]:
+    """Those that are to be counted; of `blocks/0/mlp/up` those of that site in any block."""
+    inside = site.removeprefix(f"{BLOCKS}0/")
+    blocks = [f"{BLOCKS}{i}/{inside}" for i in range(layers)] if inside != site else [site]
+    return [
+        role
+        for role in roles(site)
+        if any(paths.matches(config.tensors, f"{block}/{role}") for block in blocks)
+    ]
+
+
+def refuse_no_tensor(config: TelemetryConfig, sites: Iterable[str]) -> None:
+    """Raises ValueError if a model with these sites has no tensor that is to be counted."""
+    known = [f"{site}/{role}" for site in sites for role in roles(site)]
+    if config.every and not any(paths.matches(config.tensors, path) for path in known):
+        raise ValueError(
+            f"telemetry.tensors is {config.tensors!r}, which names no tensor of this model; there "
+            f"are {', '.join(known)}"
+        )
 
 
 def telemetry_row(
@@ -83,6 +115,20 @@ def telemetry_row(
         "tensors": {path: row for site in by_site.values() for path, row in site.items()},
         "updates": {path: _update(census) for path, census in _unstacked(updates)},
     }
+
+
+def mechanisms(row: Mapping[str, Any]) -> dict[str, float]:
+    """What of a row of `telemetry.jsonl` becomes columns of `metrics.jsonl`, as far as it is there.
+
+    Returns:
+      zero_gradients: share of all gradients of weights in products that are 0 once rounded.
+      unchanged_weights: share of all parameters that are the same number after the step.
+    """
+    gradients = [tensor for path, tensor in row["tensors"].items() if path.endswith("/dw")]
+    zeros = _share(gradients, lambda tensor: tensor["zero"] + tensor["underflow"])
+    unchanged = _share(row["updates"].values(), lambda update: update["unchanged"])
+    found = {"zero_gradients": zeros} if gradients else {}
+    return found | {"unchanged_weights": unchanged}
 
 
 def tensor_format(path: str, sites: Mapping[str, SitePolicy]) -> str:
@@ -136,6 +182,12 @@ def _tensor(census: Census, format_name: str) -> dict[str, Any]:
         "maximum": float(census.maximum),
         "exponents": {str(i - 127): int(counts[i]) for i in np.flatnonzero(counts) if i > 0},
     }
+
+
+def _share(rows: Collection[Mapping[str, Any]], share: Callable[[Any], float]) -> float:
+    """The mean of a share over rows, each weighted with its size."""
+    total = sum(row["size"] for row in rows)
+    return sum(share(row) * row["size"] for row in rows) / total if total else 0.0
 
 
 def _update(census: UpdateCensus) -> dict[str, Any]:

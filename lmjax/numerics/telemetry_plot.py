@@ -6,7 +6,7 @@ Knows matplotlib, formats and the rows that `telemetry.py` makes.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,8 @@ PANELS = {
 _RANGE, _SUBNORMAL = "#c1121f", "#e07a2f"
 _LEAST_SHARE = 1e-6
 _LOW, _HIGH = -60, 20
-_WIDTH, _BAR, _BELOW, _ABOVE = 14.0, 1.0, 0.9, 0.65
-"""Inches: of the figure, for the colours on its right, below and above the panels."""
+_PANEL, _BAR, _BELOW, _ABOVE = 2.8, 1.0, 0.9, 0.65
+"""Inches: width of a panel, of the colours on the right; below and above the panels."""
 
 Row = Mapping[str, Any]
 
@@ -46,9 +46,9 @@ def draw_exponents(row: Row, path: str | os.PathLike[str], title: str = "") -> N
       path: where the picture goes.
       title: what run this is.
     """
-    sites = _sites([row])
-    figure, axes = _grid(sites, title or f"step {row['step']}")
-    for panel, roles in zip(axes, PANELS.values(), strict=True):
+    sites, panels = _sites([row]), _panels([row])
+    figure, axes = _grid(sites, panels, title or f"step {row['step']}")
+    for panel, roles in zip(axes, panels.values(), strict=True):
         tensors = [_tensor(row, site, roles) for site in sites]
         shares = np.stack([_shares(tensor) for tensor in tensors])
         image = panel.imshow(
@@ -81,10 +81,10 @@ def draw_course(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
       path: where the picture goes.
       title: what run this is.
     """
-    sites = _sites(rows)
-    figure, axes = _grid(sites, title)
+    sites, panels = _sites(rows), _panels(rows)
+    figure, axes = _grid(sites, panels, title)
     steps = [row["step"] for row in rows]
-    for panel, roles in zip(axes, PANELS.values(), strict=True):
+    for panel, roles in zip(axes, panels.values(), strict=True):
         lost = np.full((len(sites), len(rows)), np.nan)
         for column, row in enumerate(rows):
             for index, site in enumerate(sites):
@@ -108,19 +108,21 @@ def draw_course(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
     figure.savefig(path, dpi=110)
 
 
-def _grid(sites: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
+def _grid(sites: Sequence[str], panels: Iterable[str], title: str) -> tuple[Figure, Sequence[Axes]]:
     """The panels, laid out by the lengths of names: an automatic layout draws everything twice."""
+    titles = list(panels)
     height = 2.2 + 0.17 * len(sites)
     names = 0.2 + 0.062 * max(map(len, sites), default=0)
-    figure = Figure(figsize=(_WIDTH, height))
-    sides = {"left": names / _WIDTH, "right": 1 - _BAR / _WIDTH}
+    width = names + _BAR + _PANEL * len(titles)
+    figure = Figure(figsize=(width, height))
+    sides = {"left": names / width, "right": 1 - _BAR / width, "wspace": 0.05}
     ends = {"bottom": _BELOW / height, "top": 1 - _ABOVE / height}
-    axes = figure.subplots(1, len(PANELS), sharey=True, gridspec_kw=sides | ends | {"wspace": 0.05})
-    for panel, name in zip(axes, PANELS, strict=True):
+    axes = figure.subplots(1, len(titles), squeeze=False, gridspec_kw=sides | ends)[0]
+    for panel, name in zip(axes, titles, strict=True):
         panel.set_title(name, fontsize=10)
         panel.tick_params(labelsize=7)
         panel.spines[:].set_visible(False)
-        panel.tick_params(left=panel is axes[0])
+        panel.set_yticks([])
     axes[0].set_yticks(range(len(sites)), list(sites))
     figure.suptitle(title, x=0.01, y=1 - 0.12 / height, ha="left", va="top", fontsize=11)
     return figure, axes
@@ -128,12 +130,19 @@ def _grid(sites: Sequence[str], title: str) -> tuple[Figure, Sequence[Axes]]:
 
 def _beside(figure: Figure) -> Axes:
     """Where the colours are explained: right of the panels."""
-    return figure.add_axes((1 - (_BAR - 0.15) / _WIDTH, 0.3, 0.15 / _WIDTH, 0.4))
+    width = figure.get_figwidth()
+    return figure.add_axes((1 - (_BAR - 0.15) / width, 0.3, 0.15 / width, 0.4))
 
 
 def _sites(rows: Sequence[Row]) -> list[str]:
     """Every site that was measured, in the order of the model."""
     return list(dict.fromkeys(path.rsplit("/", 1)[0] for row in rows for path in row["tensors"]))
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+    """Those of `PANELS` that have something to show."""
+    there = {path.rsplit("/", 1)[1] for row in rows for path in row["tensors"]}
+    return {title: roles for title, roles in PANELS.items() if there & set(roles)}
 
 
 def _tensor(row: Row, site: str, roles: Sequence[str]) -> Mapping[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lmjax.data import DataConfig
 from lmjax.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.model import ModelConfig, Sites, param_sites, resolve_sites
-from lmjax.numerics.telemetry import TelemetryConfig
+from lmjax.numerics.telemetry import TelemetryConfig, refuse_no_tensor
 from lmjax.optimizer import OptimizerConfig
 from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
@@ -148,7 +148,7 @@ class Config:
             )
         self._refuse_disorder()
         for start, policy in parse_policy(self.precision).phases:
-            resolve_sites(self.model, policy)
+            refuse_no_tensor(self.telemetry, resolve_sites(self.model, policy))
             if start >= self.steps:
                 raise ValueError(
                     f"the policy's phase from step {start} on would never run, for the run ends "

@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from lmjax.numerics.telemetry import telemetry_row
+from lmjax.numerics.telemetry import mechanisms, telemetry_row
 from lmjax.train.config import Config
 from lmjax.train.errors import NonFiniteGradients
 from lmjax.train.metrics import MetricsWriter
@@ -82,11 +82,12 @@ class StepLog:
             "tokens_per_second": steps * self.config.batch_size * self.config.context / elapsed,
             "step_seconds": elapsed / steps,
         }
+        if tensors is not None:
+            counts = telemetry_row(step, tensors, updates, self.config.after(step).sites)
+            self.writer.write_telemetry(counts)
+            row |= mechanisms(counts)
         self.writer.write(row)
         self.report.metrics(row)
-        if tensors is not None:
-            sites = self.config.after(step).sites
-            self.writer.write_telemetry(telemetry_row(step, tensors, updates, sites))
         # A run too short for the limit has still failed when it skipped every step.
         limit = min(self.config.loss_scale.max_consecutive_skips, self.config.steps)
         if skips >= limit and self.config.faults.non_finite != "skip":

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from lmjax import loss_scale
 from lmjax.model import site_tree
+from lmjax.numerics.telemetry import counted_roles
 from lmjax.precision import paths
 from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
 from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
@@ -82,17 +83,11 @@ def slots(config: Config, telemetry: bool) -> Tree:
             for role in ("dx", "dw") if product else ("dx",):
                 asked.setdefault(role, {})["loss_scale"] = Spread.empty()
         if telemetry:
-            for role in _roles(path, product):
+            for role in counted_roles(config.telemetry, path, config.model.layers):
                 asked.setdefault(role, {})["telemetry"] = counting.empty()
         return asked or None
 
     return site_tree(config.model, one)
-
-
-def _roles(path: str, product: bool) -> tuple[str, ...]:
-    if product:
-        return ("w", "x", "g", "dx", "dw")
-    return ("dx",) if path == "loss" else ("y", "dx")  # the loss hands on one number
 
 
 def updated_scaling(config: Config, scaling: Tree, measured: Tree, scale: jax.Array) -> Tree:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,17 +268,18 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Ablation, Path]]:
     """What was run and where; every run ends at once with a loss of its seed, worse in bf16."""
     calls: list[tuple[Ablation, Path]] = []
 
-    def run(ablation: Ablation, directory: Path, **_: Any) -> Any:
-        calls.append((ablation, directory))
-        losses = {arm: 1.0 + number for number, arm in enumerate(ablation.arms)}
-        cells = tuple(
-            finished(arm, seed, directory / f"{arm}{seed}", losses[arm] + seed)
-            for arm in ablation.arms
-            for seed in ablation.seeds
-        )
-        return SimpleNamespace(cells=cells, stopped_by=None)
+    def run_each(ablations: Sequence[Ablation], directory: Path, **_: Any) -> Any:
+        for ablation in ablations:
+            calls.append((ablation, directory))
+            losses = {arm: 1.0 + number for number, arm in enumerate(ablation.arms)}
+            cells = tuple(
+                finished(arm, seed, directory / f"{arm}{seed}", losses[arm] + seed)
+                for arm in ablation.arms
+                for seed in ablation.seeds
+            )
+            yield SimpleNamespace(ablation=ablation, cells=cells, stopped_by=None)
 
-    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce, "run_each", run_each)
     monkeypatch.setattr(reproduce, "write_report", lambda *arguments: None)
     return calls
 
@@ -306,14 +307,16 @@ def test_a_signal_and_a_worker_that_fails_stop_it(
 ) -> None:
     known(claim(YES), claim(YES, name="other", number="A2", ablation=ablation("other")))
     stopped = SimpleNamespace(cells=(), stopped_by="SIGTERM")
-    monkeypatch.setattr(reproduce, "run", lambda *arguments, **options: stopped)
+    ended = lambda *arguments, **options: (each for each in (stopped,))
+    monkeypatch.setattr(reproduce, "run_each", ended)
     assert lmjax("--all", "--workdir", str(tmp_path)) == cli.STOPPED
     assert [path.parent.name for path in tmp_path.glob("*/claim.json")] == ["example"]
 
-    def fail(*arguments: Any, **options: Any) -> None:
+    def fail(*arguments: Any, **options: Any) -> Any:
         raise AblationError("a worker was ended by SIGKILL")
+        yield
 
-    monkeypatch.setattr(reproduce, "run", fail)
+    monkeypatch.setattr(reproduce, "run_each", fail)
     assert lmjax("--all", "--workdir", str(tmp_path)) == cli.FAILED
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: a worker was ended by SIGKILL; run the same command again to go on"

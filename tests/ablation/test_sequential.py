@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -49,8 +49,9 @@ class Pool:
 
     started: list[list[tuple[str, int]]]
 
-    def __init__(self, directory: Path, definition: Path, *_: object):
+    def __init__(self, directory: Path, definitions: Sequence[Path], *_: object):
         ran = []
+        (definition,) = definitions
         for key, config in grid.plan(grid.read_ablation(definition)).items():
             run = grid.cells_directory(directory) / key
             if not grid.is_done(run):

@@ -56,7 +56,7 @@ def one_arm(home: Path) -> Ablation:
 
 def work(chosen: Ablation, directory: Path, stop: StopRequest | None = None) -> None:
     """Runs what is left, seeds at once."""
-    worker.work(directory, chosen, stop or StopRequest(), patient=False, vmap_seeds=True)
+    worker.work(directory, [chosen], stop or StopRequest(), patient=False, vmap_seeds=True)
 
 
 def runs(chosen: Ablation, directory: Path, arm: str = "all") -> dict[int, Path]:
@@ -112,7 +112,7 @@ def both(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tupl
         directory = tmp_path_factory.mktemp(name.replace(" ", "-"))
         with pytest.MonkeyPatch.context() as patch:
             seen = Seen(patch)
-            worker.work(directory, ablation(home), StopRequest(), vmap_seeds=name == "at once")
+            worker.work(directory, [ablation(home)], StopRequest(), vmap_seeds=name == "at once")
         found[name] = (directory, seen)
     return found
 
@@ -256,6 +256,24 @@ def test_seeds_that_were_stopped_go_on_together_bit_for_bit(
         assert digest == result(undisturbed[seed])["parameters_sha256"]
 
 
+def test_seeds_that_were_stopped_together_go_on_alone(
+    home: Path, both: dict[str, Any], tmp_path: Path
+) -> None:
+    """A checkpoint of one of them is that of a run alone, at a step of what it would have done."""
+    chosen = one_arm(home)
+    with pytest.MonkeyPatch.context() as patch:
+        work(chosen, tmp_path, StopAfter(12, patch))
+    worker.work(tmp_path, [chosen], StopRequest(), patient=False)
+    together, in_turn = (runs(chosen, both[name][0]) for name in ("at once", "in turn"))
+    for seed, run in runs(chosen, tmp_path).items():
+        assert "vmapped" not in environment(run)
+        before = [row for row in untimed(run) if row["step"] <= 12]
+        assert before == [row for row in untimed(together[seed]) if row["step"] <= 12]
+        assert [row["step"] for row in rows(run)] == [row["step"] for row in rows(in_turn[seed])]
+        final, alone = (result(directory)["eval_loss"] for directory in (run, in_turn[seed]))
+        assert final == pytest.approx(alone, rel=1e-5)
+
+
 def test_seeds_that_got_differently_far_go_on_from_where_each_is(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,9 +335,15 @@ class Pool:
     started: list[tuple[int, bool]]
 
     def __init__(
-        self, directory: Path, definition: Path, processes: int, threads: int, vmap_seeds: bool
+        self,
+        directory: Path,
+        definitions: Sequence[Path],
+        processes: int,
+        threads: int,
+        vmap_seeds: bool,
     ):
         self.started.append((processes, vmap_seeds))
+        (definition,) = definitions
         for key in grid.plan(grid.read_ablation(definition)):
             run = grid.cells_directory(directory) / key
             run.mkdir(parents=True)
@@ -370,8 +394,11 @@ def test_the_flag_reaches_the_runner(
         asked.append(vmap_seeds)
         raise runner.AblationError("not run")
 
+    def each_noted(*_: Any, **options: Any) -> Any:
+        yield noted(**options)
+
     monkeypatch.setattr(ablation_cli, "run", noted)
-    monkeypatch.setattr(reproduce, "run", noted)
+    monkeypatch.setattr(reproduce, "run_each", each_noted)
     arguments = ("--workdir", str(tmp_path), *flags)
     code = ablation_cli._run_ablation("tiny_ablation", tiny_ablation.ablation, arguments)
     assert code == cli.FAILED

@@ -38,7 +38,7 @@ def ablation(home: Path, **changes: Any) -> Ablation:
 def work(chosen: Ablation, directory: Path) -> list[Cell]:
     """The cells after a worker ran what was left of them."""
     directory.mkdir(exist_ok=True)
-    worker.work(directory, chosen, StopRequest())
+    worker.work(directory, [chosen], StopRequest())
     return grid.read_cells(chosen, directory)
 
 
@@ -152,12 +152,12 @@ def test_a_cell_belongs_to_one_worker_until_that_dies(
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "True\n"
-        worker.work(tmp_path, chosen, StopRequest(), patient=False)
+        worker.work(tmp_path, [chosen], StopRequest(), patient=False)
         assert trained == [explodes]
     finally:
         holder.kill()
         holder.wait()
-    worker.work(tmp_path, chosen, StopRequest(), patient=False)
+    worker.work(tmp_path, [chosen], StopRequest(), patient=False)
     assert trained == [explodes, steady]
 
 
@@ -174,7 +174,7 @@ def test_a_request_to_stop_stops_the_run_and_those_to_come(
         return train(config, run, **options)
 
     monkeypatch.setattr(worker, "train", stopped_before)
-    worker.work(tmp_path, chosen, stop)
+    worker.work(tmp_path, [chosen], stop)
     cells = grid.cells_directory(tmp_path)
     assert [path.name for path in (cells / steady / "checkpoints").iterdir()] == ["1"]
     assert not grid.is_done(cells / steady)

@@ -13,11 +13,17 @@ import pytest
 
 from lmjax import sharding
 from lmjax.model import site_tree
-from lmjax.numerics.telemetry import TelemetryConfig, telemetry_row, tensor_format
+from lmjax.numerics.telemetry import (
+    TelemetryConfig,
+    counted_roles,
+    telemetry_row,
+    tensor_format,
+)
 from lmjax.numerics.telemetry_plot import draw_course, draw_exponents
-from lmjax.precision import quantize
-from lmjax.precision.probes import Census, Rounded
+from lmjax.precision import paths, quantize
+from lmjax.precision.probes import Census, Rounded, is_slot
 from lmjax.storage import update_census
+from lmjax.train import measure
 from lmjax.train.step import make_scaled_loss
 
 
@@ -105,6 +111,28 @@ def test_the_heat_map_puts_a_tensor_where_its_exponents_are(tmp_path: Path, monk
     low = telemetry_plot._LOW
     assert {int(i) + low: float(shares[i]) for i in np.flatnonzero(shares)} == {low: 0.25, -3: 0.75}
     draw_course([row, row | {"step": 2}], tmp_path / "b.png")
+
+
+def test_a_pattern_says_which_tensors_are_counted(tiny):
+    def roles(pattern: str, site: str) -> list[str]:
+        return counted_roles(TelemetryConfig(1, tensors=pattern), site, layers=2)
+
+    assert roles("**", "blocks/0/mlp/up") == ["w", "x", "g", "dx", "dw"]
+    assert roles("**/dw", "blocks/0/mlp/up") == ["dw"]
+    assert roles("**/dw", "blocks/0/mlp/norm") == []
+    assert roles("blocks/1/mlp/*/x", "blocks/0/mlp/up") == ["x"], "blocks are counted alike"
+    assert roles("blocks/2/**", "blocks/0/mlp/up") == []
+    assert roles("head/*", "head") == ["w", "x", "g", "dx", "dw"]
+    slots = measure.slots(tiny(telemetry=TelemetryConfig(1, tensors="**/dw")), telemetry=True)
+    counted = paths.flatten(slots, is_slot)
+    assert "head/dw/telemetry" in counted
+    assert {path.split("/")[-2] for path in counted} == {"dw"}
+
+
+def test_a_pattern_that_names_no_tensor_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"telemetry\.tensors is 'haed/\*'.* there are .*head/dw"):
+        tiny(telemetry=TelemetryConfig(1, tensors="haed/*"))
+    tiny(telemetry=TelemetryConfig(0, tensors="haed/*"))
 
 
 def test_a_negative_interval_is_refused():

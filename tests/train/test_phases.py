@@ -15,6 +15,7 @@ from lmjax import sharding
 from lmjax.inference import evaluate, load_model
 from lmjax.precision import parse_policy, paths
 from lmjax.train import abstract_state, make_train_step, train
+from lmjax.train.programs import Programs
 from lmjax.train.state import carry_over, change_phase
 
 SAVED, EVALUATED = 10, 15
@@ -50,7 +51,7 @@ def uninterrupted(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         patch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
         patch.setattr("lmjax.train.programs.make_train_step", record)
         patch.setattr("lmjax.train.loop.Reporter.note", lambda _, text: said.append(text))
-        train(phased(home), workdir, progress=False)
+        train(phased(home), workdir, progress=False, programs=Programs())
     return {"workdir": workdir, "compiled": compiled, "said": said}
 
 
