@@ -68,14 +68,14 @@ ORDERED = {"deterministic-reductions": 8, "precision": "mixed_f16"}
 
 
 def test_a_run_that_moves_between_meshes_is_the_undisturbed_run_bit_for_bit(tmp_path: Path):
-    """2 -> 8 -> 2 x 2 -> 2 devices, stopped and resumed each time."""
-    two = ({"data": 2}, 2)
-    expected = losses(tmp_path / "one", "llama", *two, **ORDERED)
-    moves = [two, ({"data": 1, "fsdp": 8}, 8), ({"data": 2, "fsdp": 2}, 4), two]
+    """1 -> 8 -> 2 x 2 -> 1 devices, stopped and resumed each time."""
+    one: tuple[dict[str, int], int] = ({}, 1)
+    expected = losses(tmp_path / "one", "llama", *one, **ORDERED)
+    moves = [one, ({"data": 1, "fsdp": 8}, 8), ({"data": 2, "fsdp": 2}, 4), one]
     for index, (mesh, devices) in enumerate(moves):
         stop = {} if index == 3 else {"stop-after": 12}
         found = losses(tmp_path / "moving", "llama", mesh, devices, **ORDERED | stop)
     assert found == expected
-    one, moving = result(tmp_path / "one"), result(tmp_path / "moving")
-    assert moving["parameters_sha256"] == one["parameters_sha256"]
-    assert moving["eval_loss"] == one["eval_loss"]
+    undisturbed, moving = result(tmp_path / "one"), result(tmp_path / "moving")
+    assert moving["parameters_sha256"] == undisturbed["parameters_sha256"]
+    assert moving["eval_loss"] == undisturbed["eval_loss"]

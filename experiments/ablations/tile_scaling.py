@@ -154,7 +154,6 @@ def claim() -> Claim:
         ablation=None,
         large=ablation(recipes.llama_small()),
         hardware="8 GPUs of 80 GB a run; factors are emulated",
-        quick=True,
     )
 
 

@@ -6,6 +6,7 @@ Knows matplotlib, formats and the rows that `telemetry.py` makes.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ PANELS = {
 _RANGE, _SUBNORMAL = "#c1121f", "#e07a2f"
 _LEAST_SHARE = 1e-6
 _LOW, _HIGH = -60, 20
-_PANEL, _BAR, _BELOW, _ABOVE = 2.8, 1.0, 0.9, 0.65
-"""Inches: width of a panel, of the colours on the right; below and above the panels."""
+_LEAST, _PANEL, _BAR, _BELOW = 8.5, 2.8, 1.0, 0.9
+"""Inches: the least width, that of a panel, of the colours on the right; height below panels."""
 
 Row = Mapping[str, Any]
 
@@ -111,12 +112,15 @@ def draw_course(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
 def _grid(sites: Sequence[str], panels: Iterable[str], title: str) -> tuple[Figure, Sequence[Axes]]:
     """The panels, laid out by the lengths of names: an automatic layout draws everything twice."""
     titles = list(panels)
-    height = 2.2 + 0.17 * len(sites)
     names = 0.2 + 0.062 * max(map(len, sites), default=0)
-    width = names + _BAR + _PANEL * len(titles)
+    width = max(names + _BAR + _PANEL * len(titles), _LEAST)
+    # A policy may be longer than the picture is wide, without a space in it.
+    heading = textwrap.wrap(title, int(width / 0.09), replace_whitespace=False)
+    above = 0.45 + 0.2 * len(heading)
+    height = _BELOW + 0.65 + 0.17 * len(sites) + above
     figure = Figure(figsize=(width, height))
     sides = {"left": names / width, "right": 1 - _BAR / width, "wspace": 0.05}
-    ends = {"bottom": _BELOW / height, "top": 1 - _ABOVE / height}
+    ends = {"bottom": _BELOW / height, "top": 1 - above / height}
     axes = figure.subplots(1, len(titles), squeeze=False, gridspec_kw=sides | ends)[0]
     for panel, name in zip(axes, titles, strict=True):
         panel.set_title(name, fontsize=10)
@@ -124,7 +128,8 @@ def _grid(sites: Sequence[str], panels: Iterable[str], title: str) -> tuple[Figu
         panel.spines[:].set_visible(False)
         panel.set_yticks([])
     axes[0].set_yticks(range(len(sites)), list(sites))
-    figure.suptitle(title, x=0.01, y=1 - 0.12 / height, ha="left", va="top", fontsize=11)
+    text = "\n".join(heading)
+    figure.suptitle(text, x=0.01, y=1 - 0.12 / height, ha="left", va="top", fontsize=11)
     return figure, axes
 
 

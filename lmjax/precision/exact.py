@@ -18,15 +18,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+COMPILER_OPTIONS: dict[str, bool | str] = {"xla_allow_excess_precision": False}
 
 
 class ExcessPrecisionError(RuntimeError):
     """The backend drops roundings although told not to: no precision result would be true."""
 
 
-ORDER_OPTIONS = {"xla_gpu_deterministic_ops": True}
-"""GPU kernels that add in whatever order their threads arrive are replaced or refused."""
+ORDER_OPTIONS: dict[str, dict[str, bool | str]] = {
+    "cpu": {"xla_disable_hlo_passes": "algsimp"},
+    "gpu": {"xla_gpu_deterministic_ops": True},
+}
+"""What a backend needs to compute the same in the same order, whatever is around it.
+
+XLA's algebraic simplifier takes apart the program of a single device otherwise than that of several
+(a reshape lands on the other side of a division, a fusion ends there, and its multiplication and
+addition are no longer one instruction). The CPU compiler does without it. GPU kernels that add in
+whatever order their threads arrive are replaced or refused.
+"""
 
 
 def jit(function: Callable[..., Any], *, fixed_order: bool = False, **options: Any) -> Any:
@@ -37,8 +46,8 @@ def jit(function: Callable[..., Any], *, fixed_order: bool = False, **options: A
       fixed_order: whether it must sum in the same order whenever it runs.
       options: of `jax.jit`.
     """
-    compiler_options = COMPILER_OPTIONS | (ORDER_OPTIONS if fixed_order else {})
-    return jax.jit(function, compiler_options=compiler_options, **options)
+    order = ORDER_OPTIONS.get(jax.default_backend(), {}) if fixed_order else {}
+    return jax.jit(function, compiler_options=COMPILER_OPTIONS | order, **options)
 
 
 def at_least_f32(dtype: Any) -> np.dtype:

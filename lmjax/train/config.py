@@ -106,9 +106,8 @@ class Config:
     """Parts that a batch is cut into; their gradients are summed in f32."""
     deterministic_reductions: int = 0
     """Parts (2^n) of each micro-batch, summed in a fixed order: losses and parameters are then bit
-    for bit the same on any number of devices (mesh.data x mesh.fsdp) that divides it, but for one,
-    whose program XLA compiles otherwise. 0: they are the same but for rounding, and a step is
-    faster."""
+    for bit the same on any number of devices (mesh.data x mesh.fsdp) that divides it. 0: they are
+    the same but for rounding, and a step is faster."""
     log_every: int = 10
     """Steps between rows of metrics.jsonl."""
     loss_multiplier: float = 1.0

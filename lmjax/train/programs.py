@@ -10,7 +10,8 @@ Knows meshes, states and steps; nothing of the loop around them.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -18,6 +19,9 @@ from lmjax.sharding import Mesh
 from lmjax.train.config import Config
 from lmjax.train.state import TrainState
 from lmjax.train.step import Batch, make_eval_step, make_train_step
+
+_Key = tuple[Config, Mesh]
+_Program = TypeVar("_Program")
 
 
 class PhasePrograms(NamedTuple):
@@ -28,11 +32,18 @@ class PhasePrograms(NamedTuple):
 
 
 class Programs:
-    """Compiled steps by what they compute. They stay in memory as long as this does."""
+    """Compiled steps by what they compute.
 
-    def __init__(self) -> None:
-        self._phases: dict[tuple[Config, Mesh], PhasePrograms] = {}
-        self._evaluations: dict[tuple[Config, Mesh], jax.stages.Wrapped] = {}
+    Even a small model's take tens of megabytes, so those not asked for lately are dropped.
+
+    Args:
+      capacity: how many phases, and how many evaluations, are kept.
+    """
+
+    def __init__(self, capacity: int = 12) -> None:
+        self._capacity = capacity
+        self._phases: dict[_Key, PhasePrograms] = {}
+        self._evaluations: dict[_Key, jax.stages.Wrapped] = {}
 
     def phase(self, config: Config, mesh: Mesh, state: TrainState, batch: Batch) -> PhasePrograms:
         """The train steps of a phase.
@@ -42,22 +53,28 @@ class Programs:
           mesh: where the steps are computed.
           state, batch: what they are called with, or arrays of the same shapes and shardings.
         """
-        key = _whatever_the_seed(config), mesh
-        if key not in self._phases:
+
+        def make() -> PhasePrograms:
             compiled = lambda step: step.lower(state, batch).compile()
             watched = None
             if config.telemetry.every:
                 watched = compiled(make_train_step(config, mesh, telemetry=True))
-            self._phases[key] = PhasePrograms(compiled(make_train_step(config, mesh)), watched)
-        return self._phases[key]
+            return PhasePrograms(compiled(make_train_step(config, mesh)), watched)
+
+        return self._kept(self._phases, (config, mesh), make)
 
     def evaluation(self, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
         """The evaluation of a batch in a phase; see `make_eval_step`."""
-        key = _whatever_the_seed(config), mesh
-        if key not in self._evaluations:
-            self._evaluations[key] = make_eval_step(config, mesh)
-        return self._evaluations[key]
+        make = lambda: make_eval_step(config, mesh)
+        return self._kept(self._evaluations, (config, mesh), make)
 
-
-def _whatever_the_seed(config: Config) -> Config:
-    return dataclasses.replace(config, seed=0)
+    def _kept(
+        self, made: dict[_Key, _Program], key: _Key, make: Callable[[], _Program]
+    ) -> _Program:
+        """What was made for a key whatever its seed, or is now; the last one in its dict."""
+        key = dataclasses.replace(key[0], seed=0), key[1]
+        program = made.pop(key) if key in made else make()
+        made[key] = program
+        if len(made) > self._capacity:
+            del made[next(iter(made))]
+        return program

@@ -76,8 +76,7 @@ def ordered_gradient(
 ) -> Gradient:
     """As `reduced_gradient`, bit for bit the same on every mesh that `sharding.in_order` takes.
 
-    That holds as far as parts themselves come out the same: XLA's CPU compiler makes other products
-    of the program of a single device, from some size of the model on.
+    That holds as far as parts themselves come out the same; see `exact.ORDER_OPTIONS`.
 
     Args:
       gradient: of one part, whose activations are pinned nowhere.

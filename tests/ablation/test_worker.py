@@ -82,6 +82,19 @@ def test_a_worker_compiles_an_arm_once_and_the_seeds_are_those_of_runs_alone(
     assert alone.result["parameters_sha256"] == digest
 
 
+def test_programs_that_were_not_asked_for_lately_are_dropped(home: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(programs, "make_eval_step", lambda config, mesh: object())
+    base = tiny(home)
+    one, two, three = (dataclasses.replace(base, context=length) for length in (4, 8, 16))
+    kept = programs.Programs(capacity=2)
+    ask = lambda config, seed=0: kept.evaluation(dataclasses.replace(config, seed=seed), None)
+    first, second = ask(one), ask(two)
+    assert ask(one, seed=1) is first, "the seed is not part of the program"
+    third = ask(three)
+    assert [ask(one), ask(three)] == [first, third]
+    assert ask(two) is not second
+
+
 def test_seeds_stay_in_turn_and_a_worker_takes_arms_that_it_has_compiled_first() -> None:
     ahead = [["b-seed1"], ["c-seed1"], ["c-seed0"]]
     assert worker._first(ahead, compiled=()) == ["b-seed1"]
