@@ -3,7 +3,7 @@
 Command:   python -m lmjax reproduce bf16_moments
 Hardware:  2 CPU cores
 Time:      18 runs, of which three are shared, a quarter of a minute each on a core, after compiling
-Expected:  confirmed: +0.0005 ± 0.0009 nats at b2 = 0.99, +0.00001 ± 0.00010 at 0.95; at 0.999
+Expected:  confirmed: +0.0005 ± 0.0009 nats at b2 = 0.99, +0.00001 ± 0.00009 at 0.95; at 0.999
            no second moment ever falls
 
 A second moment falls by at most the share 1 - b2 of itself in a step. At b2 = 0.999 that is less

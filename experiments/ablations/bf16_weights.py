@@ -3,8 +3,8 @@
 Command:   python -m lmjax reproduce bf16_weights
 Hardware:  2 CPU cores
 Time:      18 runs, of which three are shared, a quarter of a minute each on a core, after compiling
-Expected:  confirmed: to nearest +0.122 ± 0.003 nats at 2e-4 and +0.026 ± 0.016 at 1e-3;
-           stochastically -0.0008 ± 0.0003, Kahan +0.0002 ± 0.0002
+Expected:  confirmed: to nearest +0.122 ± 0.003 nats at 2e-4 and +0.026 ± 0.015 at 1e-3;
+           stochastically -0.0008 ± 0.0004, Kahan +0.0002 ± 0.0002
 
 An update smaller than half a unit in the last place of its weight, 2^-9 to 2^-8 of it, is lost when
 the sum is rounded to nearest: the smaller the learning rate, the more of them. Stochastic rounding

@@ -3,9 +3,9 @@
 Command:   python -m lmjax reproduce nvfp4
 Hardware:  2 CPU cores
 Time:      18 runs, 20 seconds each on a core, after compiling
-Expected:  undecided: MXFP4 in the same recipe is worse by 0.011 ± 0.009 nats, as claimed;
-           stochastic rounding forwards costs +0.009 ± 0.016, which three seeds cannot tell, and
-           the head in FP4 +0.005 ± 0.006
+Expected:  undecided: MXFP4 in the same recipe is worse by 0.008 ± 0.006 nats, as claimed;
+           stochastic rounding forwards costs +0.006 ± 0.010, which three seeds cannot tell, and
+           the head in FP4 +0.003 ± 0.003
 
 The recipe: all operands of linear layers in NVFP4, gradients rounded stochastically, weights and
 activations to nearest, a random Hadamard transform in blocks of 16 of the weight gradient's
