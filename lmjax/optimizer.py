@@ -8,7 +8,8 @@ Knows JAX, optax and paths of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from lmjax.loss_scale import LossScaleConfig, with_loss_scale
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
 from lmjax.storage import ParamSites, with_stored_moments
+
+Norm = Callable[[Any], jax.Array]
+"""From a tree of arrays to f32[], the root of the sum of their squares."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def make_optimizer(
     sites: ParamSites,
     blocks: int = 0,
     rates: Mapping[str, float] = MappingProxyType({}),
+    norm: Norm = optax.tree.norm,
 ) -> optax.GradientTransformationExtraArgs:
     """The whole chain; its state is a `LossScaleState` with everything else inside.
 
@@ -124,12 +129,13 @@ def make_optimizer(
       sites: the formats of each parameter, by its path; they say how moments are stored.
       blocks: number of blocks of the model, for loss scales of their own.
       rates: what the learning rates of parameters are multiplied by, by path; by default 1.
+      norm: of all gradients, by which they are clipped.
 
     Returns:
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
       before they reach it, so moments and decay never see a narrow format: eps = 1e-8 is 0 in f16.
     """
-    clip = [_clip(config.clip_norm)] if config.clip_norm else []
+    clip = [_clip(config.clip_norm, norm)] if config.clip_norm else []
     multiply = [_multiply(rates)] if rates else []
     chain = optax.chain(*clip, _direction(config, steps), *multiply)
     return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, blocks)
@@ -166,7 +172,17 @@ def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformat
     )
 
 
-def _clip(limit: float) -> optax.GradientTransformation:
+def ordered_norm(tree: Any) -> jax.Array:
+    """f32[]: as `optax.tree.norm`, with every array summed in the order of its elements.
+
+    Otherwise a sum goes through memory, in which arrays lie as suits what made them. Arrays must be
+    whole: one that is cut would be sent to every device.
+    """
+    squares = (jnp.sum(jnp.square(leaf.reshape(-1))) for leaf in jax.tree.leaves(tree))
+    return jnp.sqrt(functools.reduce(jnp.add, squares))
+
+
+def _clip(limit: float, norm: Norm) -> optax.GradientTransformation:
     """Multiplies gradients by the factor, at most 1, that makes their norm at most `limit`.
 
     XLA may write x / sqrt(s) as x rsqrt(s), which rounds otherwise, and does so where it sees both;
@@ -174,7 +190,7 @@ def _clip(limit: float) -> optax.GradientTransformation:
     """
 
     def update(gradients: Any, _: Any) -> Any:
-        factor = limit / jnp.maximum(optax.tree.norm(gradients), limit)
+        factor = limit / jnp.maximum(norm(gradients), limit)
         factor = jax.lax.optimization_barrier(factor)
         return jax.tree.map(lambda g: g * factor, gradients)
 

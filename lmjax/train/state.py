@@ -20,7 +20,7 @@ from lmjax.model import (
     parameter_count,
     structure,
 )
-from lmjax.optimizer import make_optimizer
+from lmjax.optimizer import Norm, make_optimizer, ordered_norm
 from lmjax.precision import exact
 from lmjax.sharding import Mesh, state_shardings
 from lmjax.storage import convert_moments, convert_params, initial_residuals
@@ -64,7 +64,13 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
         config.param_sites,
         config.model.layers,
         learning_rate_factors(config.model),
+        gradient_norm(config),
     )
+
+
+def gradient_norm(config: Config) -> Norm:
+    """How the norm of all gradients is computed, to clip them and as a metric."""
+    return ordered_norm if config.deterministic_reductions else optax.tree.norm
 
 
 def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:

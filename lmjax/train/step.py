@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lmjax import loss_scale, sharding
 from lmjax.model import Context, apply, token_losses
@@ -29,7 +28,7 @@ from lmjax.train.reduction import (
     reduced_gradient,
     reduces_narrow,
 )
-from lmjax.train.state import TrainState, abstract_state, optimizer_of
+from lmjax.train.state import TrainState, abstract_state, gradient_norm, optimizer_of
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -101,7 +100,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         )
         metrics = {
             "loss": jnp.mean(losses),
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": gradient_norm(config)(gradients),
             "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
             "loss_scale": loss_scale.of_the_loss(scale),
             "skipped_steps": opt_state.skipped_steps,
