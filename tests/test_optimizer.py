@@ -9,7 +9,12 @@ import optax
 import pytest
 
 from lmjax.loss_scale import LossScaleConfig
-from lmjax.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from lmjax.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    ordered_norm,
+)
 from lmjax.precision import parse_policy, paths
 from lmjax.storage import apply_updates
 
@@ -128,6 +133,18 @@ def test_clipping_sees_unscaled_f32_gradients_by_their_global_norm():
     _, _, state = step(sgd_like, gradients(1e-3))
     moments = [x for x in jax.tree.leaves(state.inner) if x.ndim]
     np.testing.assert_array_equal(moments[0], np.float32(1e-3))
+
+
+def test_a_norm_in_order_is_the_norm_wherever_the_elements_lie_in_memory():
+    draw = np.random.default_rng(0)
+    tree = {"a": draw.normal(size=(64, 33)).astype("f4"), "b": draw.normal(size=7).astype("f4")}
+    expected = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in tree.values()))
+    assert float(ordered_norm(tree)) == pytest.approx(expected, rel=1e-6)
+    # Transposed in the program itself, so that the compiler may sum it as it lies.
+    turned = jax.jit(lambda t: ordered_norm({"a": t["a"].T, "b": t["b"]}))
+    assert float(turned({"a": tree["a"].T.copy(), "b": tree["b"]})) == float(
+        jax.jit(ordered_norm)(tree)
+    )
 
 
 def test_clip_norm_0_switches_clipping_off():

@@ -3,8 +3,8 @@
 Command:   python -m experiments.benchmarks.telemetry_cost --rounds 8
 Hardware:  any
 Time:      1 minute on 2 CPU cores
-Expected:  a watched step takes 1.28 (1.15 to 1.48) times as long as a plain one, so watching every
-           10th costs 2.8% (1.5% to 4.8%)
+Expected:  a watched step takes 1.26 (1.06 to 1.31) times as long as a plain one, so watching every
+           10th costs 2.6% (0.6% to 3.1%)
 
 A watched step is a second program. In each round either program takes a few steps, in turn and from
 the same state; a ratio is that of the two times of a round. Watching every Nth step costs
