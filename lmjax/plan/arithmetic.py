@@ -22,9 +22,10 @@ gradients     reduce-scatter over fsdp and all-reduce of the slice over data and
               format (key `r`), one all-reduce over data and fsdp in that format. ZeRO's third
               volume; for f = 1, plain data parallelism. They are summed in every micro-batch.
               With `deterministic_reductions` each device gathers all parameters as they are stored,
-              once, and log2(d f) times passes on its sum of all gradients in f32; nothing else:
+              for each micro-batch and once for the update, and log2(d f) times passes on its sum of
+              all gradients in f32; nothing else:
 
-                  m (ring(f) P bytes(p) + log2(d f) 4 P)
+                  (m + 1) ring(f) P bytes(p) + m log2(d f) 4 P
 
 embedding     tokens go to the devices that hold columns of the table, and rows come back, in the
               compute format; their cotangents the other way:
@@ -150,7 +151,8 @@ def _in_order(config: Config, mesh: Mapping[str, int], weights: list[_Weight]) -
     """What `sharding.in_order` sends: it knows only neighbours at distances 1, 2, 4 and so on."""
     for weight in weights:
         stored = carrier(weight.site.params)
-        sent = _ring(weight.fsdp) * weight.size * _bytes(stored)
+        times = 1 + 1 / config.micro_batches  # for each of them, and once for the update
+        sent = times * _ring(weight.fsdp) * weight.size * _bytes(stored)
         yield Traffic("parameters", "all-gather", _hlo(stored), ("fsdp",), sent)
         for axis in RULES["batch"]:
             sent = math.log2(mesh[axis]) * weight.size * 4

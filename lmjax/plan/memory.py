@@ -16,7 +16,8 @@ this device, V/t columns of logits, and P values of parameters on it:
                               scores, weights and their cotangents of one block
     rows                      3 N D 4: around the last norm
     fixed order               with `deterministic_reductions`, of all P values: the gradients of the
-                              parts on this device, a sum or two, and, if fsdp cuts them, parameters
+                              parts on this device, a sum or two, the sum over micro-batches before
+                              and after one, and, if fsdp cuts them, parameters
 
 XLA's CPU compiler, whose figure stands beside the sum, holds saved activations of narrow formats in
 f32 as soon as the backward pass begins, and a transposed copy of the head; on other backends these
@@ -80,7 +81,7 @@ def _fixed_order(config: Config, mesh: Mapping[str, int], params: object) -> flo
     held = parts // math.prod(mesh[axis] for axis in sharding.RULES["batch"])
     gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) if mesh["fsdp"] > 1 else 0
     sums = 2 if held > 1 else 1
-    return float((held + sums) * sum(leaf.size for leaf in leaves) * 4 + gathered)
+    return float((held + sums + 2) * sum(leaf.size for leaf in leaves) * 4 + gathered)
 
 
 def _on_device(tree: object) -> float:
