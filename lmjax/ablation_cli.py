@@ -38,9 +38,6 @@ class Launch:
     """Runs at a time, each in a process of its own."""
     threads: int = 1
     """XLA threads of each process on CPU; one is fastest for small models."""
-    vmap_seeds: bool = False
-    """Train the seeds of an arm in one program where memory allows: the same results but for
-    rounding. For accelerators; on CPU it is slower."""
     seeds: str | None = None
     """The seeds, such as 0,1,2; by default those that the module names."""
     max_seeds: int | None = None
@@ -95,7 +92,6 @@ def _run_ablation(module: str, ablation: Callable[[], Ablation], arguments: Sequ
             threads=launch.threads,
             retry_failed=launch.retry_failed,
             slurm=options,
-            vmap_seeds=launch.vmap_seeds,
         )
     except AblationError as error:
         print(f"error: {error}; run the same command again to go on", file=sys.stderr)

@@ -57,7 +57,6 @@ def replay(
     *,
     large: bool = False,
     processes: int = 1,
-    vmap_seeds: bool = False,
     seeds: str | None = None,
     json: bool = False,
 ) -> Outcome | None:
@@ -70,7 +69,6 @@ def replay(
         every judgement so far.
       large: run their large versions.
       processes: runs at a time.
-      vmap_seeds: train the seeds of an arm in one program where that is possible.
       seeds: in place of the claims' own, as `0,1,2`.
       json: print JSON.
 
@@ -83,7 +81,7 @@ def replay(
     """
     planned = [(claim, _ablation(claim, large, seeds)) for claim in claims]
     ablations = [ablation for _, ablation in planned if ablation is not None]
-    outcomes = run_each(ablations, workdir / "runs", processes=processes, vmap_seeds=vmap_seeds)
+    outcomes = run_each(ablations, workdir / "runs", processes=processes)
     judgements = []
     with contextlib.closing(outcomes):
         for claim, ablation in planned:

@@ -293,7 +293,6 @@ def reproduce(
     large: bool = False,
     workdir: Path = Path("runs/reproduce"),
     processes: int = 1,
-    vmap_seeds: bool = False,
     seeds: str | None = None,
     json: bool = False,
 ) -> int:
@@ -308,7 +307,6 @@ def reproduce(
       large: The size of the paper, on the hardware that the list names.
       workdir: Where runs and reports go; the same command again goes on with what is there.
       processes: Runs at a time, each in a process of its own.
-      vmap_seeds: Train the seeds of an arm in one program where memory allows; slower on CPU.
       seeds: Which seeds, such as 0,1,2, if not the claim's own.
       json: Print JSON.
     """
@@ -323,7 +321,6 @@ def reproduce(
         workdir,
         large=large,
         processes=processes,
-        vmap_seeds=vmap_seeds,
         seeds=seeds,
         json=json,
     )

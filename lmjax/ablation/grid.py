@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -234,14 +234,6 @@ def plan(ablation: Ablation) -> dict[str, Config]:
         if seed in ablation.seeds_of(arm)
     )
     return {cell_key(config): config for config in configs}
-
-
-def arms(keys: Iterable[str]) -> list[list[str]]:
-    """Keys of cells, those together that differ in the seed alone, in the order of the first."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        found.setdefault(arm_and_seed(key)[0], []).append(key)
-    return list(found.values())
 
 
 def arm_and_seed(key: str) -> tuple[str, int]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import lmjax
-from lmjax.ablation.worker import VMAP_SEEDS
 from lmjax.train.run_directory import InputError
 
 
@@ -52,14 +51,12 @@ class LocalPool:
         definitions: Sequence[Path],
         processes: int,
         threads: int,
-        vmap_seeds: bool,
     ):
         (directory / "logs").mkdir(exist_ok=True)
         # Other commands may be at work in this directory, on this machine or another.
         stem = f"{platform.node()}-{os.getpid()}"
         self._logs = [directory / "logs" / f"{stem}-{i}.log" for i in range(processes)]
-        flags = [VMAP_SEEDS] if vmap_seeds else []
-        arguments = [str(directory), str(threads), *flags, *map(str, definitions)]
+        arguments = [str(directory), str(threads), *map(str, definitions)]
         self._workers = [_start(arguments, log) for log in self._logs]
 
     def alive(self) -> bool:
@@ -114,7 +111,6 @@ class SlurmPool:
       definitions: what the ablations are; files that do not change.
       jobs: length of the array.
       threads: cores of each job.
-      vmap_seeds: whether they train the seeds of an arm at once.
       options: parameters of submitit's `AutoExecutor`, such as `slurm_partition`; `cluster=local`
         runs the jobs on this machine.
 
@@ -128,7 +124,6 @@ class SlurmPool:
         definitions: Sequence[Path],
         jobs: int,
         threads: int,
-        vmap_seeds: bool,
         options: Mapping[str, Any],
     ):
         try:
@@ -144,7 +139,7 @@ class SlurmPool:
             executor.update_parameters(**parameters)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise InputError(f"submitit cannot submit: {error}") from error
-        work = SlurmWorker(directory, definitions, threads, vmap_seeds)
+        work = SlurmWorker(directory, definitions, threads)
         with executor.batch():
             self._jobs = [executor.submit(work) for _ in range(jobs)]
         self._queue = _Queue() if executor.cluster == "slurm" else None
@@ -222,12 +217,10 @@ class _Queue:
 class SlurmWorker:
     """What a job of the array calls; submitted again as it is when Slurm preempts it."""
 
-    def __init__(
-        self, directory: Path, definitions: Sequence[Path], threads: int, vmap_seeds: bool
-    ):
+    def __init__(self, directory: Path, definitions: Sequence[Path], threads: int):
         self.directory = directory.absolute()
         self.definitions = [definition.absolute() for definition in definitions]
-        self.threads, self.vmap_seeds = threads, vmap_seeds
+        self.threads = threads
 
     def __call__(self) -> None:
         """Works until no cell is left that no other job is at.
@@ -244,7 +237,6 @@ class SlurmWorker:
                 [grid.read_ablation(definition) for definition in self.definitions],
                 stop,
                 patient=False,
-                vmap_seeds=self.vmap_seeds,
             )
         if stop.received:
             sys.exit(worker.STOPPED)

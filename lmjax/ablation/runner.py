@@ -22,12 +22,11 @@ from lmjax.ablation.pools import LocalPool, Pool, SlurmPool
 from lmjax.ablation.progress import Display
 from lmjax.ablation.report_data import compare_cells
 from lmjax.ablation.verdict import seeds_to_add
-from lmjax.ablation.worker import discard_failed, jobs
+from lmjax.ablation.worker import discard_failed
 from lmjax.data import tokenized_corpus
 from lmjax.train.config import Config
 from lmjax.train.object_store import refuse_collapsed
 from lmjax.train.run_directory import InputError
-from lmjax.train.seeds import reason_against
 from lmjax.train.signals import StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -60,7 +59,6 @@ def run(
     threads: int = 1,
     retry_failed: bool = False,
     slurm: Mapping[str, Any] | None = None,
-    vmap_seeds: bool = False,
     progress: bool = True,
 ) -> Outcome:
     """Runs what is left of an ablation.
@@ -73,8 +71,6 @@ def run(
       threads: XLA threads of each on CPU. With one, results do not depend on `processes`.
       retry_failed: run cells again that failed.
       slurm: parameters of submitit; the processes then are jobs of a Slurm array.
-      vmap_seeds: train the seeds of an arm in one program where that is possible; results agree
-        with those of runs alone but for rounding.
       progress: show a table of the cells, or lines where the output is no terminal.
 
     Returns:
@@ -85,7 +81,7 @@ def run(
       AblationError: a worker failed. The others have saved checkpoints.
     """
     directory = Path(directory)
-    workers = _Workers(directory, processes, threads, slurm, vmap_seeds)
+    workers = _Workers(directory, processes, threads, slurm)
     _prepare([ablation], directory, progress)
     if retry_failed:
         discard_failed(directory, with_added_seeds(ablation, directory))
@@ -107,7 +103,6 @@ def run_each(
     *,
     processes: int = 1,
     threads: int = 1,
-    vmap_seeds: bool = False,
     progress: bool = True,
 ) -> Generator[Outcome, None, None]:
     """Runs what is left of several ablations; see `run`. Adds no seeds.
@@ -122,7 +117,7 @@ def run_each(
       As `run` does.
     """
     directory = Path(directory)
-    workers = _Workers(directory, processes, threads, None, vmap_seeds)
+    workers = _Workers(directory, processes, threads, None)
     _prepare(ablations, directory, progress)
     with contextlib.closing(_run_cells(ablations, workers, progress)) as ended:
         for ablation, (cells, signal) in zip(ablations, ended, strict=True):
@@ -157,7 +152,6 @@ class _Workers:
     processes: int
     threads: int
     slurm: Mapping[str, Any] | None
-    vmap_seeds: bool
 
     def __post_init__(self) -> None:
         """Refuses fewer than one."""
@@ -167,17 +161,10 @@ class _Workers:
 
     def start(self, definitions: Sequence[Path], left: Mapping[str, Config]) -> Pool:
         """As many as find work."""
-        count = min(self.processes, len(jobs(left, vmap_seeds=self.vmap_seeds)))
+        count = min(self.processes, len(left))
         if self.slurm is None:
-            return LocalPool(self.directory, definitions, count, self.threads, self.vmap_seeds)
-        return SlurmPool(
-            self.directory, definitions, count, self.threads, self.vmap_seeds, self.slurm
-        )
-
-    def notes(self, ablation: Ablation) -> list[str]:
-        """What is to be said of an ablation before it runs, a line each."""
-        notes = _one_after_another(ablation) if self.vmap_seeds else []
-        return notes + ([_added(ablation)] if ablation.seed_counts else [])
+            return LocalPool(self.directory, definitions, count, self.threads)
+        return SlurmPool(self.directory, definitions, count, self.threads, self.slurm)
 
 
 def _run_cells(
@@ -198,8 +185,8 @@ def _run_cells(
             for ablation, unfinished in zip(ablations, left_of, strict=True):
                 if pool is not None and unfinished:
                     with Display(ablation, enabled=progress) as display:
-                        for note in workers.notes(ablation):
-                            display.note(note)
+                        if ablation.seed_counts:
+                            display.note(_added(ablation))
                         _watch(pool, stop, display, ablation, directory)
                 if pool is not None and ablation is ablations[-1]:
                     _await_end(pool)
@@ -228,16 +215,6 @@ def _outcome(
     if missing and signal is None:
         raise AblationError(f"the workers ended before the cells did; see {directory / 'logs'}")
     return Outcome(ablation, cells, signal if missing else None)
-
-
-def _one_after_another(ablation: Ablation) -> list[str]:
-    """Which arms cannot have their seeds trained at once, and why, a line each."""
-    reasons = {arm: reason_against(config) for arm, config in ablation.arms.items()}
-    return [
-        f"{arm}: its seeds are trained one after another, because {why}"
-        for arm, why in reasons.items()
-        if why is not None
-    ]
 
 
 def _added(ablation: Ablation) -> str:

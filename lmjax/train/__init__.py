@@ -7,15 +7,13 @@ from lmjax.train.config import (
     FaultsConfig,
     RestoreConfig,
 )
-from lmjax.train.errors import CannotVmap, InputError, TrainingFailed
+from lmjax.train.errors import InputError, TrainingFailed
 from lmjax.train.loop import Outcome, train
 from lmjax.train.run_directory import read_config
-from lmjax.train.seeds import train_seeds
 from lmjax.train.state import TrainState, abstract_state, create_state
 from lmjax.train.step import make_eval_step, make_train_step
 
 __all__ = [
-    "CannotVmap",
     "CheckpointConfig",
     "Config",
     "EvaluationConfig",
@@ -31,5 +29,4 @@ __all__ = [
     "make_train_step",
     "read_config",
     "train",
-    "train_seeds",
 ]

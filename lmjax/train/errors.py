@@ -11,10 +11,6 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on: its gradients stay non-finite."""
 
 
-class CannotVmap(RuntimeError):
-    """Seeds cannot be trained in one program; the message says why, and nothing is lost."""
-
-
 class NonFiniteGradients(TrainingFailed):
     """The limit of skipped steps in a row was reached.
 

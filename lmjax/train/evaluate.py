@@ -1,4 +1,4 @@
-"""Held-out loss of a set of parameters, or of several at once."""
+"""Held-out loss of a set of parameters."""
 
 from __future__ import annotations
 
@@ -31,23 +31,6 @@ def held_out_loss(
       mesh: where to compute.
       batches: how many, spread evenly over the split; 0: the whole split, each token once.
     """
-    return float(held_out_losses(eval_step, params, corpus, config, mesh, batches=batches))
-
-
-def held_out_losses(
-    eval_step: Callable[[Any, Any], Any],
-    params: Any,
-    corpus: TokenizedCorpus,
-    config: Config,
-    mesh: sharding.Mesh,
-    *,
-    batches: int = 0,
-) -> np.ndarray:
-    """As `held_out_loss`, with whatever axes `eval_step` gives its two results.
-
-    Returns:
-      float64, of their shape.
-    """
     nats = tokens = np.zeros((), np.float64)
     share, shares = sharding.batch_share(mesh)
     for rows in validation_batches(
@@ -63,4 +46,4 @@ def held_out_losses(
         # Summed in f64: f32 would lose the small end of a long sum.
         nats = nats + np.asarray(batch_nats, np.float64)
         tokens = tokens + np.asarray(batch_tokens, np.float64)
-    return np.asarray(nats / tokens)
+    return float(nats / tokens)

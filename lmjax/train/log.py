@@ -21,18 +21,16 @@ class Clock:
 
     Args:
       seconds: those before.
-      runs: among how many runs that step at once the time is divided.
     """
 
-    def __init__(self, seconds: float, runs: int = 1):
+    def __init__(self, seconds: float):
         self.seconds = seconds
-        self._runs = runs
         self._since = time.perf_counter()
 
     def pause(self) -> None:
         """Counts the time since the last pause or resumption as training."""
         now = time.perf_counter()
-        self.seconds, self._since = self.seconds + (now - self._since) / self._runs, now
+        self.seconds, self._since = self.seconds + (now - self._since), now
 
     def resume(self) -> None:
         """Does not count the time since the last pause."""

@@ -1,13 +1,13 @@
 """What a run leaves in its directory: rows, checkpoints, the result, the curves.
 
-The parts of the loops that know files. They take a `Run` with its state; nothing here knows how
-steps are computed, or whether other runs step beside this one.
+The parts of the loop that know files. They take a `Run` with its state; nothing here knows how
+steps are computed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,10 @@ def failing_storage_explained(workdir: str | Path) -> Iterator[None]:
         ) from error
 
 
-def record_start(run: Run, seeds: Sequence[int] = ()) -> None:
-    """Writes where the steps to come are computed, unless there are none, and the tokenizer.
-
-    Args:
-      run: at its newest checkpoint.
-      seeds: those that one program trains at once; see `record_environment`.
-    """
+def record_start(run: Run) -> None:
+    """Writes where the steps to come are computed, unless there are none, and the tokenizer."""
     if run.step < run.config.steps and is_first():
-        record_environment(run.workdir, run.config, seeds)
+        record_environment(run.workdir, run.config)
         run.corpus.tokenizer.save(run.workdir / "tokenizer.json")
 
 

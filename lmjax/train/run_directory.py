@@ -1,8 +1,8 @@
 """The files of a run directory other than metrics and checkpoints.
 
 config.json       the fully resolved config: what the run computes
-environment.json  versions, devices, XLA flags, git revision, which products are native, which seeds
-                  were trained at once: where and how it was computed
+environment.json  versions, devices, XLA flags, git revision, which products are native: where and
+                  how it was computed
 result.json       once the planned steps are done
 tokenizer.json    a copy, so that the run can generate text on its own
 checkpoints/      see checkpoint.py
@@ -20,7 +20,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,18 +172,10 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
         )
 
 
-def record_environment(workdir: Path, config: Config, seeds: Sequence[int] = ()) -> None:
-    """Writes `environment.json`: where the steps from here on are computed.
-
-    Args:
-      workdir: the run directory.
-      config: resolved.
-      seeds: those that one program trains at once, this run's among them; none: it trains alone.
-    """
+def record_environment(workdir: Path, config: Config) -> None:
+    """Writes `environment.json`: where the steps from here on are computed."""
     sites = [site for _, phase in config.phases for site in phase.products().values()]
     recorded = environment() | {"products": summary(sites)}
-    if seeds:
-        recorded["vmapped"] = {"seeds": list(seeds), "times": "of all seeds, divided among them"}
     replace_text(workdir / "environment.json", json.dumps(recorded, indent=2) + "\n")
 
 

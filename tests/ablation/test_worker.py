@@ -96,10 +96,10 @@ def test_programs_that_were_not_asked_for_lately_are_dropped(home: Path, monkeyp
 
 
 def test_seeds_stay_in_turn_and_a_worker_takes_arms_that_it_has_compiled_first() -> None:
-    ahead = [["b-seed1"], ["c-seed1"], ["c-seed0"]]
-    assert worker._first(ahead, compiled=()) == ["b-seed1"]
-    assert worker._first(ahead, compiled=("c",)) == ["c-seed1"]
-    assert worker._first(ahead[2:], compiled=("b",)) == ["c-seed0"]
+    ahead = ["b-seed1", "c-seed1", "c-seed0"]
+    assert worker._first(ahead, compiled=()) == "b-seed1"
+    assert worker._first(ahead, compiled=("c",)) == "c-seed1"
+    assert worker._first(ahead[2:], compiled=("b",)) == "c-seed0"
 
 
 def test_cells_run_once_and_failures_are_results(
