@@ -63,6 +63,8 @@ BAD_FLAGS = {
     "step of a phase": ("--precision '0: f32 | 1e3: bf16'", ["1e3", "character 9"]),
     "phase after the end": ("--precision '0: f32 | 40: bf16'", ["step 40", "40 steps", "--steps"]),
     "no number": ("--steps many", ["steps", "many"]),
+    "negative seed": ("--seed -1", ["seed is -1", "2**64 - 1"]),
+    "seed beyond 64 bits": (f"--seed {2**64}", [f"seed is {2**64}", "2**64 - 1"]),
     "no steps": ("--steps 0", ["steps is 0"]),
     "heads": ("--model.heads 3", ["model.heads is 3", "model.width 16"]),
     "positions": ("--context 32", ["context is 32", "16 positions", "--model.max-positions"]),

@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lmjax.train.config import Config, differences, from_json, identity, to_json
+from lmjax.train.config import (
+    Config,
+    differences,
+    from_json,
+    identity,
+    refuse_no_seed,
+    to_json,
+)
 from lmjax.train.locks import lock
 from lmjax.train.metrics import replace_text
 from lmjax.train.run_directory import InputError
@@ -77,13 +84,18 @@ class Ablation:
         for name in (self.control, *self.controls, *self.controls.values(), *self.seed_counts):
             if name not in self.arms:
                 raise ValueError(f"no arm is named {name!r}; the arms are {', '.join(self.arms)}")
-        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds are {self.seeds}; give at least one, none negative or twice")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are {self.seeds}; give at least one, and none twice")
+        for seed in self.seeds:
+            refuse_no_seed("a seed", seed)
         if self.max_seeds is not None and self.max_seeds < len(self.seeds):
             raise ValueError(
                 f"max_seeds is {self.max_seeds}, but there are {len(self.seeds)} seeds to begin "
                 "with; raise it or name fewer seeds"
             )
+        if self.max_seeds is not None:
+            last = max(self.seeds) + self.max_seeds - len(self.seeds)
+            refuse_no_seed(f"with max_seeds {self.max_seeds} the last seed", last)
         if not (self.margin > 0 and math.isfinite(self.margin)):
             raise ValueError(f"margin is {self.margin}; it must be positive")
         self._refuse_unknown_fields()

@@ -38,7 +38,7 @@ def train_iterator(
       corpus: the tokens.
       length: tokens a sequence.
       batch_size: sequences a global batch.
-      seed: of the order, in [0, 2**32).
+      seed: of the order, in [0, 2**64). Grain hashes all of its bits into those of its shuffle.
       process_index: which host this is.
       process_count: how many hosts share a global batch.
 

@@ -14,7 +14,7 @@ from lmjax.inference.run import TrainedModel
 from lmjax.model import Sites, decoding_params, extend, initial_cache
 from lmjax.precision import exact
 from lmjax.precision.contraction import bf16_pays
-from lmjax.train import Config
+from lmjax.train import Config, refuse_no_seed, seed_key
 
 CHUNK = 64
 """Tokens of a prompt that are read at a time: one shape, and one compilation, for all lengths."""
@@ -45,10 +45,11 @@ def generate(
       seed: of the draws.
 
     Raises:
-      ValueError: a negative number.
+      ValueError: a negative number, or a seed beyond 2**64 - 1.
     """
-    if min(tokens, temperature, top_k, seed) < 0:
-        raise ValueError("tokens, temperature, top_k and seed must not be negative")
+    if min(tokens, temperature, top_k) < 0:
+        raise ValueError("tokens, temperature and top_k must not be negative")
+    refuse_no_seed("seed", seed)
     drawn = _draw(model, prompt, temperature, top_k, seed)
     ids = [token for _, token in zip(range(tokens), drawn, strict=False)]
     return model.tokenizer.decode(np.asarray(ids, np.int32))
@@ -60,7 +61,7 @@ def _draw(
     end = model.tokenizer.end_of_document
     ids = [end, *map(int, model.tokenizer.encode(prompt))]
     reader = Reader(model, len(ids))
-    key = jax.random.key(seed, impl="threefry2x32")
+    key = seed_key(seed)
     for index in range(2**31 - 1):
         logits = reader.logits(ids)[: model.tokenizer.vocab_size]
         token = int(_choose(jax.random.fold_in(key, index), logits, temperature, top_k))

@@ -6,11 +6,12 @@ from lmjax.train.config import (
     EvaluationConfig,
     FaultsConfig,
     RestoreConfig,
+    refuse_no_seed,
 )
 from lmjax.train.errors import InputError, TrainingFailed
 from lmjax.train.loop import Outcome, train
 from lmjax.train.run_directory import read_config
-from lmjax.train.state import TrainState, abstract_state, create_state
+from lmjax.train.state import TrainState, abstract_state, create_state, seed_key
 from lmjax.train.step import make_eval_step, make_train_step
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "make_eval_step",
     "make_train_step",
     "read_config",
+    "refuse_no_seed",
+    "seed_key",
     "train",
 ]

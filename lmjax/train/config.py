@@ -28,6 +28,9 @@ NOT_IDENTITY = ("mesh", "data.cache_dir", "telemetry", "faults", "restore")
 """Parts of the config that a resumed run may change: where it runs, how closely it is watched, and
 what is done when something goes wrong, is recorded but not identity."""
 
+SEEDS = 2**64
+"""How many seeds there are; see `refuse_no_seed`."""
+
 VERSION = 1
 """Of `config.json`. A field that is new has a default which means what runs did before there was
 that field, so a file without it, or without a version, reads as what it meant; a field that changes
@@ -97,7 +100,7 @@ class Config:
     steps: int = 1000
     """Planned length in optimizer steps; it sets the learning-rate schedule."""
     seed: int = 0
-    """Decides initial parameters, order of the data and dropout."""
+    """Decides initial parameters, order of the data and dropout; from 0 to 2^64 - 1."""
     context: int = 256
     """Tokens of context that the model is trained on."""
     batch_size: int = 16
@@ -128,8 +131,7 @@ class Config:
     def __post_init__(self) -> None:
         """Refuses parts that do not fit each other."""
         _refuse_below("", self, 1, "steps", "context", "batch_size", "micro_batches", "log_every")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        refuse_no_seed("seed", self.seed)
         if self.model.positions == "learned" and self.context > self.model.max_positions:
             raise ValueError(
                 f"context is {self.context}, but the model learns only {self.model.max_positions} "
@@ -343,6 +345,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def refuse_no_seed(name: str, seed: Any) -> None:
+    """Checks a seed: each whole number in [0, 2**64) is a different random stream.
+
+    Raises:
+      ValueError: it is anything else. A key of threefry has two words of 32 bits, so a larger
+        number would be the stream of a smaller one.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
+        raise ValueError(f"{name} is {seed!r}; use a whole number from 0 to 2**64 - 1")
 
 
 def _refuse_below(part: str, config: Any, least: int, *names: str) -> None:

@@ -80,7 +80,7 @@ def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:
       config: the run.
       key: the key that its seed stands for, by default.
     """
-    key = _seed_key(config) if key is None else key
+    key = seed_key(config.seed) if key is None else key
     init_key, dropout_key = jax.random.split(key)
     params = initial_params(init_key, config.model, config.sites)
     return TrainState(
@@ -115,7 +115,7 @@ def create_state(config: Config, mesh: Mesh) -> TrainState:
     def init(data: jax.Array) -> TrainState:
         return initial_state(config, jax.random.wrap_key_data(data, impl=KEY_KIND))
 
-    seed = np.asarray(jax.random.key_data(_seed_key(config)))
+    seed = np.asarray(jax.random.key_data(seed_key(config.seed)))
     return exact.jit(init, out_shardings=shardings)(seed)
 
 
@@ -152,5 +152,11 @@ def change_phase(state: TrainState, old: Config, new: Config, mesh: Mesh) -> Tra
         return exact.jit(convert, donate_argnums=0, out_shardings=shardings)(state)
 
 
-def _seed_key(config: Config) -> jax.Array:
-    return jax.random.key(config.seed, impl=KEY_KIND)
+def seed_key(seed: int) -> jax.Array:
+    """The threefry key of a seed in [0, 2**64): its high and its low 32 bits are the two words.
+
+    `jax.random.key` gives the same key for seeds below 2**32. Of larger ones it drops the high bits
+    unless 64-bit types are enabled, so that seeds 2**32 apart would share a key.
+    """
+    words = np.asarray(divmod(seed, 2**32), np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=KEY_KIND)

@@ -52,6 +52,14 @@ def test_the_seed_decides_the_order(corpus):
     assert order(0)[20:] != order(1)[:20]
 
 
+def test_the_whole_seed_decides_the_order(corpus):
+    def order(seed):
+        return first_tokens(train_iterator(corpus(401), length=5, batch_size=4, seed=seed), 20)
+
+    seeds = (1, 2**32 + 1, 2**33 + 1, 2**63 + 1, 2**64 - 1)
+    assert len({tuple(order(seed)) for seed in seeds}) == len(seeds)
+
+
 def test_each_epoch_is_shuffled_afresh(corpus):
     order = first_tokens(train_iterator(corpus(401), length=5, batch_size=4, seed=0), 40)
     assert order[:20] != order[20:]

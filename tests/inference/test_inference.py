@@ -125,6 +125,18 @@ def test_the_seed_decides_the_text(model: TrainedModel) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_seeds_that_share_their_low_word_are_different_texts(model: TrainedModel) -> None:
+    seeds = (1, 2**32 + 1, 2**64 - 2**32 + 1)
+    texts = {generate(model, "the", tokens=12, temperature=2.0, seed=seed) for seed in seeds}
+    assert len(texts) == 3
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, True])
+def test_a_number_that_is_no_seed_is_refused(seed: Any, model: TrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"seed is .* from 0 to 2\*\*64 - 1"):
+        generate(model, "the", seed=seed)
+
+
 @pytest.fixture(scope="module")
 def exact(workdir: Path) -> TrainedModel:
     """The model in f32, where no likeliest token hangs on a rounding."""
@@ -204,7 +216,7 @@ def test_no_more_tokens_than_asked_for(model: TrainedModel) -> None:
     assert len(generate(model, "the", tokens=5, temperature=0.0)) <= 5
 
 
-@pytest.mark.parametrize("name", ["tokens", "temperature", "top_k", "seed"])
+@pytest.mark.parametrize("name", ["tokens", "temperature", "top_k"])
 def test_negative_numbers_are_refused(name: str, model: TrainedModel) -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         generate(model, "the", **{name: -1})
