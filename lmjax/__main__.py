@@ -1,6 +1,9 @@
 """`python -m lmjax VERB`; see lmjax/verbs.py."""
 
-from lmjax.verbs import main
+from lmjax import opening
 
 if __name__ == "__main__":
+    opening.begin()
+    from lmjax.verbs import main
+
     main()

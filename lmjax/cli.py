@@ -3,7 +3,8 @@
 Flags are derived from typed dataclasses and functions, and what goes wrong becomes one line on
 stderr and an exit code:
 
-    0 done    2 bad input, nothing written    75 stopped early with a checkpoint    1 anything else
+    0 done    2 bad input, nothing written    75 stopped early with a checkpoint
+    130, 143 ended at once by SIGINT (Ctrl-C) or SIGTERM    1 anything else
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lmjax import distributed
+from lmjax import distributed, interrupts, opening, stages
 from lmjax.data import DataError
 from lmjax.distributed import DistributedConfig
 from lmjax.inference import generate as generate_text
@@ -67,6 +69,7 @@ def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
       module: its dotted name, which also names the default run directory.
       config: the module's `config`.
     """
+    opening.begin()
     keep_freed_memory()
     sys.exit(guarded(lambda: _run_experiment(module, config, sys.argv[1:])))
 
@@ -92,7 +95,8 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
         return STOPPED
     console = Console(highlight=False, quiet=not is_first())
     if launch.sample and alone:
-        text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
+        with stages.stage("generating a sample"):
+            text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
         console.print(f"A sample:\n{text}", markup=False)
     loss = float(outcome.result["eval_loss"])
     console.print(
@@ -108,13 +112,15 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
 def _joined(config: DistributedConfig) -> bool:
     """Whether several processes train; this one is one of them then."""
     try:
-        return distributed.start(config)
+        with stages.stage("waiting for the other processes"):
+            return distributed.start(config)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
 def parse_flags(parse: Callable[[], T]) -> T:
     """Runs tyro; its boxed complaint, and that of a config dataclass, becomes one line."""
+    stages.end(stages.IMPORTING)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -145,7 +151,14 @@ def _one_line(boxed: str) -> str:
 def guarded(call: Callable[[], int]) -> int:
     """The exit code of a call; what it raises about its input or its run becomes one line."""
     try:
-        return call()
+        with interrupts.catching():
+            return call()
+    except KeyboardInterrupt as error:
+        if not isinstance(error, interrupts.Interrupted):
+            error = interrupts.Interrupted(signal.SIGINT)
+            print(f"stopped by {error}", file=sys.stderr)
+        distributed.leave_at_once(error.exit_code)
+        return error.exit_code
     except (InputError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -156,7 +169,7 @@ def guarded(call: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave_at_once(FAILED)
         return FAILED
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         if distributed.started():
             if not distributed.is_of_the_backend(error):
                 traceback.print_exc()

@@ -12,8 +12,11 @@ import lmjax
 ROOT = Path(lmjax.__file__).parent
 
 ARROWS = {
+    "stages": set(),
+    "interrupts": {"stages"},
+    "opening": {"interrupts", "stages"},
     "precision": set(),
-    "data": set(),
+    "data": {"stages"},
     "sharding": set(),
     "distributed": set(),
     "forecast": {"precision"},
@@ -26,18 +29,18 @@ ARROWS = {
     },
     "train": {
         "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
-        "numerics",
+        "numerics", "stages", "interrupts",
     },
     "plan": {
-        "train", "model", "sharding", "precision",
+        "train", "model", "sharding", "precision", "stages",
     },
     "inference": {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding",
-        "precision", "numerics",
+        "precision", "numerics", "stages",
     },
     "ablation": {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "sharding", "precision",
-        "numerics",
+        "numerics", "stages",
     },
 }  # fmt: skip
 """What each room of lmjax may import from the others; a room that is not listed may import all."""

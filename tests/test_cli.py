@@ -172,9 +172,10 @@ def test_bad_input_from_another_directory(
 ) -> None:
     code, out, err = finish(start(module, *shlex.split(flags), cwd=tmp_path))
     assert (code, out) == (cli.BAD_INPUT, "")
-    assert err.startswith("error: ")
-    assert words in err
-    assert len(err.splitlines()) == 1
+    # Where importing takes long, a line has said so.
+    (line,) = (line for line in err.splitlines() if not line.endswith("importing"))
+    assert line.startswith("error: ")
+    assert words in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -30,7 +30,7 @@ from experiments.benchmarks.paired import (
     stepper,
     take_turns,
 )
-from lmjax import sharding
+from lmjax import sharding, stages
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import keep_freed_memory
 
@@ -56,6 +56,7 @@ def report(config: Config, parts: int, rounds: int, steps: int) -> dict[str, Any
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Flags to a report on stdout."""
+    stages.end(stages.IMPORTING)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=12)

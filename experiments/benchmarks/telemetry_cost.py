@@ -24,7 +24,7 @@ import numpy as np
 from experiments import quickstart
 from experiments.benchmarks import paired
 from experiments.benchmarks.paired import Contestant, paired_ratio, take_turns
-from lmjax import sharding
+from lmjax import sharding, stages
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import keep_freed_memory
 
@@ -57,6 +57,7 @@ def report(config: Config, rounds: int, steps: int, every: int) -> dict[str, Any
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Flags to a report on stdout."""
+    stages.end(stages.IMPORTING)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=4, help="of each program in a round")

@@ -49,6 +49,7 @@ from experiments.benchmarks.contestants import (
     torch_contestant,
 )
 from experiments.benchmarks.paired import paired_ratio
+from lmjax import stages
 from lmjax.precision.policy import PolicyError
 from lmjax.train.memory import keep_freed_memory
 
@@ -185,6 +186,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Flags to a report on stdout."""
+    stages.end(stages.IMPORTING)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = lambda text: [name.strip() for name in text.split(",") if name.strip()]
     parser.add_argument("--shape", choices=SHAPES, default="S")

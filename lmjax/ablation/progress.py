@@ -9,6 +9,7 @@ import datetime
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -16,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lmjax import stages
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, State
 
@@ -34,10 +36,12 @@ class Display:
         self._began = time.monotonic()
         self._steps_before: int | None = None
         self._ended: set[str] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> Display:
         """Starts the table."""
         if self._is_live:
+            self._stack.enter_context(stages.hidden())
             self._live.start()
         return self
 
@@ -50,6 +54,7 @@ class Display:
         """Takes the table away."""
         if self._is_live:
             self._live.stop()
+        self._stack.close()
 
     def show(self, states: Mapping[str, State]) -> None:
         """Shows the states of all cells, by key."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmjax import stages
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, Cell, State
 from lmjax.ablation.pools import LocalPool, Pool, SlurmPool
@@ -179,12 +180,17 @@ def _run_cells(
     definitions = [grid.write_ablation(ablation, directory) for ablation in ablations]
     left_of = [_left(ablation, directory) for ablation in ablations]
     left = {key: config for cells in left_of for key, config in cells.items()}
-    with StopRequest() as stop:
+    pool: Pool | None = None
+    kill = lambda: pool.kill() if pool is not None else None
+    with StopRequest("the runs stop after their next steps, with checkpoints", kill) as stop:
         pool = workers.start(definitions, left) if left else None
         try:
             for ablation, unfinished in zip(ablations, left_of, strict=True):
                 if pool is not None and unfinished:
-                    with Display(ablation, enabled=progress) as display:
+                    with (
+                        Display(ablation, enabled=progress) as display,
+                        stop.acknowledged_by(display.note),
+                    ):
                         if ablation.seed_counts:
                             display.note(_added(ablation))
                         _watch(pool, stop, display, ablation, directory)
@@ -229,7 +235,8 @@ def _prepare(ablations: Sequence[Ablation], directory: Path, progress: bool) -> 
     arms = [arm for ablation in ablations for arm in ablation.arms.values()]
     try:
         for data, context in {(arm.data, arm.context) for arm in arms}:
-            tokenized_corpus(data, window=context + 1, progress=progress)
+            with stages.stage("reading the text"):
+                tokenized_corpus(data, window=context + 1, progress=progress)
     except ValueError as error:
         raise InputError(str(error)) from error
     _open(directory)
@@ -269,7 +276,8 @@ def _watch(
         if not stopping and (stop.received or pool.failure()):
             stopping = True
             pool.stop()
-            display.note("stopping: the runs save checkpoints")
+            if not stop.received:
+                display.note("a worker has failed; the others stop, with checkpoints")
         time.sleep(SECONDS_BETWEEN_LOOKS)
         states = _read_states(keys, ablation.metric, directory, states)
         display.show(states)

@@ -1,4 +1,4 @@
-"""One progress bar on stderr. The only file of the room that knows rich; imports nothing of it."""
+"""One progress bar on stderr. The only file of the room that knows rich."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from lmjax import stages
 
 
 @contextlib.contextmanager
@@ -22,7 +24,7 @@ def progress_over(label: str, total: int, *, enabled: bool) -> Iterator[Callable
         yield lambda steps: None
     elif console.is_terminal or console.is_jupyter:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        with stages.hidden(), Progress(*columns, TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(label, total=total)
             yield lambda steps: bar.advance(task, steps)
     else:

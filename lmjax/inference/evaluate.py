@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from lmjax import sharding
+from lmjax import sharding, stages
 from lmjax.data import tokenized_corpus
 from lmjax.inference.run import TrainedModel
 from lmjax.train import make_eval_step
@@ -35,9 +35,11 @@ class Evaluation:
 def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     """Evaluates a model on the whole validation split that its run held out."""
     config = dataclasses.replace(model.config, mesh=sharding.MeshConfig()).resolved()
-    corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
+    with stages.stage("reading the text"):
+        corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     mesh = sharding.make_mesh(config.mesh)
-    loss = held_out_loss(make_eval_step(config, mesh), model.params, corpus, config, mesh)
+    with stages.stage("evaluating on the whole validation split"):
+        loss = held_out_loss(make_eval_step(config, mesh), model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
     bits = loss * tokens / math.log(2) / corpus.validation_bytes
     # Beyond exp(709) Python raises where IEEE 754 says infinity.

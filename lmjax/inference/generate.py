@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax import stages
 from lmjax.inference.run import TrainedModel
 from lmjax.model import Sites, decoding_params, extend, initial_cache
 from lmjax.precision import exact
@@ -63,8 +64,9 @@ def _draw(
     reader = Reader(model, len(ids))
     key = seed_key(seed)
     for index in range(2**31 - 1):
-        logits = reader.logits(ids)[: model.tokenizer.vocab_size]
-        token = int(_choose(jax.random.fold_in(key, index), logits, temperature, top_k))
+        with stages.stage("generating text"):
+            logits = reader.logits(ids)[: model.tokenizer.vocab_size]
+            token = int(_choose(jax.random.fold_in(key, index), logits, temperature, top_k))
         if token == end:
             return
         ids.append(token)

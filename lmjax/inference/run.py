@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lmjax import sharding
+from lmjax import sharding, stages
 from lmjax.data import Tokenizer, load_tokenizer
 from lmjax.model import Sites, apply
 from lmjax.precision import exact
@@ -60,7 +60,7 @@ def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedM
       InputError: there is no run, or it has no checkpoint yet.
       CheckpointError: it has checkpoints, but none is intact.
     """
-    with fetched(workdir) as directory:
+    with stages.stage("loading the model"), fetched(workdir) as directory:
         return _load_model(directory, precision)
 
 

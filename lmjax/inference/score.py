@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from lmjax import stages
 from lmjax.inference.run import TrainedModel
 from lmjax.model import Params, apply, log_probabilities
 from lmjax.precision import exact
@@ -64,7 +65,8 @@ def score(model: TrainedModel, text: str) -> Score:
         part = stream[start : start + context + 1]
         padded = np.zeros((1, context + 1), np.int32)
         padded[0, : len(part)] = part
-        window = compiled(model.params, padded[:, :-1], padded[:, 1:])
+        with stages.stage("scoring the text"):
+            window = compiled(model.params, padded[:, :-1], padded[:, 1:])
         window = np.asarray(window, np.float64)[0, : len(part) - 1]
         fresh = np.isnan(scores[start : start + len(window)])
         scores[start : start + len(window)][fresh] = window[fresh]

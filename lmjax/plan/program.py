@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmjax import sharding
+from lmjax import sharding, stages
 from lmjax.train import Config
 from lmjax.train.config import to_json
 
@@ -84,14 +84,15 @@ def partitioned(config: Config, devices: int) -> Program:
             "mesh.fsdp); raise --batch-size, lower --micro-batches, or raise --mesh.tensor"
         )
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", CHILD, folder, str(devices)],
-            input=json.dumps(to_json(config)),
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        with stages.stage(f"compiling the train step for {devices} devices"):
+            done = subprocess.run(
+                [sys.executable, "-m", CHILD, folder, str(devices)],
+                input=json.dumps(to_json(config)),
+                env=_environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise PlanError(f"the step could not be compiled for {devices} devices: {last[0]}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from lmjax import sharding
+from lmjax import sharding, stages
 from lmjax.model import parameter_count
 from lmjax.precision import exact
 from lmjax.train.advice import warnings
@@ -99,7 +99,8 @@ def train(
     progress = progress and is_first()
     config, corpus, mesh = checked_input(config, progress)
     refuse_unequal("flags", f"stop_after={stop_after}")
-    exact.check_canary(jax.default_backend())
+    with stages.stage("checking how the backend rounds"):
+        exact.check_canary(jax.default_backend())
     note = partial(say, enabled=progress)
     programs = programs or Programs()
     with (
@@ -114,9 +115,12 @@ def train(
         last = min(config.steps, run.step + stop_after) if stop_after else config.steps
         while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
             pass
+        if finished:
+            stop.promise = "finishing the evaluation; all steps are done and saved"
         result = _finish(run, programs) if finished else None
         if is_first():
-            draw(run)
+            with stages.stage("drawing the curves"):
+                draw(run)
     return Outcome(workdir, run.step, result)
 
 
@@ -142,14 +146,16 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
     if first >= last:
         return first >= config.steps
     batch = _next_batch(run, first + 1)
-    steps = _enter_phase(run, batch, programs)
+    run.note(_introduction(run))
+    with stages.stage("compiling the train step"):
+        steps = _enter_phase(run, batch, programs)
     agreed = AgreedStop(stop, run.mesh)
     boundaries = {start for start, _ in config.phases if start > first}
     with (
         writer_of(run, telemetry=config.telemetry.every > 0) as writer,
         Reporter(first, config.steps, enabled=progress) as report,
+        stop.acknowledged_by(report.note),
     ):
-        report.note(_introduction(run))
         if config.at(first) != config.after(first):
             report.note(_phase_note(config, first))
         for warning in warnings(config):
@@ -160,12 +166,13 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
             if step - 1 in boundaries:
                 log.flush()
                 pause(run)
-                steps = _enter_phase(run, batch, programs)
+                with report.stage("compiling the train step"):
+                    steps = _enter_phase(run, batch, programs)
                 report.note(_phase_note(config, step - 1))
                 run.clock.resume()
             train_step = steps.watched if config.is_watched(step) else steps.train
             run.state, metrics = train_step(run.state, batch)
-            report.advance(step)
+            report.dispatched(step, metrics["loss"])
             # Fetching the metrics of the step before, now that this one is on its way, keeps the
             # device busy.
             log.flush()
@@ -173,7 +180,8 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
                 log.pending(step, metrics)
             if config.is_evaluated(step):
                 log.flush()
-                _evaluate(run, programs, log)
+                with report.stage("evaluating"):
+                    _evaluate(run, programs, log)
             asked = agreed.after_step()
             stopping = asked is not None or step == last
             if stopping or config.is_saved(step):
@@ -233,7 +241,8 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
     path = run.workdir / "result.json"
     if from_first(path.exists()):
         return json.loads(path.read_text(encoding="utf-8"))
-    return record_result(run, _held_out(run, programs))
+    with stages.stage("evaluating on the whole validation split"):
+        return record_result(run, _held_out(run, programs))
 
 
 def _held_out(run: Run, programs: Programs, *, batches: int = 0) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from lmjax import sharding
+from lmjax import sharding, stages
 from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
 from lmjax.train.agreement import failing_together, refuse_unequal
 from lmjax.train.checkpoint import Checkpoints
@@ -81,14 +81,16 @@ def _checked_here(config: Config, progress: bool) -> tuple[Config, TokenizedCorp
     try:
         config = config.resolved()
         _refuse_f64_without_x64(config)
-        mesh = sharding.make_mesh(config.mesh)
+        with stages.stage("starting JAX"):
+            mesh = sharding.make_mesh(config.mesh)
         sharding.batch_share(mesh)
         rows = (config.batch_size // config.micro_batches, config.evaluation.batch_size)
         for batch_rows in rows:
             sharding.batch_sharding(mesh, (batch_rows, config.context))
         if config.deterministic_reductions:
             sharding.refuse_unordered(mesh, config.deterministic_reductions)
-        corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
+        with stages.stage("reading the text"):
+            corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     except ValueError as error:
         raise InputError(str(error)) from error
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
@@ -127,12 +129,15 @@ def start_run(
     run = partial(Run, config, corpus, mesh, workdir, checkpoints, note, data)
     latest = checkpoints.newest_intact()
     if latest is None:
-        return run(create_state(config.at(0), mesh), Clock(0.0), Positions(config), [])
-    state, position, counters = checkpoints.restore(
-        latest,
-        abstract_state(config.after(latest), mesh),
-        allow_cast=config.restore.allow_cast,
-    )
+        with stages.stage("drawing the initial parameters"):
+            state = create_state(config.at(0), mesh)
+        return run(state, Clock(0.0), Positions(config), [])
+    with stages.stage(f"restoring the checkpoint of step {latest}"):
+        state, position, counters = checkpoints.restore(
+            latest,
+            abstract_state(config.after(latest), mesh),
+            allow_cast=config.restore.allow_cast,
+        )
     if counters["corpus"] != corpus.fingerprint:
         raise InputError(
             f"{workdir} was trained on another text: the files or the tokenizer behind "

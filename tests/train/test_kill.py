@@ -63,9 +63,12 @@ def test_sigint_and_sigterm_save_and_exit_75(home: Path, undisturbed: Path, tmp_
         code, _, err = finish(process)
         assert code == 75, err
         assert not (workdir / "result.json").exists()
+        name = signal.Signals(number).name
+        assert f"{name}: stopping after the next step, with a checkpoint" in err
+        assert "to stop at once" in err
 
         saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-        assert f"stopped by {signal.Signals(number).name} at step {saved};" in err
+        assert f"stopped by {name} at step {saved};" in err
         assert logged <= saved < STEPS
         assert saved - 5 < max(row["step"] for row in rows(workdir)) <= saved
     complete(home, workdir)

@@ -16,11 +16,32 @@ ROW = {
 }
 
 
+class Loss:
+    """The loss of a step that is done, or not yet."""
+
+    ready = True
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+
+def test_the_bar_shows_steps_that_are_done() -> None:
+    report, losses = Reporter(0, 100), {step: Loss() for step in (1, 2, 3)}
+    losses[2].ready = losses[3].ready = False
+    for step, loss in losses.items():
+        report.dispatched(step, loss)
+    (task,) = report._bar.tasks
+    assert task.completed == 1
+    losses[2].ready = losses[3].ready = True
+    list(report._bar.get_renderables())
+    assert task.completed == 3
+
+
 def test_lines_with_loss_and_speed_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Reporter(0, 100) as report:
-        report.advance(10)
+        report.dispatched(10, Loss())
         report.metrics(ROW)
     out, err = capsys.readouterr()
     assert out == ""
@@ -55,7 +76,7 @@ def test_markup_in_a_note_is_text(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_silent_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     with Reporter(0, 100, enabled=False) as report:
-        report.advance(10)
+        report.dispatched(10, Loss())
         report.metrics(ROW)
         report.note("done")
     assert capsys.readouterr() == ("", "")

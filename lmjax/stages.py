@@ -1,0 +1,196 @@
+"""What a command is doing while it has nothing else to show: a line with a clock.
+
+    with stage("reading the text"):
+        ...
+
+In a terminal the line is live and disappears when the stage ends. Elsewhere (a pipe, a log file) a
+stage that lasts is announced by a plain line, stamped with the seconds since the command started,
+and again every half minute. Nothing is shown before `show` is called, which commands do and
+libraries and notebooks do not; the stages are known all the same.
+
+Imports the standard library alone, because importing is the first stage.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+IMPORTING: Final = "importing"
+
+SECONDS_BETWEEN_DRAWINGS: Final = 0.25
+SECONDS_BETWEEN_LINES: Final = 30.0
+
+PATIENCE: Final = {IMPORTING: 2.5}
+"""Seconds after which a stage is announced where there is no terminal, if not `USUAL_PATIENCE`:
+flags are checked when importing is done, and a complaint about them is one line."""
+
+USUAL_PATIENCE: Final = 1.0
+
+CLEAR: Final = "\r\x1b[K"
+
+
+class _Stage:
+    """A stage that is going on; `due` is when it is next announced without a terminal."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.since = time.monotonic()
+        self.due = self.since + PATIENCE.get(text, USUAL_PATIENCE)
+
+
+class _ClearedStream:
+    """A stream to a terminal: what is written to it first removes the live line."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes where the live line was."""
+        with _line.lock:
+            _line.erase()
+            return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the stream's."""
+        return getattr(self._stream, name)
+
+
+class _Line:
+    """The line of this process, and the stages that are going on, the innermost last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.stages: list[_Stage] = []
+        self.hidden = 0
+        self.live = False
+        self._started = time.monotonic()
+        self._stream: Any = None
+        self._drawn = False
+
+    def show(self) -> None:
+        """Shows the stages from now on."""
+        if self._stream is not None or sys.stderr is None:
+            return
+        self._stream = sys.stderr
+        self.live = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        if self.live:
+            sys.stderr = _ClearedStream(self._stream)
+        atexit.register(self._end)
+        self.update()
+        threading.Thread(target=self._keep_updated, name="stages", daemon=True).start()
+
+    def update(self) -> None:
+        """Draws the innermost stage, or announces it if that is due."""
+        with self.lock:
+            if self._stream is None or not self.stages:
+                return
+            stage, now = self.stages[-1], time.monotonic()
+            if self.live:
+                if not self.hidden:
+                    self._draw(stage, now)
+            elif now >= stage.due:
+                lasted = f", for {now - stage.since:.0f} s" if now - stage.since >= 10 else ""
+                self._put(f"[{now - self._started:.0f} s] {stage.text}{lasted}\n")
+                stage.due = now + SECONDS_BETWEEN_LINES
+
+    def erase(self) -> None:
+        """Removes the live line, if it is there."""
+        if self._drawn:
+            self._drawn = False
+            self._put(CLEAR)
+
+    def _draw(self, stage: _Stage, now: float) -> None:
+        width = max(shutil.get_terminal_size().columns - 1, 1)
+        self._drawn = True
+        self._put(f"{CLEAR}{stage.text} ... {now - stage.since:.0f} s"[: width + len(CLEAR)])
+
+    def _put(self, text: str) -> None:
+        """Writes; a stream that is gone or cannot hold the text does not end a run."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._stream = None
+
+    def _keep_updated(self) -> None:
+        while self._stream is not None:
+            time.sleep(SECONDS_BETWEEN_DRAWINGS)
+            self.update()
+
+    def _end(self) -> None:
+        with self.lock:
+            self.stages.clear()
+            if self._stream is not None:
+                self.erase()
+
+
+_line = _Line()
+
+
+def show() -> None:
+    """Shows the stages of this process on stderr from now on."""
+    _line.show()
+
+
+def begin(text: str) -> None:
+    """Begins a stage that lasts until `end` is called."""
+    with _line.lock:
+        _line.stages.append(_Stage(text))
+        _line.update()
+
+
+def end(text: str) -> None:
+    """Ends the innermost stage of this text, if it is going on."""
+    with _line.lock:
+        for index in reversed(range(len(_line.stages))):
+            if _line.stages[index].text == text:
+                del _line.stages[index]
+                _line.erase()
+                return
+
+
+@contextmanager
+def stage(text: str) -> Iterator[None]:
+    """A stage for the length of a block; an error that leaves it says in which stage it arose."""
+    begin(text)
+    try:
+        yield
+    except BaseException as error:
+        if stage_of(error) is None:
+            error.add_note(f"while {text}")
+        raise
+    finally:
+        end(text)
+
+
+def stage_of(error: BaseException) -> str | None:
+    """`while reading the text`: the stage that an error arose in, if any."""
+    notes = getattr(error, "__notes__", ())
+    return next((note for note in notes if note.startswith("while ")), None)
+
+
+def current() -> str | None:
+    """The innermost stage."""
+    stages = _line.stages
+    return stages[-1].text if stages else None
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """A block in which something else is live in the terminal."""
+    with _line.lock:
+        _line.hidden += 1
+        _line.erase()
+    try:
+        yield
+    finally:
+        with _line.lock:
+            _line.hidden -= 1
