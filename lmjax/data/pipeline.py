@@ -81,6 +81,7 @@ def validation_batches(
     length: int,
     batch_size: int,
     max_batches: int = 0,
+    multiple: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -94,39 +95,44 @@ def validation_batches(
       length: tokens a sequence.
       batch_size: sequences a global batch.
       max_batches: how many batches at most; 0 means all.
+      multiple: each batch is filled up to a multiple of this many rows, as devices need them.
       process_index: which host this is; it gets the rows that `train_iterator` would give it.
       process_count: how many hosts share a global batch.
 
     Yields:
       `{"inputs": int32[b, length], "targets": int32[b, length], "weights": float32[b, length]}`,
-      b = batch_size // process_count. Weight 0 marks padding, at the end of the last window and in
-      the rows that fill up the last batch; every other weight is 1.
+      b = (batch_size, rounded up to the multiple) // process_count. Weight 0 marks padding: the end
+      of the last window, rows that fill up the last batch, and rows beyond batch_size. The latter
+      repeat the first row, so that formats whose factors rows share find no new values in them.
+      Every other weight is 1.
 
     Raises:
       DataError: the batch does not divide among the hosts.
     """
-    rows = _host_rows(batch_size, process_index, process_count)
+    padded = -(-batch_size // multiple) * multiple
+    rows = _host_rows(padded, process_index, process_count)
     windows = -(-(corpus.validation.size - 1) // length)
     limit = max_batches * batch_size if max_batches else windows
     chosen = np.arange(min(limit, windows), dtype=np.int64) * windows // min(limit, windows)
-    return _validation_batches(corpus.validation, chosen, length, batch_size, rows)
-
-
-def _validation_batches(
-    tokens: Tokens, chosen: npt.NDArray[np.int64], length: int, batch_size: int, rows: slice
-) -> Iterator[Batch]:
     # A row past the end starts where no token is left to predict: all padding.
-    beyond = -(-tokens.size // length)
-    for start in range(0, chosen.size, batch_size):
-        indices = np.full(batch_size, beyond, dtype=np.int64)
-        part = chosen[start : start + batch_size]
-        indices[: part.size] = part
-        mine = indices[rows]
-        positions = mine[:, None] * length + np.arange(1, length + 1)
-        yield {
-            **_shifted(_windows(tokens, mine, length)),
-            "weights": (positions < tokens.size).astype(np.float32),
-        }
+    beyond = -(-corpus.validation.size // length)
+    filler = np.full(-chosen.size % batch_size, beyond, dtype=np.int64)
+    batches = np.concatenate([chosen, filler]).reshape(-1, batch_size)
+    return (_weighted(corpus.validation, batch, length, padded, rows) for batch in batches)
+
+
+def _weighted(
+    tokens: Tokens, indices: npt.NDArray[np.int64], length: int, padded: int, rows: slice
+) -> Batch:
+    """Some rows of a batch of the windows `indices`, filled up with copies that do not count."""
+    copies = np.full(padded - indices.size, indices[0])
+    mine = np.concatenate([indices, copies])[rows]
+    counts = (np.arange(padded) < indices.size)[rows, None]
+    positions = mine[:, None] * length + np.arange(1, length + 1)
+    return {
+        **_shifted(_windows(tokens, mine, length)),
+        "weights": (counts & (positions < tokens.size)).astype(np.float32),
+    }
 
 
 def _host_rows(batch_size: int, process_index: int, process_count: int) -> slice:

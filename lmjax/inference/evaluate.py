@@ -6,6 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import jax
+
 from lmjax import sharding, stages
 from lmjax.data import tokenized_corpus
 from lmjax.inference.run import TrainedModel
@@ -37,7 +39,7 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     config = dataclasses.replace(model.config, mesh=sharding.MeshConfig()).resolved()
     with stages.stage("reading the text"):
         corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, _devices(config.deterministic_reductions))
     with stages.stage("evaluating on the whole validation split"):
         loss = held_out_loss(make_eval_step(config, mesh), model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
@@ -45,3 +47,9 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     # Beyond exp(709) Python raises where IEEE 754 says infinity.
     perplexity = math.exp(loss) if not loss > 709 else math.inf
     return Evaluation(model.step, tokens, loss, perplexity, bits)
+
+
+def _devices(parts: int) -> list[jax.Device]:
+    """All devices; or as many as divide the parts (2^n) whose sums are added in a fixed order."""
+    devices = jax.devices()
+    return devices[: 1 << min(parts, len(devices)).bit_length() - 1] if parts else devices

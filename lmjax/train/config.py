@@ -165,16 +165,12 @@ class Config:
             raise ValueError(
                 f"deterministic_reductions is {parts}; it must be 0 or a power of two, such as 8"
             )
-        rows = {
-            "batch_size / micro_batches": self.batch_size // self.micro_batches,
-            "evaluation.batch_size": self.evaluation.batch_size,
-        }
-        for name, count in rows.items():
-            if count % parts:
-                raise ValueError(
-                    f"{name} is {count}, which deterministic_reductions {parts} does not divide; "
-                    "choose a multiple"
-                )
+        rows = self.batch_size // self.micro_batches
+        if rows % parts:
+            raise ValueError(
+                f"batch_size / micro_batches is {rows}, which deterministic_reductions {parts} "
+                "does not divide; choose a multiple"
+            )
         if self.optimizer.name == "muon":
             raise ValueError(
                 "muon multiplies matrices that mesh.fsdp cuts, so their sums would depend on the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,10 @@ def held_out_loss(
 ) -> float:
     """Mean cross entropy in nats per token over the validation split.
 
+    Batches that the devices cannot divide evenly among themselves are filled up with rows of weight
+    0, so the number of devices changes the loss by rounding alone; with `deterministic_reductions`,
+    by nothing.
+
     Args:
       eval_step: from `make_eval_step`.
       params: the parameters.
@@ -38,6 +43,7 @@ def held_out_loss(
         length=config.context,
         batch_size=config.evaluation.batch_size,
         max_batches=batches,
+        multiple=math.lcm(sharding.batch_parts(mesh), config.deterministic_reductions or 1),
         process_index=share,
         process_count=shares,
     ):

@@ -84,9 +84,7 @@ def _checked_here(config: Config, progress: bool) -> tuple[Config, TokenizedCorp
         with stages.stage("starting JAX"):
             mesh = sharding.make_mesh(config.mesh)
         sharding.batch_share(mesh)
-        rows = (config.batch_size // config.micro_batches, config.evaluation.batch_size)
-        for batch_rows in rows:
-            sharding.batch_sharding(mesh, (batch_rows, config.context))
+        _refuse_uneven_batches(config, mesh)
         if config.deterministic_reductions:
             sharding.refuse_unordered(mesh, config.deterministic_reductions)
         with stages.stage("reading the text"):
@@ -99,6 +97,18 @@ def _checked_here(config: Config, progress: bool) -> tuple[Config, TokenizedCorp
             f"the model embeds {config.model.vocab_size}; raise --model.vocab-size"
         )
     return config, corpus, mesh
+
+
+def _refuse_uneven_batches(config: Config, mesh: sharding.Mesh) -> None:
+    """Refuses batches that devices cannot divide; those of an evaluation are filled up instead."""
+    rows, parts = config.batch_size // config.micro_batches, sharding.batch_parts(mesh)
+    if rows % parts:
+        raise ValueError(
+            f"batch_size {config.batch_size} in {config.micro_batches} micro-batches makes {rows} "
+            f"rows at a time, which cannot be divided among {parts} devices (mesh.data x "
+            f"mesh.fsdp); choose --batch-size and --micro-batches so that they are a multiple of "
+            f"{parts}, or divide less with --mesh.data and --mesh.fsdp"
+        )
 
 
 def _refuse_f64_without_x64(config: Config) -> None:

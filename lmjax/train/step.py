@@ -232,7 +232,9 @@ def evaluation(config: Config, mesh: Any) -> EvalStep:
             nats = token_losses(logits, batch["targets"], sites["loss"]).cross_entropy
             nats = nats.astype(at_least_f32(nats.dtype))
             weights = batch["weights"].astype(nats.dtype)
-            return jnp.sum(nats * weights), jnp.sum(weights)
+            # Padding does not count, whatever is computed of it: NaN times 0 would be NaN.
+            counted = jnp.where(weights > 0, nats * weights, jnp.zeros_like(nats))
+            return jnp.sum(counted), jnp.sum(weights)
 
     if not parts:
         return eval_step

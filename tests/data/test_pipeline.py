@@ -149,6 +149,36 @@ def test_a_limit_beyond_the_split_changes_nothing(corpus):
             np.testing.assert_array_equal(rows, other[name])
 
 
+@pytest.mark.parametrize("limit", [0, 2])
+def test_batches_are_filled_up_to_a_multiple_with_copies_that_do_not_count(corpus, limit):
+    plain, padded = (
+        list(
+            validation_batches(
+                corpus(9, 42), length=5, batch_size=3, max_batches=limit, multiple=multiple
+            )
+        )
+        for multiple in (1, 8)
+    )
+    assert len(plain) == len(padded) == (limit or 3)
+    for one, other in zip(plain, padded, strict=True):
+        for name, rows in one.items():
+            assert other[name].shape == (8, 5)
+            np.testing.assert_array_equal(other[name][:3], rows)
+        np.testing.assert_array_equal(other["weights"][3:], 0)
+        np.testing.assert_array_equal(other["inputs"][3:], np.tile(one["inputs"][:1], (5, 1)))
+
+
+def test_hosts_share_padded_batches(corpus):
+    def batches(**host):
+        split = corpus(9, 42)
+        return list(validation_batches(split, length=5, batch_size=3, multiple=8, **host))
+
+    shares = [batches(process_index=host, process_count=4) for host in range(4)]
+    for whole, *parts in zip(batches(), *shares, strict=True):
+        for name, rows in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), rows)
+
+
 def test_hosts_share_the_same_validation_batches(corpus):
     def batches(**host):
         return list(validation_batches(corpus(9, 42), length=5, batch_size=4, **host))

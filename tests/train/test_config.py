@@ -9,7 +9,7 @@ import pytest
 
 from lmjax.precision.policy import PolicyError
 from lmjax.sharding import MeshConfig
-from lmjax.train import Config, EvaluationConfig
+from lmjax.train import Config
 from lmjax.train.config import differences, from_json, to_json
 
 
@@ -24,10 +24,6 @@ from lmjax.train.config import differences, from_json, to_json
         ({"deterministic_reductions": 3}, "power of two"),
         ({"deterministic_reductions": -8}, "power of two"),
         ({"deterministic_reductions": 8}, "batch_size / micro_batches is 4"),
-        (
-            {"deterministic_reductions": 4, "evaluation": EvaluationConfig(batch_size=2)},
-            "evaluation.batch_size is 2",
-        ),
         ({"deterministic_reductions": 4, "optimizer": {"name": "muon"}}, "muon multiplies"),
     ],
 )

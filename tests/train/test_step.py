@@ -241,3 +241,19 @@ def test_the_public_step_donates_and_evaluation_weighs_tokens(tiny, draw_state, 
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert float(metrics["loss"]) == pytest.approx(float(nats / tokens), rel=1e-6)
     assert int(after.step) == 1
+
+
+def test_padding_does_not_count_even_where_it_is_nan(tiny, draw_params):
+    """Only the padding reads the token whose embedding is NaN."""
+    config = tiny("f32", "llama", batch_size=2)
+    params = draw_params(config)
+    table = params["embed"]["table"].at[63].set(jnp.nan)
+    tokens = np.asarray([[1, 2] * 8, [63] * 16], np.int32)
+    weights = np.repeat(np.asarray([[1.0], [0.0]], np.float32), 16, axis=1)
+    batch = {"inputs": tokens, "targets": np.ones_like(tokens), "weights": weights}
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    evaluate = make_eval_step(config, mesh)
+    expected = [float(x) for x in evaluate(params, batch)]
+    poisoned = params | {"embed": params["embed"] | {"table": table}}
+    assert [float(x) for x in evaluate(poisoned, batch)] == expected
+    assert expected[1] == 16
