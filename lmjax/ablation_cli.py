@@ -23,7 +23,7 @@ from lmjax.ablation.report_data import gather, summary
 from lmjax.ablation.report_text import verdicts
 from lmjax.ablation.runner import AblationError, run, with_added_seeds
 from lmjax.ablation.runs import ablation_of
-from lmjax.cli import DONE, FAILED, STOPPED, guarded, parse_flags, print_json, print_table
+from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, parse_flags, print_json, print_table
 from lmjax.train import InputError
 from lmjax.train.locks import lock
 
@@ -32,7 +32,7 @@ from lmjax.train.locks import lock
 class Launch:
     """Flags of an ablation: where it is, how long its runs are, and who computes them."""
 
-    workdir: Path
+    workdir: UserPath
     """The ablation's directory; the same command again goes on with what is in it."""
     processes: int = 1
     """Runs at a time, each in a process of its own."""

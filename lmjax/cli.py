@@ -28,11 +28,14 @@ from rich.table import Table
 from lmjax import distributed, interrupts, opening, stages
 from lmjax.data import DataError
 from lmjax.distributed import DistributedConfig
+from lmjax.filenames import expanded, printable
 from lmjax.inference import generate as generate_text
 from lmjax.inference import load_model
 from lmjax.plan.program import PlanError
+from lmjax.streams import tolerant
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.agreement import is_first
+from lmjax.train.decoration import decoration
 from lmjax.train.errors import CheckpointError, StorageFailed
 from lmjax.train.memory import keep_freed_memory
 from lmjax.train.metrics import strict_json
@@ -40,6 +43,18 @@ from lmjax.train.metrics import strict_json
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
 T = TypeVar("T")
+
+UserPath = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda typed: expanded(typed[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""A path from the command line, in which `~` is a home directory."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +110,10 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
         return STOPPED
     console = Console(highlight=False, quiet=not is_first())
     if launch.sample and alone:
-        with stages.stage("generating a sample"):
-            text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
-        console.print(f"A sample:\n{text}", markup=False)
+        with decoration("a sample"):
+            with stages.stage("generating a sample"):
+                text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
+            console.print(f"A sample:\n{text}", markup=False)
     loss = float(outcome.result["eval_loss"])
     console.print(
         f"held-out loss {loss:.4f} nats per token after {outcome.step} steps "
@@ -148,8 +164,24 @@ def _one_line(boxed: str) -> str:
     return text.strip() or "bad flags"
 
 
-def guarded(call: Callable[[], int]) -> int:
-    """The exit code of a call; what it raises about its input or its run becomes one line."""
+def guarded(call: Callable[[], int], *, prints_results: bool = False) -> int:
+    """The exit code of a call; what it raises about its input or its run becomes one line.
+
+    Args:
+      call: what to do; it prints as it likes, and a terminal that cannot show it is no failure.
+      prints_results: what it prints is what it was asked for, and has to get where it should.
+    """
+    with tolerant() as out:
+        code = _guarded(call)
+        out.flush()
+        # A reader that has left has what it wanted.
+        if prints_results and code == DONE and not isinstance(out.failure, BrokenPipeError | None):
+            _say_error(f"cannot write to standard output: {out.failure.strerror}")
+            return FAILED
+    return code
+
+
+def _guarded(call: Callable[[], int]) -> int:
     try:
         with interrupts.catching():
             return call()
@@ -160,13 +192,13 @@ def guarded(call: Callable[[], int]) -> int:
         distributed.leave_at_once(error.exit_code)
         return error.exit_code
     except (InputError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_error(error)
         return BAD_INPUT
     except (TrainingFailed, CheckpointError, PlanError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_error(error)
         return FAILED
     except StorageFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say_error(error)
         distributed.leave_at_once(FAILED)
         return FAILED
     except Exception as error:
@@ -176,6 +208,11 @@ def guarded(call: Callable[[], int]) -> int:
             print(f"error: {distributed.explained(error)}", file=sys.stderr)
             distributed.leave_at_once(FAILED)
         raise
+
+
+def _say_error(error: object) -> None:
+    """One line, whatever is in the names that the message quotes."""
+    print(f"error: {printable(error)}", file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
@@ -193,4 +230,5 @@ def print_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
         table.add_row(*row)
     # Nothing is cut off where the width is unknown, in a file or a pipe.
     width = None if sys.stdout.isatty() else 1000
-    Console(highlight=False, width=width).print(table, markup=False)
+    # Cells are text: `[v2]` in a name is no markup.
+    Console(highlight=False, width=width, markup=False).print(table)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
-from lmjax.cli import DONE, FAILED, STOPPED, guarded, parse_flags, print_json, print_table
+from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, parse_flags, print_json, print_table
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
 from lmjax.inference import evaluate as evaluate_run
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         )
         return call()
 
-    sys.exit(guarded(run))
+    sys.exit(guarded(run, prints_results=True))
 
 
 def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
@@ -249,7 +249,7 @@ def sharding(
 def report(
     directories: tyro.conf.Positional[tuple[str, ...]],
     /,
-    out: Path | None = None,
+    out: UserPath | None = None,
     json: bool = False,
 ) -> int:
     """Writes reports from the files of runs; trains nothing.
@@ -291,7 +291,7 @@ def reproduce(
     all: bool = False,
     quick: bool = False,
     large: bool = False,
-    workdir: Path = Path("runs/reproduce"),
+    workdir: UserPath = Path("runs/reproduce"),
     processes: int = 1,
     seeds: str | None = None,
     json: bool = False,
@@ -330,7 +330,7 @@ def reproduce(
 def formats(
     names: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
-    plot: Path | None = None,
+    plot: UserPath | None = None,
     json: bool = False,
 ) -> int:
     """The number formats: bits, range, special values, and whether JAX has them natively.

@@ -22,6 +22,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMINGS = ("tokens_per_second", "step_seconds")
+NAMES = (
+    *(
+        "b[1]",
+        "b[!1]",
+        "[[x",
+        "a{1}",
+        "st*r",
+        "q?",
+        "back\\slash",
+        "dol$1_$",
+        "sp ace",
+        "'q\"",
+        "gs:",
+    ),
+    *("per%41%s", "{}", "new\nline", "esc\x1b[31m", "caf\udce9", "-dash", "~", "x" * 200, "привет"),
+)
+"""Names that some library or other has a meaning for, or cannot bear."""
+
 RESULT_KEYS = ["steps", "eval_loss", "tokens", "train_seconds", "parameters_sha256"]
 
 

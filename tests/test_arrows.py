@@ -16,7 +16,8 @@ ARROWS = {
     "interrupts": {"stages"},
     "opening": {"interrupts", "stages"},
     "precision": set(),
-    "data": {"stages"},
+    "filenames": set(),
+    "data": {"filenames", "stages"},
     "sharding": set(),
     "distributed": set(),
     "forecast": {"precision"},
@@ -26,21 +27,22 @@ ARROWS = {
     "model": {"precision"},
     "numerics": {
         "model", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
+        "filenames",
     },
     "train": {
         "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
-        "numerics", "stages", "interrupts",
+        "numerics", "filenames", "stages", "interrupts",
     },
     "plan": {
         "train", "model", "sharding", "precision", "stages",
     },
     "inference": {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding",
-        "precision", "numerics", "stages",
+        "precision", "numerics", "filenames", "stages",
     },
     "ablation": {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "sharding", "precision",
-        "numerics", "stages",
+        "numerics", "filenames", "stages",
     },
 }  # fmt: skip
 """What each room of lmjax may import from the others; a room that is not listed may import all."""

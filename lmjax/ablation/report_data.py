@@ -375,4 +375,5 @@ def link(run: Run, directory: Path, name: str = "") -> str:
     target = run.cell.directory / name
     if not target.exists():
         return ""
-    return quote(Path(os.path.relpath(target, directory)).as_posix()) + ("" if name else "/")
+    relative = Path(os.path.relpath(target, directory)).as_posix()
+    return quote(os.fsencode(relative)) + ("" if name else "/")

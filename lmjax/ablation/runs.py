@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lmjax.ablation.grid import Ablation, Cell, cell_key, read_state
+from lmjax.filenames import printable
 from lmjax.train import Config, InputError, read_config
 from lmjax.train.config import differences, identity
 
@@ -79,10 +80,10 @@ def _names(arms: Mapping[Path, Config], varies: Sequence[str]) -> dict[Path, str
         }
         if _tell_apart(names.values()):
             return names
-    names = {directory: directory.absolute().name for directory in arms}
-    return (
-        names if _tell_apart(names.values()) else {directory: f"{directory}" for directory in arms}
-    )
+    names = {directory: printable(directory.absolute().name).strip() for directory in arms}
+    if _tell_apart(names.values()):
+        return names
+    return {directory: printable(directory.absolute()).strip() for directory in arms}
 
 
 def _tell_apart(names: Collection[str]) -> bool:

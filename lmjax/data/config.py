@@ -1,4 +1,4 @@
-"""What to train on, as the experimenter writes it. May import the standard library only."""
+"""What to train on, as the experimenter writes it. May import errors and file names only."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmjax.data.errors import DataError
+from lmjax.filenames import expanded
 
 _OWN_DATASETS = ("shakespeare", "state_of_the_union", "text_files")
 _TOKENIZERS = ("bytes", "bpe", "gpt2")
@@ -39,7 +40,8 @@ class DataConfig:
     dataset: str = "shakespeare"
     """shakespeare | state_of_the_union | text_files | tfds:NAME[/CONFIG][:VERSION] (prepared)."""
     files: tuple[str, ...] = ()
-    """Globs of UTF-8 files for text_files, ** allowed; each file is one document."""
+    """UTF-8 files for text_files, each one document: paths, or globs in which ** is allowed. An
+    existing path is taken as it is, whatever characters it has."""
     feature: str = "text"
     """Which feature of a tfds: dataset holds the text."""
     tokenizer: str = "bytes"
@@ -90,13 +92,23 @@ class DataConfig:
     def cache_path(self) -> Path:
         """The cache folder this config means; it need not exist."""
         chosen = self.cache_dir or os.environ.get("LMJAX_CACHE", "")
-        return Path(chosen).expanduser() if chosen else _user_cache() / "lmjax"
+        return expanded(chosen) if chosen else _user_cache() / "lmjax"
 
 
 def _user_cache() -> Path:
     """The platform's folder for caches (on Linux: XDG Base Directory Specification)."""
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        chosen = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        chosen = "~/Library/Caches"
+    else:
+        chosen = os.environ.get("XDG_CACHE_HOME", "")
+        if not os.path.isabs(chosen):  # which the specification has ignored
+            chosen = "~/.cache"
+    found = expanded(chosen)
+    if not found.is_absolute():
+        raise DataError(
+            "this user has no home directory to keep prepared text in: set LMJAX_CACHE or "
+            "--data.cache-dir to a directory"
+        )
+    return found

@@ -29,6 +29,7 @@ from lmjax.data.store import (
     seal,
     sealed_content,
 )
+from lmjax.filenames import expanded, plain
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VALIDATION_SPLITS = ("validation", "test")
@@ -64,7 +65,7 @@ def stored_source(
         if not directory.is_dir():
             directory = stack.enter_context(published_directory(directory))
             with _quiet():
-                builder = BUILDERS[source.name](source, data_dir=os.fspath(directory))
+                builder = BUILDERS[source.name](source, data_dir=os.fspath(plain(directory)))
                 builder.download_and_prepare()
             seal(directory, {"dataset": source.name})
         (dataset,) = directory.glob(f"{source.name}/*/dataset_info.json")
@@ -156,7 +157,7 @@ def download_and_prepare(name: TfdsName) -> None:
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(str(name), data_dir=os.fspath(tfds_folder()))
+        builder = tfds.builder(str(name), data_dir=os.fspath(plain(tfds_folder())))
         builder.download_and_prepare(file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(f"TFDS knows no dataset {name}: check the name and version") from error
@@ -170,7 +171,7 @@ def download_and_prepare(name: TfdsName) -> None:
 def tfds_folder() -> Path:
     """Where TFDS keeps prepared datasets: $TFDS_DATA_DIR or ~/tensorflow_datasets, as in TFDS."""
     chosen = os.environ.get("TFDS_DATA_DIR", "")
-    return Path(chosen).expanduser() if chosen else Path.home() / "tensorflow_datasets"
+    return expanded(chosen or "~/tensorflow_datasets")
 
 
 def _version_folders(root: Path, name: TfdsName) -> list[Path]:
@@ -282,7 +283,8 @@ def _open_split(directory: Path, split: str) -> Any:
     import tensorflow_datasets as tfds
 
     with _quiet():
-        return tfds.builder_from_directory(os.fspath(directory)).as_data_source(split=split)
+        builder = tfds.builder_from_directory(os.fspath(plain(directory)))
+        return builder.as_data_source(split=split)
 
 
 @contextlib.contextmanager

@@ -143,17 +143,30 @@ def _text_files_in(folder: Path) -> tuple[SourceFile, ...]:
     return tuple(SourceFile(path.stem, path) for path in sorted(folder.glob("*.txt")))
 
 
+def _no_file(pattern: str, typed: str, matches: Sequence[str]) -> str:
+    if os.path.isdir(typed):
+        return f"--data.files {pattern!r} is a directory: write {os.path.join(pattern, '*.txt')!r}"
+    if matches:
+        return f"--data.files {pattern!r} names no file that can be read: check what it links to"
+    return f"--data.files {pattern!r} matches no file: check the path, quote the *"
+
+
 def _matching(patterns: Sequence[str]) -> tuple[SourceFile, ...]:
     """The files that the globs match, each once, under ids relative to their common folder."""
     found: set[str] = set()
     for pattern in patterns:
-        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+        typed = os.path.expanduser(pattern)
+        # A file may be called texts[v2]/a.txt; what exists under that name is what is meant.
+        matches = [typed] if os.path.lexists(typed) else glob.glob(typed, recursive=True)
         files = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
         if not files:
-            raise DataError(
-                f"--data.files {pattern!r} matches no file: check the path, quote the *"
-            )
+            raise DataError(_no_file(pattern, typed, matches))
         found.update(files)
     common = Path(os.path.commonpath([os.path.dirname(path) for path in found]))
     paths = (Path(path) for path in sorted(found))
-    return tuple(SourceFile(path.relative_to(common).as_posix(), path) for path in paths)
+    return tuple(SourceFile(_id(path.relative_to(common)), path) for path in paths)
+
+
+def _id(path: Path) -> str:
+    """The path as text; bytes that are not UTF-8 are written as escapes."""
+    return path.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")

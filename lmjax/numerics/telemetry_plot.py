@@ -16,6 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lmjax.filenames import no_math
 from lmjax.precision.formats import Format
 from lmjax.precision.quantizer import parse_quantizer
 
@@ -128,7 +129,7 @@ def _grid(sites: Sequence[str], panels: Iterable[str], title: str) -> tuple[Figu
         panel.spines[:].set_visible(False)
         panel.set_yticks([])
     axes[0].set_yticks(range(len(sites)), list(sites))
-    text = "\n".join(heading)
+    text = no_math("\n".join(heading))
     figure.suptitle(text, x=0.01, y=1 - 0.12 / height, ha="left", va="top", fontsize=11)
     return figure, axes
 

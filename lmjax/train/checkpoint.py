@@ -10,8 +10,11 @@ A checkpoint holds the train state, the position in the data, and how far the ru
 
 It is written in the background into a hidden folder. That gets its manifest when all of it is
 there, is flushed to the disk and only then renamed, so a folder named by a step is complete,
-whenever the process is killed. Older checkpoints are removed after that and not before, and a
-folder is renamed before it is removed, so that none is ever half there under its own name.
+whenever the process is killed. A manifest proves bytes, not that they can be restored, so that is
+tried before older checkpoints are removed. A folder is renamed before it is removed, so that none
+is ever half there under its own name.
+
+Orbax globs paths and reads `gs:/` as a URL, so it is given plain ones (see filenames.py).
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from lmjax.filenames import plain
 from lmjax.precision import paths
 from lmjax.train import manifest
 from lmjax.train.agreement import from_first, is_first
 from lmjax.train.errors import CheckpointError, StorageFailed
+from lmjax.train.proof import Proof, described, in_words
 from lmjax.train.state import TrainState
 
 CLOCK_MAY_JUMP = ocp.AsyncOptions(
@@ -45,8 +50,6 @@ CLOCK_MAY_JUMP = ocp.AsyncOptions(
 )
 """Orbax measures its time limits by the wall clock: the first is out of the way so, and without
 folders made in the background the second does not apply."""
-
-Description = tuple[tuple[int, ...], np.dtype]
 
 
 class Restored(NamedTuple):
@@ -84,6 +87,7 @@ class Checkpoints:
         self._note = note or (lambda text: None)
         self._mirror = mirror or (lambda steps: None)
         self._checked: set[int] = set()
+        self._proved = False
         self._arrays = ocp.StandardCheckpointer(async_options=CLOCK_MAY_JUMP)
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -179,11 +183,16 @@ class Checkpoints:
         with self._writing(step, folder):
             if is_first():
                 folder.mkdir()
-            self._arrays.save(folder / "state", state)
+            self._arrays.save(plain(self._directory) / folder.name / "state", state)
         texts = {"data.json": json.dumps(data), "progress.json": json.dumps(progress)}
-        self._pending = self._background.submit(self._complete, step, folder, texts, prune)
+        # Once everything is read back, then the descriptions of arrays.
+        proof = Proof.of(state, content=not self._proved)
+        self._proved = True
+        self._pending = self._background.submit(self._complete, step, folder, texts, proof, prune)
 
-    def _complete(self, step: int, folder: Path, texts: dict[str, str], prune: bool) -> None:
+    def _complete(
+        self, step: int, folder: Path, texts: dict[str, str], proof: Proof, prune: bool
+    ) -> None:
         with self._writing(step, folder):
             self._arrays.wait_until_finished()
             if is_first():
@@ -192,17 +201,46 @@ class Checkpoints:
                 manifest.seal(folder)
                 folder.rename(self._folder(step))
                 manifest.sync_directory(self._directory)
+                self._prove(step, proof)
                 steps = self.steps()
                 kept = steps[-self._keep :] if self._keep and prune else steps
                 self._mirror(kept)
                 for old in steps[: -len(kept)]:
                     self._remove(old)
 
+    def _prove(self, step: int, proof: Proof) -> None:
+        """Returns if the checkpoint can be restored; else sets it aside, and older ones stay."""
+        state = plain(self._directory) / str(step) / "state"
+        # Other processes are training, and take no part in this.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix="proof",
+        )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        try:
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+                proof.compare_descriptions(_stored(reader.metadata(state)))
+                if proof.content is not None:
+                    args = ocp.args.StandardRestore(proof.template())
+                    proof.compare_content(reader.restore(state, args=args))
+        # Whatever a library raises here, the next start would meet it.
+        except Exception as error:
+            aside = self._set_aside(step)
+            latest = self.latest()
+            left = "no checkpoint is left" if latest is None else f"that of step {latest} is kept"
+            raise CheckpointError(
+                f"the checkpoint of step {step} was written but cannot be restored "
+                f"({_one_line(error)}); it was moved to {aside}, and {left}"
+            ) from error
+
     @contextlib.contextmanager
     def _writing(self, step: int, folder: Path) -> Iterator[None]:
         """A block that writes a checkpoint: if it fails, nothing of that stays."""
         try:
             yield
+        except CheckpointError:
+            raise
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
             reason = _system_error(error)
@@ -235,34 +273,35 @@ class Checkpoints:
             self._check(step)
         except manifest.Damaged as error:
             raise CheckpointError(f"checkpoint {step} is damaged: {error}") from error
+        arrays = plain(self._directory) / str(step) / "state"
         try:
-            stored = paths.flatten(self._arrays.metadata(folder / "state").item_metadata.tree)
+            stored = paths.flatten(_stored(self._arrays.metadata(arrays)))
             self._compare(step, stored, paths.flatten(target), allow_cast)
-            state = self._arrays.restore(folder / "state", target)
+            state = self._arrays.restore(arrays, target)
             return Restored(state, _read(folder, "data"), _read(folder, "progress"))
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            if not _is_unsealed(folder):
-                raise
+            unsealed = ", which an earlier version of lmjax wrote without digests,"
             raise CheckpointError(
-                f"checkpoint {step}, which an earlier version of lmjax wrote without digests, "
-                f"cannot be read ({error}); move {folder} away to go on from the one before"
+                f"checkpoint {step}{unsealed if _is_unsealed(folder) else ' has intact files but'} "
+                f"cannot be read ({_one_line(error)}); move {folder} away to resume from the one "
+                "before"
             ) from error
 
     def _compare(self, step: int, stored: Any, wanted: Any, allow_cast: bool) -> None:
         """Refuses arrays that are not what is wanted, or that a cast does not make so."""
         casts = []
         for path in sorted(stored.keys() | wanted.keys()):
-            old, new = _described(stored.get(path)), _described(wanted.get(path))
+            old, new = described(stored.get(path)), described(wanted.get(path))
             if old == new:
                 continue
             castable = old and new and old[0] == new[0] and _floating(old[1]) and _floating(new[1])
             if not castable or not allow_cast:
                 advice = "; --restore.allow-cast rounds it" if castable else ""
                 raise CheckpointError(
-                    f"checkpoint {step} stores {path} as {_in_words(old)}, but the run needs "
-                    f"{_in_words(new)}; nothing is cast unasked{advice}"
+                    f"checkpoint {step} stores {path} as {in_words(old)}, but the run needs "
+                    f"{in_words(new)}; nothing is cast unasked{advice}"
                 )
-            casts.append(f"{path} from {_in_words(old)} to {_in_words(new)}")
+            casts.append(f"{path} from {in_words(old)} to {in_words(new)}")
         if casts:
             self._note(f"checkpoint {step} is cast while it is read: {', '.join(casts)}")
 
@@ -345,13 +384,16 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _described(leaf: Any) -> Description | None:
-    return None if leaf is None else (tuple(leaf.shape), np.dtype(leaf.dtype))
-
-
 def _floating(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def _in_words(array: Description | None) -> str:
-    return "nothing" if array is None else f"{array[1].name}{list(array[0])}"
+def _stored(metadata: Any) -> Any:
+    """The tree of what Orbax says of the arrays in a folder."""
+    if metadata.item_metadata is None:
+        raise ValueError("Orbax finds no arrays in it")
+    return metadata.item_metadata.tree
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -6,6 +6,7 @@ Knows run directories by their files, manifests and stores; nothing of what file
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -111,7 +112,7 @@ def step_of(name: str) -> int | None:
 
 def folder_of(url: str, cache: Path, purpose: str) -> Path:
     """The folder below the cache for what is in a place of a store and wanted for a purpose."""
-    return cache / "runs" / hashlib.sha256(url.encode()).hexdigest()[:16] / purpose
+    return cache / "runs" / hashlib.sha256(os.fsencode(url)).hexdigest()[:16] / purpose
 
 
 def stamp(path: Path) -> tuple[int, int]:

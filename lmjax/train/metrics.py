@@ -10,12 +10,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from lmjax.filenames import no_math, plain
 from lmjax.train.background import Background
+from lmjax.train.decoration import decoration
 
 Row = Mapping[str, Any]
 
@@ -68,7 +70,12 @@ class MetricsWriter:
         self._telemetry = (
             _reopened(workdir / "telemetry.jsonl", resumed_step) if telemetry else None
         )
-        self._events = _EventFile(workdir / "tensorboard", resumed_step)
+        self._events: _EventFile | None = None
+
+        def open_events() -> None:
+            self._events = _EventFile(workdir / "tensorboard", resumed_step)
+
+        self._show(open_events)
         self._background = Background()
         self._hangs = False
 
@@ -90,7 +97,7 @@ class MetricsWriter:
         """Writes one row; `step` is required, everything else a number."""
         self._background.submit(lambda: self._append(self._file, row))
         scalars = {name: value for name, value in row.items() if name != "step"}
-        self._background.submit(lambda: self._events.add(scalars, row["step"]))
+        self._background.submit(lambda: self._add_event(scalars, row["step"]))
 
     def write_telemetry(self, row: Row) -> None:
         """Writes a row of `telemetry.jsonl`; what was lost also becomes TensorBoard scalars."""
@@ -105,7 +112,7 @@ class MetricsWriter:
         scalars |= {
             f"unchanged/{path}": update["unchanged"] for path, update in row["updates"].items()
         }
-        self._background.submit(lambda: self._events.add(scalars, row["step"]))
+        self._background.submit(lambda: self._add_event(scalars, row["step"]))
 
     def flush(self) -> bool:
         """Whether all rows are in their files.
@@ -132,7 +139,25 @@ class MetricsWriter:
             stack.callback(self._file.close)
             if self._telemetry is not None:
                 stack.callback(self._telemetry.close)
-            stack.callback(self._events.close)
+            if self._events is not None:
+                self._show(self._events.close)
+
+    def _add_event(self, scalars: Row, step: int) -> None:
+        events = self._events
+        if events is not None:
+            self._show(lambda: events.add(scalars, step))
+
+    def _show(self, act: Callable[[], None]) -> None:
+        """Does something with the event file; once that fails, there are no more events.
+
+        The same numbers are in `metrics.jsonl`, whose failure is the one to stop for.
+        """
+        worked = False
+        with decoration("TensorBoard's curves"):
+            act()
+            worked = True
+        if not worked:
+            self._events = None
 
 
 class SilentWriter(MetricsWriter):
@@ -170,7 +195,8 @@ class _EventFile:
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = Event, scalar
-        self._writer = EventsWriter(str(folder / "events"), f".{resumed_step}")
+        # A path such as `s3:/events` would be taken for one in a store.
+        self._writer = EventsWriter(str(plain(folder) / "events"), f".{resumed_step}")
         # Makes TensorBoard forget the steps that are repeated.
         again = resumed_step + 1
         self._writer.write_event(Event(step=again, file_version="brain.Event:2"))
@@ -202,7 +228,8 @@ def replace_text(path: Path, text: str) -> None:
     A process killed meanwhile leaves `partial(path)` behind, which the next one writes over.
     """
     temporary = partial(path)
-    temporary.write_text(text, encoding="utf-8")
+    # Names of files may hold bytes that are no UTF-8, which would have no place in the text.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
 
 
@@ -220,7 +247,7 @@ def draw_curves(rows: Iterable[Row], title: str, path: Path) -> None:
     figure = Figure(figsize=(8, 7 if scaled else 6), layout="constrained")
     panels = figure.subplots(2 + scaled, 1, sharex=True, height_ratios=[3, 1, 1][: 2 + scaled])
     _draw_loss(panels[0], rows)
-    panels[0].set_title(title, fontsize=10, loc="left", wrap=True)
+    panels[0].set_title(no_math(title), fontsize=10, loc="left", wrap=True)
     panels[1].plot(*_column(rows, "learning_rate"), color="#4a4a4a", linewidth=1)
     panels[1].set_ylabel("learning rate")
     panels[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))

@@ -12,6 +12,7 @@ Knows nothing of what the objects are.
 from __future__ import annotations
 
 import contextlib
+import glob
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -47,6 +48,8 @@ def as_url(place: str | Path) -> str | None:
         raise InputError(f"{text} is on this machine; write it without {scheme}://")
     if not path:
         raise InputError(f"{text} names no place; write {scheme}://BUCKET/RUN")
+    if "::" in path:
+        raise InputError(f"{text} would be read as a chain of stores; choose a name without ::")
     return f"{scheme}://{path}"
 
 
@@ -143,8 +146,12 @@ class Store:
         """Removes objects, in any order; what is not there need not be removed."""
         paths = self._paths(names)
         with self._explained(), contextlib.suppress(FileNotFoundError):
-            if paths:
-                self._files.rm(paths)
+            # `rm`, which removes many at a time, takes each path for a pattern.
+            literal = [path for path in paths if glob.escape(path) == path]
+            if literal:
+                self._files.rm(literal)
+            for path in set(paths).difference(literal):
+                self._files.rm_file(path)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -7,6 +7,7 @@ steps are computed.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import jax
 
+from lmjax.filenames import printable
 from lmjax.numerics.telemetry import draw_telemetry
 from lmjax.train.agreement import is_first
+from lmjax.train.decoration import decoration
 from lmjax.train.errors import StorageFailed
 from lmjax.train.log import StepLog
 from lmjax.train.metrics import (
@@ -112,9 +115,14 @@ def record_result(run: Run, loss: float) -> dict[str, Any]:
 def draw(run: Run) -> None:
     """Draws the curves of a run, and what its telemetry has counted, if anything."""
     rows = read_rows(run.workdir / "metrics.jsonl")
-    title = f"{run.workdir.name}   {run.config.precision}"
-    if rows:
-        draw_curves(rows, title, run.workdir / "curves.png")
+    title = printable(f"{run.workdir.name}   {run.config.precision}")
     telemetry = read_rows(run.workdir / "telemetry.jsonl")
-    if telemetry:
-        draw_telemetry(telemetry, title, run.workdir)
+    with warnings.catch_warnings():
+        # A font without some glyph is nothing that the reader could mend.
+        warnings.simplefilter("ignore")
+        if rows:
+            with decoration("curves.png", run.note):
+                draw_curves(rows, title, run.workdir / "curves.png")
+        if telemetry:
+            with decoration("telemetry.png", run.note):
+                draw_telemetry(telemetry, title, run.workdir)

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import jax
 
 from lmjax.data import DataConfig
+from lmjax.filenames import expanded
 from lmjax.train import claim as claims
 from lmjax.train import manifest
 from lmjax.train.claim import Claim
@@ -76,7 +77,7 @@ def staged(workdir: str | Path, cache: Path, note: Callable[[str], None]) -> Ite
     """
     url = as_url(workdir)
     if url is None:
-        yield Staged(Path(workdir), lambda steps: None)
+        yield Staged(local_path(workdir), lambda steps: None)
         return
     if jax.process_count() > 1:
         raise InputError(
@@ -97,6 +98,11 @@ def staged(workdir: str | Path, cache: Path, note: Callable[[str], None]) -> Ite
                 mirror.pull()
             note(f"{url} is copied in {workdir}")
             yield Staged(workdir, mirror.hold)
+
+
+def local_path(workdir: str | Path) -> Path:
+    """The directory of this machine that was named; in a string, as it was typed, `~` is a home."""
+    return workdir if isinstance(workdir, Path) else expanded(workdir)
 
 
 class Mirror:
@@ -251,7 +257,7 @@ def fetched(workdir: str | Path, *, checkpoint: bool = True) -> Iterator[Path]:
     """
     url = as_url(workdir)
     if url is None:
-        yield Path(workdir)
+        yield local_path(workdir)
         return
     folder = _made(url, DataConfig().cache_path, "read")
     directory = folder / url.rpartition("/")[2]

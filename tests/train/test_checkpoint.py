@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from run_helpers import ROOT
+from run_helpers import NAMES, ROOT
 
+from lmjax.train import manifest
 from lmjax.train.checkpoint import CheckpointError, Checkpoints
 
 
@@ -66,6 +67,55 @@ OTHERS = {
     "shape": ({"kernel": jax.ShapeDtypeStruct((3, 3), jnp.float32)}, "kernel", "float32[3, 3]"),
     "missing": ({"bias": jax.ShapeDtypeStruct((3,), jnp.float32)}, "bias", "nothing"),
 }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_directory_of_any_name_can_be_written_and_read(name: str, tmp_path: Path) -> None:
+    saved(tmp_path / name, small_state(), steps=(1, 2, 3))
+    reader = Checkpoints(tmp_path / name)
+    assert reader.steps() == [2, 3]
+    assert reader.newest_intact() == 3
+    restored = reader.restore(3, template(small_state())).state
+    jax.tree.map(np.testing.assert_array_equal, restored, small_state())
+
+
+def test_what_cannot_be_restored_costs_no_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "b[1]"
+    saved(folder, small_state(), keep=1)
+    # Orbax finds nothing in a folder whose name is a pattern; every file in it is intact.
+    monkeypatch.setattr("lmjax.train.checkpoint.plain", lambda path: path)
+    mirrored: list[Any] = []
+    checkpoints = Checkpoints(folder, 1, mirror=mirrored.append)
+    checkpoints.save(2, small_state(), {}, {})
+    with pytest.raises(CheckpointError, match=r"2 was written but cannot be .* step 1 is kept"):
+        checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    assert mirrored == []
+    manifest.check(folder / "damaged" / "2")
+    monkeypatch.undo()
+    restored = Checkpoints(folder).restore(1, template(small_state())).state
+    jax.tree.map(np.testing.assert_array_equal, restored, small_state())
+
+
+def test_the_first_checkpoint_of_a_launch_is_read_back_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, small_state(), keep=1)
+    saved(tmp_path / "other", small_state(2.0))
+
+    def seal(folder: Path) -> None:
+        """The arrays of another state, which can be read, get into the folder."""
+        shutil.rmtree(folder / "state")
+        shutil.copytree(tmp_path / "other" / "1" / "state", folder / "state")
+
+    monkeypatch.setattr(manifest, "seal", seal)
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(2, small_state(), {}, {})
+    with pytest.raises(CheckpointError, match=r"kernel comes back with other values .* 1 is kept"):
+        checkpoints.wait()
+    assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize("other", OTHERS)
@@ -324,8 +374,6 @@ def test_a_checkpoint_that_disappears_while_it_is_read_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process that trains has made a newer one meanwhile, and removed this one."""
-    from lmjax.train import manifest
-
     saved(tmp_path, small_state(), steps=(3, 5))
     check = manifest.check
 
@@ -344,7 +392,6 @@ def test_a_checkpoint_that_disappears_while_it_is_read_is_not_damaged(
 def test_a_failed_write_says_why_and_leaves_the_one_before(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmjax.train import manifest
     from lmjax.train.errors import StorageFailed
 
     def fail(folder: Path) -> None:

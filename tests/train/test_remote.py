@@ -23,7 +23,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from run_helpers import finish, result, rows, start, tiny, tiny_flags, untimed
+from run_helpers import NAMES, finish, result, rows, start, tiny, tiny_flags, untimed
 
 from experiments import quickstart
 from lmjax import cli
@@ -250,6 +250,23 @@ def test_a_manifest_comes_last_and_goes_first(
         ("remove", "checkpoints/10/manifest.sha256"),
         *(("remove", f"checkpoints/10/{file}") for file in files),
     ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_of_any_name_is_written_removed_and_read(
+    name: str, machine: Callable[[], Machine]
+) -> None:
+    url = f"memory://bucket/{name}"
+    with machine().training(url) as (workdir, mirror):
+        for step in (10, 20):
+            checkpoint(workdir, step)
+            mirror([step])
+        shutil.rmtree(workdir / "checkpoints" / "10")
+    assert sealed(url) == [20]
+    assert all("/10/" not in name for name in Store(url).names())
+    assert "owner.json" not in Store(url).names()
+    with machine().training(url) as (workdir, _):
+        assert local_steps(workdir) == [20]
 
 
 def test_without_its_manifest_a_checkpoint_is_not_there(
@@ -563,6 +580,7 @@ def test_urls_and_paths() -> None:
         (Path("s3://bucket/run"), "looks like a URL"),
         ("file:///tmp/run", "write it without file://"),
         ("s3://", "names no place"),
+        ("s3://bucket/a::b", "chain of stores"),
     ],
 )
 def test_what_only_looks_like_a_url_is_refused(place: str | Path, message: str) -> None:

@@ -1,0 +1,90 @@
+"""What a checkpoint has to give back when it is read: compared before an older one is given up.
+
+Knows arrays and digests; nothing of how checkpoints are read.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax.precision import paths
+
+Description = tuple[tuple[int, ...], np.dtype]
+"""Shape and dtype of an array."""
+
+
+class NotRestorable(ValueError):
+    """A checkpoint gives back something else than was written."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The arrays of a state, as they have to come back.
+
+    Attributes:
+      arrays: shape and dtype of each array, as a pytree like the state.
+      content: path, slices and CRC-32 of each part of each array that lives on this process's
+        devices; None if the content is not to be compared.
+    """
+
+    arrays: Any
+    content: list[tuple[str, tuple[slice, ...], int]] | None
+
+    @classmethod
+    def of(cls, state: Any, *, content: bool) -> Proof:
+        """The proof that a state asks for.
+
+        Args:
+          state: the arrays, which may be donated as soon as this returns.
+          content: also compute digests, for which every array is copied to the host once.
+        """
+        arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        if not content:
+            return cls(arrays, None)
+        digests = [
+            (path, shard.index, _digest(np.asarray(shard.data)))
+            for path, leaf in paths.flatten(state).items()
+            for shard in leaf.addressable_shards
+            if shard.replica_id == 0
+        ]
+        return cls(arrays, digests)
+
+    def template(self) -> Any:
+        """Arrays on the host, without memory of their own, to restore like."""
+        return jax.tree.map(
+            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), self.arrays
+        )
+
+    def compare_descriptions(self, stored: Any) -> None:
+        """Raises `NotRestorable` unless a tree has the same paths, shapes and dtypes."""
+        wanted, found = paths.flatten(self.arrays), paths.flatten(stored)
+        for path in sorted(wanted.keys() | found.keys()):
+            old, new = described(wanted.get(path)), described(found.get(path))
+            if old != new:
+                raise NotRestorable(f"{path} was {in_words(old)} and is {in_words(new)}")
+
+    def compare_content(self, restored: Any) -> None:
+        """Raises `NotRestorable` unless restored arrays hold every bit that was written."""
+        found = paths.flatten(restored)
+        for path, index, digest in self.content or ():
+            if _digest(np.asarray(found[path])[index]) != digest:
+                raise NotRestorable(f"{path} comes back with other values than were written")
+
+
+def described(leaf: Any) -> Description | None:
+    """Shape and dtype of an array, or of what describes one."""
+    return None if leaf is None else (tuple(leaf.shape), np.dtype(leaf.dtype))
+
+
+def in_words(array: Description | None) -> str:
+    """An array's dtype and shape, such as `float32[2, 3]`."""
+    return "nothing" if array is None else f"{array[1].name}{list(array[0])}"
+
+
+def _digest(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
