@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lmjax import stages
 from lmjax.data.config import DataConfig
 from lmjax.data.documents import (
     PreparedDataset,
@@ -171,7 +172,8 @@ def _tokenizer_spec(config: DataConfig) -> list[Any]:
 
 def _make_tokenizer(config: DataConfig, train: Collection[str]) -> Tokenizer:
     if config.tokenizer == "bpe":
-        return train_bpe(train, config.vocab_size)
+        with stages.stage(f"training a bpe tokenizer of {config.vocab_size} tokens"):
+            return train_bpe(train, config.vocab_size)
     if config.tokenizer == "gpt2":
         return load_gpt2(config.tokenizer_files)
     return ByteTokenizer()

@@ -206,7 +206,8 @@ class _StoredDocuments(Documents):
         record = self._records[index]
         # A dataset without ids is told apart by position, which TFDS keeps stable per version.
         identity = record.get("id", str(index))
-        return Document(id=_as_str(identity), text=_as_str(record[self._feature]))
+        text = _as_str(record[self._feature]).removeprefix("\ufeff")  # a byte order mark
+        return Document(id=_as_str(identity), text=text)
 
 
 def _as_str(value: Any) -> str:

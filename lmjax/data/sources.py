@@ -5,6 +5,7 @@ Finds, reads and checks files; knows nothing of TFDS. May import the room's conf
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import importlib.resources
@@ -40,13 +41,21 @@ class SourceFile:
     path: Path
 
     def read(self) -> str:
-        """The text as it stands, line ends included.
+        """The text as it stands, line ends included, but for a byte order mark.
+
+        That is no part of the text: as a character it would begin every document.
 
         Raises:
           DataError: unreadable, empty, or not UTF-8; says where.
         """
         try:
-            text = self.path.read_bytes().decode("utf-8")
+            content = self.path.read_bytes()
+            if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+                raise DataError(
+                    f"{self.path} is UTF-16 or UTF-32, by its byte order mark: convert it to UTF-8 "
+                    "or leave it out"
+                )
+            text = content.decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{self.path} is not UTF-8: bad byte at offset {error.start}; convert the file "
@@ -146,7 +155,7 @@ def _text_files_in(folder: Path) -> tuple[SourceFile, ...]:
 def _no_file(pattern: str, typed: str, matches: Sequence[str]) -> str:
     if os.path.isdir(typed):
         return f"--data.files {pattern!r} is a directory: write {os.path.join(pattern, '*.txt')!r}"
-    if matches:
+    if matches and not any(map(os.path.isdir, matches)):
         return f"--data.files {pattern!r} names no file that can be read: check what it links to"
     return f"--data.files {pattern!r} matches no file: check the path, quote the *"
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lmjax.data.errors import DataError
 from lmjax.data.store import json_sha256
@@ -33,6 +33,11 @@ _END_OF_DOCUMENT = "<|endoftext|>"
 # documents are encoded in chunks of this many characters, this many chunks at once.
 _CHUNK = 1 << 18
 _CHUNKS_AT_ONCE = 32
+# The pieces that GPT-2 divides text into (Radford et al. 2019, section 2.2, and their encoder.py).
+_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Training takes time quadratic in the length of a piece, and text without spaces, such as Chinese
+# or base64, is one. Words, numbers and rules made of dashes are far shorter than this.
+_LONGEST_PIECE = 256
 # Where a text can be cut without changing its byte-level BPE: GPT-2's pre-tokenizer starts a new
 # piece at the first white space after something else, whatever comes before.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
@@ -171,16 +176,30 @@ def _refuse_surrogates(text: str) -> None:
         ) from None
 
 
-def _byte_level(model: models.BPE) -> Backend:
+def _byte_level(model: models.BPE, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Backend:
     backend = Backend(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
+def _bounded_pieces() -> pre_tokenizers.PreTokenizer:
+    """GPT-2's pieces, those of more than `_LONGEST_PIECE` characters cut into such.
+
+    They are cut before characters become bytes, so that no character falls apart.
+    """
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), "isolated"),
+            pre_tokenizers.FixedLength(_LONGEST_PIECE),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens, learnt from `texts`."""
-    backend = _byte_level(models.BPE())
+    """A byte-level BPE of at most `vocab_size` tokens, learnt from `texts` in linear time."""
+    backend = _byte_level(models.BPE(), _bounded_pieces())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[_END_OF_DOCUMENT],
@@ -226,7 +245,7 @@ def load_gpt2(folder: str) -> BPETokenizer:
     try:
         folder = os.fspath(plain(vocab.parent))
         model = models.BPE.from_file(f"{folder}/{vocab.name}", f"{folder}/{merges.name}")
-        backend = _byte_level(model)
+        backend = _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
     # The library raises bare Exceptions.
     except Exception as error:
         raise DataError(

@@ -163,6 +163,27 @@ def test_a_folder_is_not_a_file(tmp_path, cache):
     refused(config, "matches no file", cache)
 
 
+@pytest.mark.parametrize("name", ["a[v2].txt", "texts[v2]/a.txt", "*.txt", "caf\udce9.txt", "a\nb"])
+def test_a_path_that_exists_is_no_pattern(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("This and no other. " * 20)
+    (tmp_path / "other.txt").write_text("Another. " * 20)
+    corpus = tokenized_corpus(DataConfig(dataset="text_files", files=(name,)), window=9)
+    assert corpus.train.size + corpus.validation.size == 19 * 20 + 2
+    assert "other" in corpus.tokenizer.decode(corpus.train)
+
+
+def test_a_directory_and_a_broken_link_are_told_from_a_pattern(tmp_path, cache):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    for name, match in (
+        ("folder", r"is a directory: write .*folder/\*\.txt"),
+        ("link", "links to"),
+    ):
+        refused(DataConfig(dataset="text_files", files=(str(tmp_path / name),)), match, cache)
+
+
 def test_globs_recurse_and_a_file_matched_twice_counts_once(tmp_path):
     for path in ("a/b/c.txt", "d.txt"):
         (tmp_path / "deep" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +199,27 @@ def test_a_file_that_is_not_utf8_is_named_with_the_offset(text_files, tmp_path, 
     refused(config, r"latin.txt is not UTF-8: bad byte at offset 2", cache)
 
 
-@pytest.mark.parametrize("content", ["", " \n\n"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_of_another_encoding_is_named(text_files, tmp_path, cache, encoding):
+    config = text_files(TEXTS)
+    (tmp_path / "texts" / "wide.txt").write_bytes("\ufeffwide".encode(encoding))
+    refused(config, "wide.txt is UTF-16 or UTF-32, by its byte order mark: convert it", cache)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(text_files):
+    plain = tokenized_corpus(text_files(TEXTS), window=9)
+    marked = tokenized_corpus(text_files(["\ufeff" + text for text in TEXTS]), window=9)
+    np.testing.assert_array_equal(marked.train, plain.train)
+    inside = tokenized_corpus(text_files(["a\ufeff" + text for text in TEXTS]), window=9)
+    assert inside.train.size > plain.train.size, "a zero-width space inside is text"
+
+
+def test_line_ends_are_text(text_files):
+    corpus = tokenized_corpus(text_files(["one\r\ntwo\rthree\n" * 9] * 2), window=9)
+    assert corpus.tokenizer.decode(corpus.train) == "one\r\ntwo\rthree\n" * 9
+
+
+@pytest.mark.parametrize("content", ["", " \n\n", "\ufeff"])
 def test_an_empty_file_is_named(text_files, content, cache):
     refused(text_files([TEXTS[0], content]), "001.txt is empty", cache)
 

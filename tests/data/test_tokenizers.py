@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.resources
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers, trainers
 
 from lmjax.data import DataError, load_tokenizer, tokenizers
 from lmjax.data.tokenizers import ByteTokenizer, load_gpt2, train_bpe
@@ -108,6 +110,52 @@ def test_training_yields_the_asked_vocabulary_the_same_each_time():
     assert one.vocab_size == 300
     np.testing.assert_array_equal(one.encode(TEXTS[0]), other.encode(TEXTS[0]))
     assert one.encode(TEXTS[0]).size < len(TEXTS[0])
+
+
+GPT2_PIECES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def pieces(text):
+    return [piece for piece, _ in tokenizers._bounded_pieces().pre_tokenize_str(text)]
+
+
+@given(
+    st.text(max_size=200)
+    | st.text(alphabet="ab1 \n\t'sll-_é日\u3000\r\u2028", max_size=200)
+    | st.text(alphabet=st.sampled_from("I'm we'll  \n12½ـ\u0301_!?"), max_size=200)
+)
+def test_pieces_are_those_of_gpt2_where_none_is_too_long(text):
+    assert pieces(text) == [piece for piece, _ in GPT2_PIECES.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    "text", ["字" * 5000, "QUJD" * 2000, "-" * 3000, " " * 3000, "\U0001f600" * 900]
+)
+def test_text_without_spaces_falls_into_pieces_of_bounded_length(text):
+    """Training is quadratic in their length: a megabyte of Chinese took twelve minutes."""
+    parts = pieces(text)
+    assert max(map(len, parts)) <= 256 * len(text[0].encode())
+    assert len(parts) == -(-len(text) // 256)
+    tokenizer = train_bpe([text], 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_vocabulary_of_ordinary_text_is_what_it_was():
+    folder = importlib.resources.files("lmjax.data.corpora") / "shakespeare"
+    texts = [(folder / f"{play}.txt").read_text("utf-8") for play in ("macbeth", "julius_caesar")]
+    unbounded = tokenizers._byte_level(models.BPE(), GPT2_PIECES)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    unbounded.train_from_iterator(texts, trainer=trainer)
+    tokenizer = train_bpe(texts, 1024)
+    assert (
+        json.loads(tokenizer._backend.to_str())["model"] == json.loads(unbounded.to_str())["model"]
+    )
+    assert tokenizer.encode(texts[0]).tolist() == unbounded.encode(texts[0]).ids
 
 
 @needs_gpt2
