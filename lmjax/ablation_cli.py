@@ -6,8 +6,8 @@ else. A cell that failed is a result and no error.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from lmjax.ablation.report_data import gather, summary
 from lmjax.ablation.report_text import verdicts
 from lmjax.ablation.runner import AblationError, run, with_added_seeds
 from lmjax.ablation.runs import ablation_of
+from lmjax.ablation.words import significant
 from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, parse_flags, print_json, print_table
 from lmjax.train import InputError
 from lmjax.train.locks import lock
@@ -125,26 +126,27 @@ def report_on_runs(runs: Sequence[Path], out: Path | None = None, *, json: bool 
 
     Args:
       runs: their directories; the config of the first is what others are compared with.
-      out: where the report goes; by default into the directory of the run, or the one that holds
-        them all.
+      out: where the report goes, a directory or a page `*.html`; by default into the directory of
+        the only run, or beside the first of several.
       json: print JSON instead of tables.
 
     Raises:
       InputError: one of them holds no run, or two the same.
     """
     ablation, cells = ablation_of(runs)
-    common = Path(os.path.commonpath([run.absolute() for run in runs]))
-    _report(ablation, cells, out or common, json=json)
+    first = runs[0].absolute()
+    _report(ablation, cells, out or (first if len(runs) == 1 else first.parent), json=json)
 
 
-def _report(ablation: Ablation, cells: Sequence[Cell], directory: Path, *, json: bool) -> None:
+def _report(ablation: Ablation, cells: Sequence[Cell], out: Path, *, json: bool) -> None:
     if json:
-        _write_report(ablation, cells, directory)
+        path = _write_report(ablation, cells, out)
+        print(f"the report is {path}", file=sys.stderr)
         print_json(summary(gather(ablation, cells, ablation.monitoring)))
         return
     print(f"{ablation.question}\n")
     _print_cells(ablation, cells)
-    _print_report(ablation, cells, directory)
+    _print_report(ablation, cells, out)
 
 
 def _chosen(ablation: Ablation, launch: Launch) -> Ablation:
@@ -199,7 +201,7 @@ def _print_cells(ablation: Ablation, cells: Iterable[Cell]) -> None:
     """The metric of every cell, arms x seeds, and why the failed ones failed."""
     cells = list(cells)
     words = {
-        (c.arm, c.seed): f"{c.value:.4f}" if c.status == "finished" else c.status for c in cells
+        (c.arm, c.seed): significant(c.value) if c.status == "finished" else c.status for c in cells
     }
     seeds = ablation.all_seeds
     print_table(
@@ -211,20 +213,20 @@ def _print_cells(ablation: Ablation, cells: Iterable[Cell]) -> None:
             print(f"{cell.arm} seed {cell.seed} failed: {cell.reason}")
 
 
-def _print_report(ablation: Ablation, cells: Sequence[Cell], directory: Path) -> None:
+def _print_report(ablation: Ablation, cells: Sequence[Cell], out: Path) -> None:
     """Writes the report, prints its verdicts and says where it is."""
-    path = _write_report(ablation, cells, directory)
+    path = _write_report(ablation, cells, out)
     if len(ablation.arms) > 1:
         print()
         print_table(*verdicts(gather(ablation, cells, ablation.monitoring)))
     print(f"\nthe report is {path}")
 
 
-def _write_report(ablation: Ablation, cells: Sequence[Cell], directory: Path) -> Path:
+def _write_report(ablation: Ablation, cells: Sequence[Cell], out: Path) -> Path:
+    locks = out / "locks"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Commands that share a directory end at the same moment.
-        with lock(directory / "locks" / "report"):
-            return write_report(ablation, cells, directory, monitoring=ablation.monitoring)
+        # Commands that share the directory of an ablation end at the same moment.
+        with lock(locks / "report") if locks.is_dir() else contextlib.nullcontext():
+            return write_report(ablation, cells, out, monitoring=ablation.monitoring)
     except OSError as error:
-        raise InputError(f"cannot write the report in {directory}: {error.strerror}") from error
+        raise InputError(f"cannot write the report to {out}: {error.strerror}") from error

@@ -8,23 +8,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json as json_format
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
-from lmjax.ablation.claims import Claim, Judgement, judge, load_claims, order, together
+from lmjax.ablation.account import Account, account, markdown
+from lmjax.ablation.account import read as read_account
+from lmjax.ablation.claims import Claim, Judgement, judge, load_claims, together
 from lmjax.ablation.evidence import Evidence, Outcome
-from lmjax.ablation.grid import Ablation
+from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation.report import write_report
-from lmjax.ablation.report_text import markdown_table
 from lmjax.ablation.runner import AblationError, run_each
 from lmjax.ablation.runner import Outcome as Ended
+from lmjax.ablation.setting import read_environment
+from lmjax.ablation.words import counted
 from lmjax.ablation_cli import parse_seeds
 from lmjax.cli import print_json, print_table
 from lmjax.train import InputError, TrainingFailed
 from lmjax.train.metrics import replace_text
+from lmjax.train.run_directory import environment
 
 CLAIMS = "experiments.ablations"
 RECORD, TABLE = "claim.json", "claims.md"
@@ -82,18 +89,21 @@ def replay(
     planned = [(claim, _ablation(claim, large, seeds)) for claim in claims]
     ablations = [ablation for _, ablation in planned if ablation is not None]
     outcomes = run_each(ablations, workdir / "runs", processes=processes)
-    judgements = []
+    judgements, records = [], []
     with contextlib.closing(outcomes):
         for claim, ablation in planned:
-            evidence = Evidence() if ablation is None else _evidence(outcomes, workdir)
-            if evidence is None:
+            ended = None if ablation is None else _ended(outcomes)
+            if ended is not None and ended.stopped_by is not None:
                 return None
-            judgements.append(judge(claim, evidence))
-            _write(judgements[-1], workdir)
+            judgement = judge(claim, Evidence(*_runs(ended)))
+            told = _account(judgement, ended)
+            page = _write(claim, told, ended, workdir)
+            judgements.append(judgement)
+            records.append(_record(claim, told))
             if not json:
-                _print(judgements[-1])
+                _print(told, page)
     if json:
-        print_json([_as_json(judgement) for judgement in judgements])
+        print_json(records)
     elif len(judgements) > 1:
         _print_summary(judgements)
     return together(judgement.outcome for judgement in judgements)
@@ -111,16 +121,22 @@ def _ablation(claim: Claim, large: bool, seeds: str | None) -> Ablation | None:
         raise InputError(str(error)) from error
 
 
-def _evidence(outcomes: Iterator[Ended], workdir: Path) -> Evidence | None:
-    """The runs of the next ablation, all done; None if a signal stopped them."""
+def _ended(outcomes: Iterator[Ended]) -> Ended:
+    """The next ablation, with all its runs done or stopped by a signal."""
     try:
-        outcome = next(outcomes)
+        return next(outcomes)
     except AblationError as error:
         raise TrainingFailed(f"{error}; run the same command again to go on") from error
-    if outcome.stopped_by is not None:
-        return None
-    write_report(outcome.ablation, outcome.cells, workdir / outcome.ablation.name)
-    return Evidence(outcome.ablation, outcome.cells)
+
+
+def _runs(ended: Ended | None) -> tuple[Ablation | None, tuple[Cell, ...]]:
+    return (None, ()) if ended is None else (ended.ablation, ended.cells)
+
+
+def _account(judgement: Judgement, ended: Ended | None) -> Account:
+    ablation, cells = _runs(ended)
+    there = [environment()] if ended is None else [read_environment(c.directory) for c in cells]
+    return account(judgement, ablation, there)
 
 
 def list_claims(*, json: bool = False) -> None:
@@ -140,20 +156,33 @@ def list_claims(*, json: bool = False) -> None:
 def _size(claim: Claim) -> str:
     if claim.ablation is None:
         return "none"
-    return f"{len(claim.ablation.arms)} arms x {len(claim.ablation.seeds)} seeds"
+    arms, seeds = claim.ablation.arms, claim.ablation.seeds
+    return f"{counted(len(arms), 'arm')} x {counted(len(seeds), 'seed')}"
 
 
-def _print(judgement: Judgement) -> None:
-    """The claim, what its paper reports, and each finding."""
-    claim, console = judgement.claim, Console(highlight=False)
-    say = lambda text: console.print(text, markup=False, soft_wrap=True)
-    say(f"\n{claim.number} {claim.name}: {judgement.outcome}")
-    say(f"{claim.statement} ({claim.source})")
-    for row in claim.paper:
-        say(f"  paper: {row.setting}: {row.result}")
-    print_table(
-        ("", "here", "found"), ((f.outcome, f.statement, f.found) for f in judgement.findings)
-    )
+def _print(told: Account, page: Path) -> None:
+    """The claim, each finding, the paper's numbers beside ours, what was run, and the scope."""
+    # A line is wrapped in a terminal, and never in a file or a pipe.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
+
+    def say(text: str, indent: int = 0) -> None:
+        console.print(Padding(Text(text), (0, 0, 0, indent), expand=False))
+
+    console.print()
+    say(f"{told.number} {told.name}: {told.outcome}")
+    say(f"{told.statement} ({told.source})")
+    for outcome, statement, found, judged in told.finding_rows():
+        say(f"{outcome}: {statement}", 2)
+        say(f"found: {found}", 4)
+        say(judged, 4)
+    for setting, result, here in told.paper_rows():
+        say(f"as published: {setting}{': ' * bool(result)}{result}", 2)
+        if here:
+            say(f"here: {here}", 4)
+    for name, value in told.ran.items():
+        say(f"{name}: {value}", 2)
+    say(f"scope: {told.scope}", 2)
+    say(f"the report is {page}", 2)
 
 
 def _print_summary(judgements: Sequence[Judgement]) -> None:
@@ -174,37 +203,25 @@ def _count(judgement: Judgement, outcome: str) -> int:
     return sum(finding.outcome == outcome for finding in judgement.findings)
 
 
-def _write(judgement: Judgement, workdir: Path) -> None:
-    """Records a judgement, and writes the table of all that the directory holds."""
-    directory = workdir / judgement.claim.name
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json_format.dumps(_as_json(judgement), indent=2, ensure_ascii=False)
+def _write(claim: Claim, told: Account, ended: Ended | None, workdir: Path) -> Path:
+    """Records an account, writes its report and the table of all accounts in the directory.
+
+    Returns:
+      The path of the report.
+    """
+    directory = workdir / told.name
+    page = write_report(*_runs(ended), directory, account=told)
+    text = json_format.dumps(_record(claim, told), indent=2, ensure_ascii=False)
     replace_text(directory / RECORD, text + "\n")
-    replace_text(workdir / TABLE, _markdown(workdir))
+    paths = list(workdir.glob(f"*/{RECORD}"))
+    records = [read_account(json_format.loads(path.read_text("utf-8"))) for path in paths]
+    reported = [path.parent.name for path in paths if (path.parent / "report.html").exists()]
+    replace_text(workdir / TABLE, markdown(records, reported))
+    return page
 
 
-def _markdown(workdir: Path) -> str:
-    """Every judgement that is recorded in a directory, as a Markdown table."""
-    records = [
-        json_format.loads(path.read_text(encoding="utf-8")) for path in workdir.glob(f"*/{RECORD}")
-    ]
-    header = ("", "claim", "outcome", "here", "as published")
-    rows = (_row(record, workdir) for record in sorted(records, key=lambda r: order(r["number"])))
-    return "\n".join(["# Published claims, replayed", "", *markdown_table(header, rows), ""])
-
-
-def _row(record: dict[str, Any], workdir: Path) -> tuple[str, ...]:
-    name, title = record["name"], record["title"]
-    reported = (workdir / name / "report.html").exists()
-    here = [f"{f['outcome']}: {f['statement']}: {f['found']}" for f in record["findings"]]
-    paper = [f"{row['setting']}: {row['result']}" for row in record["paper"]]
-    return (
-        record["number"],
-        f"[{title}]({name}/report.html)" if reported else title,
-        record["outcome"],
-        "<br>".join(here),
-        "<br>".join([record["source"], *paper]),
-    )
+def _record(claim: Claim, told: Account) -> dict[str, Any]:
+    return {**_about(claim), **told.as_json()}
 
 
 def _about(claim: Claim) -> dict[str, Any]:
@@ -217,12 +234,4 @@ def _about(claim: Claim) -> dict[str, Any]:
         "paper": [row._asdict() for row in claim.paper],
         "hardware_for_large": claim.hardware,
         "quick": claim.quick,
-    }
-
-
-def _as_json(judgement: Judgement) -> dict[str, Any]:
-    return {
-        **_about(judgement.claim),
-        "outcome": judgement.outcome,
-        "findings": [finding._asdict() for finding in judgement.findings],
     }

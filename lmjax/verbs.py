@@ -257,7 +257,7 @@ def report(
     Args:
       directories: Of ablations, each of which gets its report; or of runs, which are compared with
         the first of them. Runs may be in an object store: s3://BUCKET/RUN.
-      out: Where the comparison of runs goes, if not the directory that holds them.
+      out: Where the comparison of runs goes, a directory or a page *.html, if not beside the first.
       json: Print JSON.
     """
     if not directories:

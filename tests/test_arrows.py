@@ -59,6 +59,7 @@ CONFINED = {
     "submitit": ("ablation/pools.py",),
     "tensorboardX": ("train/metrics.py",),
     "jmp": ("precision/",),
+    "jinja2": ("ablation/report_page.py",),
 }
 """Where a framework may be imported."""
 

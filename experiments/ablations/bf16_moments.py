@@ -23,13 +23,16 @@ import optax
 
 from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
-from lmjax.ablation.evidence import Evidence, Finding, holds
+from lmjax.ablation.evidence import Evidence, Finding, Margin, holds
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation_cli import run_ablation
 from lmjax.precision import exact, parse_policy
 from lmjax.storage import with_stored_moments
 from lmjax.train import Config
 
+SAME = Margin.within(
+    0.01, "rounding b2 itself to bf16 moved two seeds by 0.006 and 0.009 nats, for the better"
+)
 DECAYS = (0.99, 0.95, 0.999)
 
 
@@ -78,7 +81,7 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
     for b2 in (0.999, 0.99, 0.95):
         narrow, wide = second_moments("bf16", b2), second_moments("f32", b2)
         left = [float(np.mean(moments[after] / moments[peak])) for moments in (narrow, wide)]
-        found = f"to {left[0]:.3f} of what they were, f32 to {left[1]:.3f}"
+        found = f"to {left[0]:.4g} of what they were, f32 to {left[1]:.4g}"
         if b2 == 0.999:
             never = bool(np.all(np.diff(narrow, axis=0) >= 0))
             yield holds(f"at {b2} no second moment in bf16 ever falls", found, never)
@@ -86,7 +89,9 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
             alike = bool(np.allclose(narrow[after], wide[after], rtol=0.2))
             yield holds(f"at {b2} they fall as in f32, within 20% after 50 steps", found, alike)
     for b2 in (0.99, 0.95):
-        yield evidence.parity(f"at {b2} moments in bf16 are within 0.01 of f32", f"bf16_{b2}", 0.01)
+        yield evidence.between(
+            f"at {b2} moments in bf16 are within 0.01 of f32", f"bf16_{b2}", SAME
+        )
 
 
 def claim() -> Claim:
@@ -107,7 +112,11 @@ def claim() -> Claim:
             PaperRow(
                 "DeepSeek-V3, both moments in bf16, f32 master weights and gradients",
                 "no observable degradation",
+                ("bf16_0.95",),
             ),
+        ),
+        scope=(
+            "models of DeepSeek-V3's size, or about moments that have to fall after long training"
         ),
         judge=judge,
         ablation=ablation(),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
-from lmjax.ablation.evidence import Evidence, Finding, holds, watched
+from lmjax.ablation.evidence import WORSE, Evidence, Finding, Margin, holds, watched
 from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation_cli import run_ablation
 from lmjax.precision import exact, parse_policy
@@ -27,6 +27,9 @@ from lmjax.storage import apply_updates, initial_residuals
 from lmjax.train import Config
 
 SMALL, USUAL = 2e-4, 1e-3
+STALL = Margin.at_least(
+    0.08, "it is half of the 0.164 and 0.166 nats that two seeds of a similar model had shown"
+)
 
 
 def ablation(base: Config | None = None) -> Ablation:
@@ -83,14 +86,18 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
     yield holds(
         "Kahan's residual survives compilation on this backend", f"{kept:g}", kept == 2.0**-10
     )
-    yield evidence.gap("at 2e-4 nearest rounding is worse by 0.08 nats", "nearest", 0.08)
+    yield evidence.gap("at 2e-4 nearest rounding is worse by 0.08 nats", "nearest", STALL)
     yield evidence.exceeds(
         "its gap at 2e-4 is more than twice that at 1e-3", "nearest", "nearest_1e-3", factor=2.0
     )
-    yield evidence.parity("stochastic rounding is within 0.005 of f32 weights", "stochastic", 0.005)
-    yield evidence.parity("Kahan summation is within 0.005 of f32 weights", "kahan", 0.005)
+    yield evidence.between(
+        "stochastic rounding is within 0.005 of f32 weights", "stochastic", recipes.PARITY
+    )
+    yield evidence.between(
+        "Kahan summation is within 0.005 of f32 weights", "kahan", recipes.PARITY
+    )
     yield evidence.gap(
-        "nearest rounding is worse than stochastic (A6)", "nearest", 0.0, control="stochastic"
+        "nearest rounding is worse than stochastic (A6)", "nearest", WORSE, control="stochastic"
     )
     yield evidence.in_every_run(
         "nearest rounding leaves more than 90% of the weights unchanged in a step",
@@ -118,7 +125,12 @@ def claim() -> Claim:
             PaperRow(
                 "validation accuracy that both repairs win back, seven applications",
                 "up to 7% absolute; they end -0.1% to +0.2% from 32-bit training",
+                ("stochastic", "kahan"),
             ),
+        ),
+        scope=(
+            "the paper's seven applications, or about the lag of stochastic rounding behind "
+            "f32 weights, which takes 10,000 steps or more to show"
         ),
         judge=judge,
         ablation=ablation(),

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
-from lmjax.ablation.evidence import Evidence, Finding
+from lmjax.ablation.evidence import WORSE, Evidence, Finding
 from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation_cli import run_ablation
 from lmjax.inference import evaluate, load_model
@@ -61,7 +61,7 @@ def damage(cell: Cell, bits: int) -> float:
 
 def judge(evidence: Evidence) -> Iterator[Finding]:
     """The order of bits in training, and of tokens afterwards."""
-    yield evidence.gap("trained with 6-bit weights a model is worse than in f32", "int6", 0.0)
+    yield evidence.gap("trained with 6-bit weights a model is worse than in f32", "int6", WORSE)
     yield evidence.exceeds("4 bits cost more than 6", "int4", "int6", factor=1.0)
     yield evidence.exceeds("3 bits cost more than 4", "int3", "int4", factor=1.0)
     short = evidence.cells("f32")
@@ -72,7 +72,8 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
             ("f32_longer",),
             functools.partial(growth, bits),
             lambda growth: growth > 0,
-            form="{:+.4f}",
+            form="{:+.4g}",
+            about=f"afterwards{bits}",
         )
 
 
@@ -91,7 +92,12 @@ def claim() -> Claim:
             PaperRow(
                 "over 465 runs of models up to 1.7 billion parameters on up to 26 billion tokens",
                 "more training data can be harmful if the model is quantized afterwards",
+                tuple(f"afterwards{bits}" for bits in AFTERWARDS),
             ),
+        ),
+        scope=(
+            "the scaling law itself: one size of model and two lengths of training cannot fit"
+            " one, and the paper's sizes begin at 30 million parameters"
         ),
         judge=judge,
         ablation=ablation(),

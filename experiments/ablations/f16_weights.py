@@ -19,12 +19,15 @@ from collections.abc import Iterator
 from experiments.ablations import recipes
 from experiments.ablations.bf16_weights import unchanged
 from lmjax.ablation.claims import Claim, PaperRow
-from lmjax.ablation.evidence import Evidence, Finding
+from lmjax.ablation.evidence import Evidence, Finding, Margin
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation_cli import run_ablation
 from lmjax.train import Config
 
 USUAL: dict[str, object] = {"learning_rate": 1e-3}
+STALL = Margin.at_least(
+    0.03, "it is about half of the 0.07 nats that two seeds of a similar model had shown at 3e-5"
+)
 SMALL: dict[str, object] = {"learning_rate": 1e-5, "schedule": "constant"}
 
 
@@ -54,8 +57,10 @@ def ablation(base: Config | None = None) -> Ablation:
 
 def judge(evidence: Evidence) -> Iterator[Finding]:
     """Parity at the usual rate, a gap at the small one, and the weights that stand still."""
-    yield evidence.parity("at 1e-3 f16 weights are within 0.005 of f32 weights", "f16_1e-3", 0.005)
-    yield evidence.gap("at a constant 1e-5 f16 weights are worse by 0.03 nats", "f16", 0.03)
+    yield evidence.between(
+        "at 1e-3 f16 weights are within 0.005 of f32 weights", "f16_1e-3", recipes.PARITY
+    )
+    yield evidence.gap("at a constant 1e-5 f16 weights are worse by 0.03 nats", "f16", STALL)
     yield evidence.in_every_run(
         "there f16 leaves more than a third of the weights unchanged in a step",
         ("f16",),
@@ -82,7 +87,12 @@ def claim() -> Claim:
             PaperRow(
                 "Mandarin speech recognition, f16 weights updated directly, as a summary quotes it",
                 "80% relative loss of accuracy",
+                ("f16",),
             ),
+        ),
+        scope=(
+            "speech recognition, the paper's 215 million parameters, or losses of accuracy "
+            "after long training"
         ),
         judge=judge,
         ablation=ablation(),

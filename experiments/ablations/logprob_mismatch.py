@@ -69,6 +69,8 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
         ("f32",),
         ratio_of_errors,
         lambda ratio: 6 <= ratio <= 10,
+        about="ratio",
+        why="f16 has three more bits of significand, so theory says 8",
     )
 
 
@@ -87,7 +89,11 @@ def claim() -> Claim:
             PaperRow(
                 "reinforcement learning of models from 1.5 to 30 billion parameters",
                 "f16 removes the mismatch",
+                ("ratio",),
             ),
+        ),
+        scope=(
+            "reinforcement learning, where the mismatch does its harm, or about mixtures of experts"
         ),
         judge=judge,
         ablation=ablation(),

@@ -112,20 +112,22 @@ def judge(evidence: Evidence) -> Iterator[Finding]:
         decibels = gain(number_format, 2.0**exponent)
         yield holds(
             f"beside an outlier of 2^{exponent} tiles win 10 dB in {number_format}, or more",
-            f"{decibels:.1f} dB",
+            f"{decibels:.4g} dB",
             decibels >= 10,
         )
     decibels = gain("e4m3", 2.0**8)
     yield holds(
         "beside an outlier of 2^8 they win less than 1 dB in e4m3",
-        f"{decibels:.1f} dB",
+        f"{decibels:.4g} dB",
         decibels < 1,
     )
     alone, promoted = summation_error(CHANNELS), summation_error(TILE)
     yield holds(
         f"{CHANNELS} terms summed in 14 bits are 10 times as wrong as {TILE} at a time, or more",
-        f"{alone:.2e} against {promoted:.2e}, {alone / promoted:.0f} times",
+        f"{alone:.4g} against {promoted:.4g}, {alone / promoted:.0f} times",
         alone >= 10 * promoted,
+        about="narrow_sum",
+        why="positive terms make the error grow with their number, and 4096 is 32 times 128",
     )
 
 
@@ -148,7 +150,12 @@ def claim() -> Claim:
             PaperRow(
                 "sums of 4096 terms in the tensor cores of an H800, largest relative error",
                 "nearly 2%",
+                ("narrow_sum",),
             ),
+        ),
+        scope=(
+            "training: neither about the loss of models with 16 or 230 billion parameters, "
+            "nor about outliers as they really occur"
         ),
         judge=judge,
         ablation=None,

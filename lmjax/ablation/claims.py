@@ -27,10 +27,17 @@ from lmjax.ablation.grid import Ablation
 
 
 class PaperRow(NamedTuple):
-    """One result as it was published: what was measured, under which name, and what came out."""
+    """One result as it was published.
+
+    Attributes:
+      setting: what was measured, and under which name.
+      result: what came out.
+      here: what findings about the same are about (`Finding.about`); empty: it is not measured.
+    """
 
     setting: str
     result: str
+    here: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ class Claim:
       title: a few words.
       statement: what is claimed, in a sentence.
       source: authors, year, arXiv number, table or section.
-      paper: results as published, to be shown beside ours.
+      paper: results as published, to be shown beside ours; those alone that were read in the
+        source or are marked as quoted by a summary.
+      scope: what the small version says nothing about, as the end of a sentence.
       judge: findings, from the runs of `ablation`; without one it measures arithmetic itself.
       ablation: the small version; None where no training is needed.
       large: the same arms at the size of the paper, or the nearest that this model can be; not run
@@ -58,6 +67,7 @@ class Claim:
     statement: str
     source: str
     paper: tuple[PaperRow, ...]
+    scope: str
     judge: Callable[[Evidence], Iterable[Finding]]
     ablation: Ablation | None
     large: Ablation
@@ -95,12 +105,19 @@ def judge(claim: Claim, evidence: Evidence) -> Judgement:
     """The findings of a claim.
 
     Raises:
-      ValueError: there are none, or a sentence stands there twice.
+      ValueError: there are none, a sentence stands there twice, a margin has no reason, or a row of
+        the paper refers to a finding that is not there.
     """
     findings = list(claim.judge(evidence))
     sentences = [finding.statement for finding in findings]
     if not findings or len(set(sentences)) < len(sentences):
         raise ValueError(f"claim {claim.name} has findings {sentences}; give each its own sentence")
+    for finding in findings:
+        if finding.asked and not finding.why:
+            raise ValueError(f"claim {claim.name}: say why {finding.statement!r} has this margin")
+    unknown = {name for row in claim.paper for name in row.here} - {f.about for f in findings}
+    if unknown:
+        raise ValueError(f"claim {claim.name}: no finding is about {', '.join(sorted(unknown))}")
     return Judgement(claim, findings)
 
 

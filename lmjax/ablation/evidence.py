@@ -9,39 +9,98 @@ Two kinds of sentences are statistical, about differences that are paired by see
                interval lies inside the range); refuted if that interval lies outside it. `parity`
                is the range from `-margin` to `margin`; a range may have no upper end.
 
-One seed decides neither. A run that failed is worse by any amount than one that did not; seeds on
-which the control failed say nothing and are left out.
+Both are read off one interval, the 90% t interval of the mean: its lower end is the one-sided 95%
+bound of a gap, and it is the interval of two one-sided tests at 5%. It is the only one shown. Every
+bound is a `Margin`, which says why it was chosen.
+
+One seed decides neither, two are marked as provisional. A run that failed is worse by any amount
+than one that did not; seeds on which the control failed say nothing and are left out.
 
 All others are exact: a count, a bound, an arithmetic fact. They hold or not, once there are runs.
 
-Knows the files of runs and `statistics.py`.
+Knows the files of runs, `statistics.py` and `words.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation.statistics import ALPHA, Estimate, gap_test
-from lmjax.ablation.verdict import plus_minus
+from lmjax.ablation.statistics import ALPHA, Estimate, Interval, gap_test, smallest_detectable
+from lmjax.ablation.words import counted, percent, seeds_in_words, signed, size
 from lmjax.train.metrics import read_rows
 
 Outcome = Literal["confirmed", "refuted", "undecided"]
 
 
+@dataclass(frozen=True)
+class Margin:
+    """Between which differences a finding has to lie, and why there.
+
+    Attributes:
+      low: in the unit of the metric.
+      high: infinite for a gap.
+      why: the reason for the bound, as part of a sentence.
+    """
+
+    low: float
+    high: float
+    why: str
+
+    @classmethod
+    def within(cls, reach: float, why: str) -> Margin:
+        """No more than `reach` to either side of zero."""
+        return cls(-reach, reach, why)
+
+    @classmethod
+    def at_least(cls, gap: float, why: str) -> Margin:
+        """Worse by `gap` or more."""
+        return cls(gap, math.inf, why)
+
+    def __str__(self) -> str:
+        """What was asked for: `within ±0.005`, `above +0.08`, `-0.005 to +0.03`."""
+        if self.high == -self.low:
+            return f"within ±{self.high:g}"
+        if self.high == math.inf:
+            return f"above {self.low:+g}" if self.low else "above 0"
+        return f"{self.low:+g} to {self.high:+g}"
+
+
+WORSE = Margin.at_least(0.0, "the direction is claimed, not the size")
+
+
 class Finding(NamedTuple):
-    """A sentence, what was found about it, and how it came out."""
+    """A sentence, what was found about it, and how it came out.
+
+    Attributes:
+      statement: that was to be tested.
+      found: the number, with its interval if it has one.
+      outcome: how the sentence came out.
+      about: the arm, or another name by which rows of a paper refer to it; may be empty.
+      asked: the margin in words; empty for exact statements.
+      why: why this margin.
+      power: which effect so many seeds detect; empty for exact statements.
+    """
 
     statement: str
     found: str
     outcome: Outcome
+    about: str = ""
+    asked: str = ""
+    why: str = ""
+    power: str = ""
 
 
-def holds(statement: str, found: str, condition: bool) -> Finding:
+def holds(
+    statement: str, found: str, condition: bool, *, about: str = "", why: str = ""
+) -> Finding:
     """An exact statement."""
-    return Finding(statement, found, "confirmed" if condition else "refuted")
+    return Finding(statement, found, "confirmed" if condition else "refuted", about, why=why)
 
 
 class Evidence:
@@ -74,32 +133,26 @@ class Evidence:
         }
 
     def gap(
-        self, statement: str, arm: str, at_least: float, *, control: str | None = None
+        self, statement: str, arm: str, margin: Margin, *, control: str | None = None
     ) -> Finding:
-        """That an arm is worse than its control by at least so much; see the module."""
+        """That an arm is worse than its control by `margin.low` at least; see the module."""
         differences, lost = self._against(arm, control)
-        outcome = gap_outcome(differences, at_least)
+        outcome = gap_outcome(differences, margin.low)
         if lost:
             outcome = _beside_failures(outcome, differences, lost)
-        return Finding(statement, _in_words(differences, lost), outcome)
-
-    def parity(
-        self, statement: str, arm: str, within: float, *, control: str | None = None
-    ) -> Finding:
-        """That an arm and its control differ by less than so much; see the module."""
-        return self.between(statement, arm, -within, within, control=control)
+        return _finding(statement, arm, margin, outcome, differences, lost)
 
     def between(
-        self, statement: str, arm: str, low: float, high: float, *, control: str | None = None
+        self, statement: str, arm: str, margin: Margin, *, control: str | None = None
     ) -> Finding:
-        """That an arm minus its control lies between two numbers; see the module."""
+        """That an arm minus its control lies in a margin; see the module."""
         differences, lost = self._against(arm, control)
-        outcome = range_outcome(differences, low, high)
-        if lost and high == math.inf:
+        outcome = range_outcome(differences, margin.low, margin.high)
+        if lost and margin.high == math.inf:
             outcome = _beside_failures(outcome, differences, lost)
         elif lost:
             outcome = "refuted" if len(differences) + len(lost) > 1 else "undecided"
-        return Finding(statement, _in_words(differences, lost), outcome)
+        return _finding(statement, arm, margin, outcome, differences, lost)
 
     def exceeds(self, statement: str, arm: str, other: str, *, factor: float) -> Finding:
         """That the difference of an arm from its control is `factor` times that of another arm.
@@ -107,24 +160,26 @@ class Evidence:
         Tested as a gap of 0 of `d_arm - factor * d_other`, paired by seed.
         """
         mine, others = self.differences(arm), self.differences(other)
-        differences = [mine[seed] - factor * others[seed] for seed in mine if seed in others]
-        found = (
-            f"{mean_in_words(list(mine.values()))} against {mean_in_words(list(others.values()))}"
-            if differences
-            else "no runs"
-        )
-        return Finding(statement, found, gap_outcome(differences, 0.0))
+        excess = [mine[seed] - factor * others[seed] for seed in mine if seed in others]
+        times = "" if factor == 1 else f"{factor:g} times "
+        margin = Margin.at_least(0.0, f"it is compared with {times}the difference of {other}")
+        finding = _finding(statement, arm, margin, gap_outcome(excess, 0.0), excess, {})
+        if not excess:
+            return finding
+        pair = (signed(float(np.mean(list(d.values()))), math.inf) for d in (mine, others))
+        found = f"{' against '.join(pair)}; minus {times}that: {finding.found}"
+        return finding._replace(found=found)
 
     def failed(self, statement: str, arm: str) -> Finding:
         """That no run of an arm ends with a finite value."""
         cells = self.cells(arm)
         if not cells:
-            return Finding(statement, "no runs", "undecided")
+            return Finding(statement, "no runs", "undecided", arm)
         reasons = self._failed(arm)
-        found = f"{len(reasons)} of {len(cells)} runs failed"
+        found = f"{len(reasons)} of {counted(len(cells), 'run')} failed"
         if reasons:
             found += f": {_brief(next(iter(reasons.values())))}"
-        return holds(statement, found, len(cells) == len(reasons))
+        return holds(statement, found, len(cells) == len(reasons), about=arm)
 
     def in_every_run(
         self,
@@ -133,7 +188,9 @@ class Evidence:
         measure: Callable[[Cell], float],
         condition: Callable[[float], bool],
         *,
-        form: str = "{:.3g}",
+        form: str = "{:.4g}",
+        about: str = "",
+        why: str = "",
     ) -> Finding:
         """That something measured in a run directory has a property in every run of some arms.
 
@@ -142,16 +199,19 @@ class Evidence:
         """
         cells = [cell for arm in arms for cell in self.cells(arm).values()]
         if not cells:
-            return Finding(statement, "no runs", "undecided")
+            return Finding(statement, "no runs", "undecided", about, why=why)
         reasons = [cell.reason for cell in cells if cell.status == "failed"]
         values = [measure(cell) for cell in cells if cell.status != "failed"]
         words = (
-            [f"{len(reasons)} of {len(cells)} runs failed: {_brief(reasons[0])}"] if reasons else []
+            [f"{len(reasons)} of {counted(len(cells), 'run')} failed: {_brief(reasons[0])}"]
+            if reasons
+            else []
         )
         if values:
             low, high = form.format(min(values)), form.format(max(values))
             words.append(low if low == high else f"{low} to {high}")
-        return holds(statement, "; ".join(words), not reasons and all(map(condition, values)))
+        held = not reasons and all(map(condition, values))
+        return holds(statement, "; ".join(words), held, about=about, why=why)
 
     def _control_of(self, arm: str) -> str:
         assert self.ablation is not None, "a claim without runs has no arms"
@@ -181,14 +241,33 @@ def _beside_failures(
     return "undecided" if outcome == "refuted" else outcome
 
 
-def _in_words(differences: list[float], lost: Mapping[int, str]) -> str:
+def _finding(
+    statement: str,
+    arm: str,
+    margin: Margin,
+    outcome: Outcome,
+    differences: list[float],
+    lost: Mapping[int, str],
+) -> Finding:
     words = []
     if lost:
-        seeds = len(differences) + len(lost)
-        words.append(f"failed on {len(lost)} of {seeds} seeds: {_brief(next(iter(lost.values())))}")
+        seeds = counted(len(differences) + len(lost), "seed")
+        words.append(f"failed on {len(lost)} of {seeds}: {_brief(next(iter(lost.values())))}")
     if differences:
         words.append(mean_in_words(differences))
-    return "; ".join(words) or "no runs"
+    found = "; ".join(words) or "no runs"
+    return Finding(
+        statement, found, outcome, arm, str(margin), margin.why, _power_in_words(differences)
+    )
+
+
+def _power_in_words(differences: list[float]) -> str:
+    """The effect that so many seeds with this spread detect, as four times in five they would."""
+    estimate = Estimate.of(differences)
+    if estimate.n < 2:
+        return ""
+    effect = smallest_detectable(estimate.sd, estimate.n, 2 * ALPHA)
+    return f"smallest detectable effect {size(effect)}" if effect else "no spread over seeds"
 
 
 def _brief(reason: str) -> str:
@@ -200,27 +279,28 @@ def gap_outcome(differences: list[float], at_least: float) -> Outcome:
     """Whether differences exceed a gap; see the module."""
     if gap_test(differences, at_least).passes:
         return "confirmed"
-    estimate = Estimate.of(differences)
-    return "refuted" if estimate.interval(2 * ALPHA).high < at_least else "undecided"
+    return "refuted" if deciding_interval(differences).high < at_least else "undecided"
 
 
 def range_outcome(differences: list[float], low: float, high: float) -> Outcome:
     """Whether differences stay between two numbers; see the module."""
-    interval = Estimate.of(differences).equivalence_interval()
+    interval = deciding_interval(differences)
     if low < interval.low and interval.high < high:
         return "confirmed"
     return "refuted" if interval.low >= high or interval.high <= low else "undecided"
 
 
+def deciding_interval(differences: list[float]) -> Interval:
+    """The 90% interval of the mean that both kinds of findings rest on."""
+    return Estimate.of(differences).interval(2 * ALPHA)
+
+
 def mean_in_words(differences: list[float]) -> str:
-    """The mean with its sign ± half the 95% interval, and the number of seeds."""
-    estimate = Estimate.of(differences)
-    seeds = f"{estimate.n} seed{'s' if estimate.n > 1 else ''}"
-    if estimate.n < 2:
-        return f"{estimate.mean:+.4f} ({seeds})"
-    sign = "-" if estimate.mean < 0 else "+"
-    size = plus_minus(abs(estimate.mean), estimate.interval().half_width, digits=2)
-    return f"{sign}{size} ({seeds})"
+    """The mean with its sign ± half the interval, its level, and the number of seeds."""
+    estimate, interval = Estimate.of(differences), deciding_interval(differences)
+    level = f"{percent(1 - 2 * ALPHA)} interval, " if estimate.n > 1 else ""
+    mean = signed(estimate.mean, interval.half_width)
+    return f"{mean} ({level}{seeds_in_words(estimate.n)})"
 
 
 def last_row(cell: Cell, column: str) -> Any:

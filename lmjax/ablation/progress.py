@@ -20,6 +20,7 @@ from rich.text import Text
 from lmjax import stages
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, State
+from lmjax.ablation.words import significant
 
 
 class Display:
@@ -129,12 +130,12 @@ def _labels(keys_by_arm: Mapping[str, Mapping[int, str]]) -> dict[str, str]:
 
 
 def _outcome(state: State) -> str:
-    return f"failed: {state.reason}" if state.status == "failed" else f"{state.value:.4f}"
+    return f"failed: {state.reason}" if state.status == "failed" else significant(state.value)
 
 
 def _short(state: State, steps: int) -> str:
     if state.status == "failed":
         return "failed"
     if state.status == "finished":
-        return f"{state.value:.4f}"
+        return significant(state.value)
     return "-" if state.step is None else f"{state.step / steps:.0%}"

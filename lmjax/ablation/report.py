@@ -1,11 +1,14 @@
-"""An ablation's run directories to one HTML page and one Markdown table; nothing is trained.
+"""An ablation's run directories to one HTML page and one Markdown file; nothing is trained.
 
 The same files give the same page, byte for byte.
 
-report_data.py   what the report says, worked out from the files of the runs
-report_text.py   how it writes numbers; the Markdown table
-report_html.py   the page
-pictures.py      its charts
+report_data.py    what the report says, worked out from the files of the runs
+curves.py         metrics over steps
+setting.py        what was run
+account.py        the claim that it was run for
+report_text.py    the Markdown
+report_page.py    the page, with report.html.jinja for its layout
+pictures_plot.py  its charts
 """
 
 from __future__ import annotations
@@ -17,37 +20,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmjax.ablation.report_data import gather
-from lmjax.ablation.report_html import page
-from lmjax.ablation.report_text import markdown
+from lmjax.ablation.report_page import page
+from lmjax.ablation.report_text import cells_table, markdown
 from lmjax.ablation.statistics import Monitoring
 from lmjax.train.metrics import replace_text
 
 if TYPE_CHECKING:
+    from lmjax.ablation.account import Account
     from lmjax.ablation.grid import Ablation, Cell
+
+PAGE = "report.html"
 
 
 def write_report(
-    ablation: Ablation,
+    ablation: Ablation | None,
     cells: Iterable[Cell],
-    directory: str | Path,
+    out: str | Path,
     *,
     monitoring: Monitoring = "fixed",
+    account: Account | None = None,
 ) -> Path:
-    """Writes `report.html` and `report.md` and returns the path of the page.
+    """Writes a page and the same in short as Markdown, and returns the path of the page.
 
     Args:
-      ablation: what was asked.
+      ablation: what was asked; None for a claim of arithmetic.
       cells: of any status; their directories are read and nothing in them is changed.
-      directory: where the two files go; it is made if it is not there. Links to run directories
-        are relative to it.
+      out: a directory, for `report.html` and `report.md` in it, or the page itself, `*.html`, which
+        has the Markdown beside it. What is not there is made. Links to runs are relative.
       monitoring: `anytime` where seeds are added until the question is settled.
+      account: of the claim that it was run for, which then is what the report is about.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    report = gather(ablation, list(cells), monitoring)
-    replace_text(directory / "report.md", markdown(report, directory))
-    path = directory / "report.html"
-    replace_text(path, page(report, directory))
+    out = Path(out)
+    path = out if out.suffix == ".html" else out / PAGE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = None
+    if ablation is not None:
+        report = gather(ablation, list(cells), monitoring, alone=account is not None)
+    lines = [] if account is None else [account.markdown()]
+    if report is not None:
+        whole = account is None
+        lines += [markdown(report, path.parent)] if whole else cells_table(report, path.parent)
+    replace_text(path.with_suffix(".md"), "\n".join(lines).rstrip() + "\n")
+    replace_text(path, page(report, path.parent, account))
     return path
 
 

@@ -11,22 +11,19 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-import numpy as np
-
-from lmjax.ablation.pictures import ForestRow, Series
-from lmjax.ablation.statistics import Estimate, Monitoring
+from lmjax.ablation.curves import column
+from lmjax.ablation.setting import footprint, read_environment
+from lmjax.ablation.statistics import Monitoring
 from lmjax.ablation.verdict import Comparison, Criteria, compare_arms, difference
+from lmjax.ablation.words import FEWEST_SEEDS, counted, seeds_in_words
 from lmjax.train.config import differences, to_json
 from lmjax.train.metrics import read_rows
 
 if TYPE_CHECKING:
     from lmjax.ablation.grid import Ablation, Cell
-
-MOST_POINTS = 60
-"""Points of a curve: logged steps are averaged in so many stretches of the run."""
 
 ALWAYS_THERE = frozenset(
     ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds")
@@ -35,6 +32,28 @@ ALWAYS_THERE = frozenset(
 
 MEMORY = ("memory", "bytes")
 """Columns and results with one of these in their name are shown beside the speed."""
+
+
+class ForestRow(NamedTuple):
+    """A row of the forest plot.
+
+    Attributes:
+      name: of the arm.
+      color: its number.
+      points: the differences of the single seeds.
+      mean: NaN where there is none.
+      ends: of the interval that the verdict rests on; infinite where there is none.
+      note: written at the right end of the row.
+      failed: marked by a cross where there is no mean.
+    """
+
+    name: str
+    color: int
+    points: Sequence[float]
+    mean: float
+    ends: tuple[float, float]
+    note: str
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,10 +87,10 @@ class Arm:
     comparison: Comparison | None
 
     @property
-    def failed(self) -> bool:
-        """Whether none of its runs finished although some ended."""
-        statuses = [run.cell.status for run in self.runs]
-        return "failed" in statuses and "finished" not in statuses
+    def failures(self) -> str:
+        """`failed on 1 of 3 seeds`; empty where no run did."""
+        failed = sum(run.cell.status == "failed" for run in self.runs)
+        return f"failed on {failed} of {counted(len(self.runs), 'seed')}" if failed else ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +108,11 @@ class Report:
 
 
 def compare_cells(
-    ablation: Ablation, cells: Iterable[Cell], monitoring: Monitoring = "fixed"
+    ablation: Ablation,
+    cells: Iterable[Cell],
+    monitoring: Monitoring = "fixed",
+    *,
+    alone: bool = False,
 ) -> dict[str, Comparison]:
     """The comparisons of an ablation with the values its cells have so far.
 
@@ -97,6 +120,7 @@ def compare_cells(
       ablation: what was asked.
       cells: of any status; missing ones are left out, failed ones count as results.
       monitoring: `anytime` where seeds are added until the question is settled.
+      alone: the comparisons belong to the findings of a claim; see `Criteria`.
 
     Returns:
       By arm, without those that are compared with nothing.
@@ -107,12 +131,19 @@ def compare_cells(
         if cell.status != "missing":
             values[cell.arm][cell.seed] = cell.value if cell.status == "finished" else math.nan
             reasons[cell.arm][cell.seed] = cell.reason
-    return compare_arms(values, _controls(ablation), _criteria(ablation, monitoring), reasons)
+    criteria = _criteria(ablation, monitoring, alone)
+    return compare_arms(values, _controls(ablation), criteria, reasons)
 
 
-def gather(ablation: Ablation, cells: Sequence[Cell], monitoring: Monitoring = "fixed") -> Report:
-    """Reads the run directories and compares the arms."""
-    comparisons = compare_cells(ablation, cells, monitoring)
+def gather(
+    ablation: Ablation,
+    cells: Sequence[Cell],
+    monitoring: Monitoring = "fixed",
+    *,
+    alone: bool = False,
+) -> Report:
+    """Reads the run directories and compares the arms; see `compare_cells`."""
+    comparisons = compare_cells(ablation, cells, monitoring, alone=alone)
     controls = _controls(ablation)
     names = [name for name in ablation.arms if name not in controls]
     names += [name for name in ablation.arms if name in controls]
@@ -130,7 +161,7 @@ def gather(ablation: Ablation, cells: Sequence[Cell], monitoring: Monitoring = "
                 comparison=comparisons.get(name),
             )
         )
-    return Report(ablation, arms, _criteria(ablation, monitoring))
+    return Report(ablation, arms, _criteria(ablation, monitoring, alone))
 
 
 def summary(report: Report) -> dict[str, Any]:
@@ -153,16 +184,17 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def _found(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as plain values; what is called interval there is a list here."""
+    """A comparison as plain values, with the one interval that the verdict rests on."""
     return {
         "control": comparison.control,
         "verdict": comparison.verdict.kind,
         "text": comparison.verdict.text,
         "mean": comparison.estimate.mean,
-        "interval": list(comparison.interval),
+        "interval": list(comparison.decisive),
+        "level": comparison.level,
         "p": comparison.p,
-        "equivalence_interval": list(comparison.equivalence_interval),
         "equivalence_p": comparison.equivalence_p,
+        "smallest_detectable": comparison.smallest_detectable,
         "differences": {str(seed): value for seed, value in comparison.differences.items()},
         "failures": {str(seed): reason for seed, reason in comparison.failures.items()},
     }
@@ -177,9 +209,9 @@ def _controls(ablation: Ablation) -> dict[str, str]:
     }
 
 
-def _criteria(ablation: Ablation, monitoring: Monitoring) -> Criteria:
+def _criteria(ablation: Ablation, monitoring: Monitoring, alone: bool) -> Criteria:
     unit = "nats" if "loss" in ablation.metric else ablation.metric
-    return Criteria(ablation.margin, monitoring=monitoring, unit=unit)
+    return Criteria(ablation.margin, monitoring=monitoring, unit=unit, alone=alone)
 
 
 def _changes(ablation: Ablation, control: str, arm: str) -> dict[str, tuple[Any, Any]]:
@@ -189,99 +221,13 @@ def _changes(ablation: Ablation, control: str, arm: str) -> dict[str, tuple[Any,
 
 
 def _read(cell: Cell) -> Run:
+    result = cell.directory / "result.json"
     return Run(
         cell,
         read_rows(cell.directory / "metrics.jsonl"),
-        _read_json(cell.directory / "result.json"),
-        _read_json(cell.directory / "environment.json"),
+        json.loads(result.read_text(encoding="utf-8")) if result.exists() else {},
+        read_environment(cell.directory),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def number(value: Any) -> float:
-    """A value of `metrics.jsonl`, where what is not finite stands as a string; NaN if no number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric of a run, `f64[rows that have it]` each."""
-    points = [(row["step"], number(row[name])) for row in run.rows if name in row]
-    return (
-        np.asarray([step for step, _ in points], np.float64),
-        np.asarray([value for _, value in points], np.float64),
-    )
-
-
-def curves(arms: Sequence[Arm], name: str) -> list[Series]:
-    """Mean over seeds and the range of the seeds, for each arm that logged the metric.
-
-    A seed whose values stop being finite leaves the mean from there on.
-    """
-    edges = _edges([run for arm in arms for run in arm.runs], name)
-    drawn = []
-    for arm in arms:
-        seeds = np.asarray([_averaged(*column(run, name), edges) for run in arm.runs])
-        alive = np.isfinite(seeds).any(axis=0)
-        if not alive.any():
-            continue
-        mean, low, high = np.full((3, alive.size), np.nan)
-        mean[alive] = np.nanmean(seeds[:, alive], axis=0)
-        low[alive] = np.nanmin(seeds[:, alive], axis=0)
-        high[alive] = np.nanmax(seeds[:, alive], axis=0)
-        ended = arm.failed and not alive[-1]
-        drawn.append(Series(arm.name, arm.color, edges[1:], mean, low, high, ended))
-    return drawn
-
-
-def difference_curve(arm: Arm, control: Arm, name: str) -> Series | None:
-    """Mean over seeds of arm minus control and its pointwise 95% t interval.
-
-    Seeds of both arms saw the same batches, so what they have in common cancels at every step.
-    None where no step of any seed is finite in both.
-    """
-    others = {run.cell.seed: run for run in control.runs}
-    pairs = [(run, others[run.cell.seed]) for run in arm.runs if run.cell.seed in others]
-    edges = _edges([run for pair in pairs for run in pair], name)
-    apart = np.asarray(
-        [
-            _averaged(*column(mine, name), edges) - _averaged(*column(theirs, name), edges)
-            for mine, theirs in pairs
-        ]
-    )
-    if not np.isfinite(apart).any():
-        return None
-    estimates = [Estimate.of(at[np.isfinite(at)].tolist()) for at in apart.T]
-    mean = np.asarray([estimate.mean for estimate in estimates])
-    ends = np.asarray([estimate.interval() for estimate in estimates])
-    ended = arm.failed and not np.isfinite(mean[-1])
-    return Series(arm.name, arm.color, edges[1:], mean, ends[:, 0], ends[:, 1], ended)
-
-
-def _edges(runs: Iterable[Run], name: str) -> np.ndarray:
-    """Steps that the curves of these runs are cut at: `f64[points + 1]`, the first below all."""
-    steps = sorted({step for run in runs for step in column(run, name)[0]})
-    parts = [part for part in np.array_split(steps, MOST_POINTS) if part.size]
-    return np.asarray([-math.inf, *(part[-1] for part in parts)])
-
-
-def _averaged(steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Mean of the values between neighbouring edges, NaN where one is not finite or none is there.
-
-    Returns:
-      f64[edges - 1].
-    """
-    part = np.searchsorted(edges[1:], steps)
-    count = np.bincount(part, minlength=edges.size - 1)
-    with np.errstate(invalid="ignore"):
-        mean = np.bincount(part, values, minlength=edges.size - 1) / count
-    mean[~np.isfinite(mean)] = np.nan
-    return mean
 
 
 def counters(report: Report) -> list[str]:
@@ -296,23 +242,16 @@ def counters(report: Report) -> list[str]:
     ]
 
 
+def state_bytes(report: Report, arm: Arm) -> int:
+    """Bytes that a run of an arm keeps between steps: parameters, moments and all else."""
+    return footprint(report.ablation.arms[arm.name]).state_bytes
+
+
 def memory_names(report: Report) -> list[str]:
     """Names of what runs recorded about memory, in their rows or their result."""
     sources = [source for run in report.runs for source in (*run.rows, run.result)]
     names = dict.fromkeys(name for source in sources for name in source)
     return [name for name in names if any(word in name for word in MEMORY)]
-
-
-def last(run: Run, name: str) -> float:
-    """The last value of a metric, or the one in the result; NaN if there is none."""
-    values = column(run, name)[1]
-    return float(values[-1]) if values.size else number(run.result.get(name))
-
-
-def speed(run: Run) -> float:
-    """Median tokens per second of the logged steps; NaN without any."""
-    values = column(run, "tokens_per_second")[1]
-    return float(np.median(values)) if values.size else math.nan
 
 
 def forest_rows(arms: Sequence[Arm]) -> list[ForestRow]:
@@ -323,8 +262,7 @@ def forest_rows(arms: Sequence[Arm]) -> list[ForestRow]:
             arm.color,
             tuple(arm.comparison.differences.values()),
             arm.comparison.estimate.mean,
-            arm.comparison.interval,
-            arm.comparison.equivalence_interval,
+            arm.comparison.decisive,
             _forest_note(arm.comparison),
             bool(arm.comparison.failures),
         )
@@ -337,7 +275,9 @@ def _forest_note(comparison: Comparison) -> str:
     failed = f"failed {len(comparison.failures)}/{comparison.ended}"
     if not comparison.estimate.n:
         return failed if comparison.failures else "no pair yet"
-    note = difference(comparison) if comparison.estimate.n > 1 else "one seed"
+    note = difference(comparison)
+    if comparison.estimate.n < FEWEST_SEEDS:
+        note += f" ({seeds_in_words(comparison.estimate.n)})"
     return f"{note}, {failed}" if comparison.failures else note
 
 

@@ -18,6 +18,7 @@ from lmjax.ablation.grid import Ablation, Cell, cell_key, read_state
 from lmjax.filenames import printable
 from lmjax.train import Config, InputError, read_config
 from lmjax.train.config import differences, identity
+from lmjax.train.run_directory import CASTABLE
 
 LONGEST_NAME = 100
 """Characters of an arm's name that can be read in a table."""
@@ -67,27 +68,40 @@ def _arm_key(config: Config) -> str:
 
 
 def _names(arms: Mapping[Path, Config], varies: Sequence[str]) -> dict[Path, str]:
-    """What each arm is called: its values of the first field, or pair of fields, that tells all
-    apart.
+    """What each arm is called: the fields in which the configs differ, and its values of them.
 
-    Where none does, or these are too long to be names, it is called after its run.
+    All of them if that is short enough to be a name, else the first field, or pair of fields, that
+    tells all apart. Where none does, the name of its run, with the fields.
     """
+    # What follows from the policy need not be said beside it.
+    told = [f for f in varies if f not in CASTABLE[1:]] if CASTABLE[0] in varies else varies
     fields = {directory: identity(config) for directory, config in arms.items()}
-    for chosen in (*itertools.combinations(varies, 1), *itertools.combinations(varies, 2)):
+    pairs = (*itertools.combinations(told, 1), *itertools.combinations(told, 2))
+    for chosen in (tuple(told), *pairs):
         names = {
-            directory: ", ".join(str(flat.get(name)) for name in chosen)
+            directory: ", ".join(f"{_short(name, told)} {_line(flat.get(name))}" for name in chosen)
             for directory, flat in fields.items()
         }
         if _tell_apart(names.values()):
             return names
-    names = {directory: printable(directory.absolute().name).strip() for directory in arms}
-    if _tell_apart(names.values()):
-        return names
-    return {directory: printable(directory.absolute()).strip() for directory in arms}
+    differing = f" ({', '.join(_short(name, told) for name in told)})" if told else ""
+    names = {directory: _line(directory.absolute().name) + differing for directory in arms}
+    return names if _tell_apart(names.values()) else {d: _line(d) + differing for d in arms}
+
+
+def _short(field: str, others: Sequence[str]) -> str:
+    """`learning_rate` for `optimizer.learning_rate`, unless another field ends alike."""
+    last = field.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in others) == 1 else field
+
+
+def _line(value: object) -> str:
+    """A value as one line of printable text."""
+    return printable(str(value)).strip()
 
 
 def _tell_apart(names: Collection[str]) -> bool:
-    fit = all(0 < len(name) <= LONGEST_NAME and name == name.strip() for name in names)
+    fit = all(0 < len(name) <= LONGEST_NAME for name in names)
     return fit and len(set(names)) == len(names)
 
 

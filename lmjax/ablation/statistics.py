@@ -16,7 +16,11 @@ anytime   seeds are added until the question is settled. Repeated t tests would 
           of Wang and Ramdas, "Anytime-valid t-tests and confidence sequences for Gaussian means
           with unknown variance" (arXiv 2310.03722), from a Gaussian mixture over effect sizes.
 
-Knows NumPy and scipy; nothing about runs.
+scipy has the distributions. What is by hand here it does not have, and each docstring says so;
+statsmodels has Holm's correction and TOST, but brings pandas and patsy for the five lines of the
+one, and works the other out from raw samples, at a fixed number of seeds only.
+
+Knows NumPy, scipy and `words.py`; nothing about runs.
 """
 
 from __future__ import annotations
@@ -30,14 +34,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import optimize, special, stats
 
+from lmjax.ablation.words import FEWEST_SEEDS
+
 Monitoring = Literal["fixed", "anytime"]
 
 ALPHA = 0.05
 """Default probability of a wrong verdict."""
 POWER = 0.8
 """Default probability with which an effect is to be found."""
-FEWEST_SEEDS = 3
-"""What is planned for where no spread has been observed yet."""
 MIXTURE_VARIANCE = 10.0
 """Prior variance of the effect size (mean over sd of the differences) in the anytime-valid test.
 Any value is valid; this one gives the narrowest intervals at 4 to 6 seeds, where effects have to be
@@ -212,7 +216,9 @@ def power_of_difference(
     """Probability that n differences of mean `effect` and this sd are called different from zero.
 
     That t of a noncentral t distribution with n - 1 degrees of freedom exceeds the critical value;
-    under `anytime`, at the look at n alone, so that earlier looks only add to it.
+    under `anytime`, at the look at n alone, so that earlier looks only add to it. `scipy.stats.nct`
+    is not used: for shifts that the searches below pass through its lower tail is NaN, such as
+    `nct.cdf(-3, 2, 10)` in scipy 1.17.
     """
     critical = critical_value(n, alpha, monitoring)
     if math.isinf(critical):
@@ -232,7 +238,10 @@ def power_of_equivalence(
     alpha: float = ALPHA,
     monitoring: Monitoring = "fixed",
 ) -> float:
-    """Probability that n differences of this mean and sd are called equivalent within `margin`."""
+    """Probability that n differences of this mean and sd are called equivalent within `margin`.
+
+    A bivariate noncentral t probability, which neither scipy nor statsmodels has.
+    """
     critical = critical_value(n, _interval_alpha(alpha, monitoring), monitoring)
     if math.isinf(critical):
         return 0.0
@@ -334,6 +343,8 @@ class Corrected(NamedTuple):
 
 def holm(p_values: Sequence[float], alpha: float = ALPHA) -> list[Corrected]:
     """Holm's step-down correction (1979) of a family of tests, and intervals that agree with it.
+
+    scipy has no family-wise correction, and statsmodels none with intervals.
 
     The intervals are Bonferroni's, each at alpha / k, which hold for all arms at once. Holm rejects
     more than they do: an arm rejected although Bonferroni's interval reaches the null gets the

@@ -1,29 +1,32 @@
 """What an ablation found, arm by arm: a comparison with the control and a verdict in words.
 
-    worse by 0.165 ± 0.004 nats (5 seeds)    the interval leaves zero out
+    worse by 0.165 ± 0.004 nats (5 seeds)            the interval leaves zero out
     better by 0.049 ± 0.012 nats (5 seeds)
-    equivalent within 0.005                  the interval lies inside the margin
-    undecided: needs about 7 seeds           neither
-    failed on 3 of 3 seeds: loss is nan      runs of the arm ended without a finite value
+    equivalent within 0.005; smallest detectable     the interval lies inside the margin
+      effect 0.0014 (5 seeds)
+    undecided: needs about 7 seeds                   neither
+    failed on 3 of 3 seeds: loss is nan              runs ended without a finite value
 
-± is half the interval at 95%, widened for the number of arms. A difference that is certain but
-smaller than the margin is called equivalent: the margin says what matters. One seed never decides
-anything, and a failed run is a result: it is counted, and the seeds that survived are compared.
+A difference has one interval wherever it is written: the one that its verdict rests on (see
+`Comparison.decisive`), widened for the number of arms. A difference that is certain but smaller
+than the margin is called equivalent: the margin says what matters. One seed never decides anything,
+two are marked as provisional, and a failed run is a result: it is counted, and the seeds that
+survived are compared.
 
-Knows `statistics.py`; nothing about runs.
+Knows `statistics.py` and `words.py`; nothing about runs.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from lmjax.ablation.statistics import (
     ALPHA,
-    FEWEST_SEEDS,
+    Corrected,
     Estimate,
     Interval,
     Monitoring,
@@ -31,6 +34,14 @@ from lmjax.ablation.statistics import (
     holm,
     seeds_needed,
     smallest_detectable,
+)
+from lmjax.ablation.words import (
+    FEWEST_SEEDS,
+    counted,
+    plus_minus,
+    seeds_in_words,
+    signed,
+    size,
 )
 
 Kind = Literal["worse", "better", "equivalent", "undecided", "failed"]
@@ -47,12 +58,15 @@ class Criteria:
       alpha: probability of a wrong verdict.
       monitoring: `anytime` where seeds are added until the question is settled.
       unit: of the metric, for the words.
+      alone: each comparison stands by itself and is judged one-sided, as the findings of a claim
+        are; see `evidence.py`. Nothing is corrected, for a claim needs all its findings.
     """
 
     margin: float
     alpha: float = ALPHA
     monitoring: Monitoring = "fixed"
     unit: str = "nats"
+    alone: bool = False
 
     def __post_init__(self) -> None:
         """Refuses a margin inside which nothing could lie."""
@@ -102,6 +116,26 @@ class Comparison:
     p: float
     equivalence_p: float
     strictest: float
+
+    @property
+    def tests_equivalence(self) -> bool:
+        """Whether `decisive` is the interval of the two one-sided tests."""
+        return self.criteria.alone or self.equivalence_p <= self.criteria.alpha
+
+    @property
+    def decisive(self) -> Interval:
+        """The interval that the verdict rests on, and the only one that is shown.
+
+        A claim of equivalence rests on two one-sided tests, each at alpha, and so on the interval
+        at 1 - 2 alpha (`equivalence_interval`); everything else on the one at 1 - alpha.
+        """
+        return self.equivalence_interval if self.tests_equivalence else self.interval
+
+    @property
+    def level(self) -> float:
+        """The confidence level of `decisive` before correction."""
+        twice = self.tests_equivalence and self.criteria.monitoring == "fixed"
+        return 1 - self.criteria.alpha * (2 if twice else 1)
 
     @property
     def bootstrap(self) -> Interval:
@@ -169,8 +203,10 @@ def compare_arms(
     alpha, look = criteria.alpha, criteria.monitoring
     differences = [_differences(values, arm, control) for arm, control in controls.items()]
     estimates = [Estimate.of(tuple(found.values())) for found in differences]
-    unequal = holm([e.p_value(0.0, look) for e in estimates], alpha)
-    equal = holm([e.equivalence_p_value(criteria.margin, look) for e in estimates], alpha)
+    unequal_p = [e.p_value(0.0, look) for e in estimates]
+    equal_p = [e.equivalence_p_value(criteria.margin, look) for e in estimates]
+    correct = _uncorrected if criteria.alone else holm
+    unequal, equal = correct(unequal_p, alpha), correct(equal_p, alpha)
     found = {}
     for number, (arm, control) in enumerate(controls.items()):
         estimate = estimates[number]
@@ -188,9 +224,13 @@ def compare_arms(
             equivalence_interval=estimate.equivalence_interval(equal[number].alpha, look),
             p=unequal[number].p,
             equivalence_p=equal[number].p,
-            strictest=alpha / len(controls),
+            strictest=2 * alpha if criteria.alone else alpha / len(controls),
         )
     return found
+
+
+def _uncorrected(p_values: Sequence[float], alpha: float) -> list[Corrected]:
+    return [Corrected(p, alpha) for p in p_values]
 
 
 def _differences(values: Values, arm: str, control: str) -> dict[int, float]:
@@ -216,47 +256,30 @@ def _of_differences(comparison: Comparison) -> Verdict:
     """What the differences say, failed runs left aside."""
     criteria, estimate = comparison.criteria, comparison.estimate
     if comparison.equivalence_p <= criteria.alpha:
-        return Verdict("equivalent", f"equivalent within {criteria.margin:g}")
+        power = f"smallest detectable effect {size(comparison.smallest_detectable)}"
+        if estimate.sd == 0:
+            power = "the same difference in every seed" if estimate.mean else "equal in every seed"
+        seeds = seeds_in_words(estimate.n)
+        return Verdict("equivalent", f"equivalent within {criteria.margin:g}; {power} ({seeds})")
     if comparison.p <= criteria.alpha:
         kind: Kind = "worse" if estimate.mean > 0 else "better"
-        size = plus_minus(abs(estimate.mean), comparison.interval.half_width)
-        return Verdict(kind, f"{kind} by {size} {criteria.unit} ({estimate.n} seeds)")
+        by = plus_minus(abs(estimate.mean), comparison.decisive.half_width)
+        seeds = seeds_in_words(estimate.n)
+        return Verdict(kind, f"{kind} by {by} {criteria.unit} ({seeds})")
     return Verdict("undecided", f"undecided: needs about {_about(comparison.seeds_needed)} seeds")
 
 
 def _failed_on(failures: Mapping[int, str], ended: int) -> str:
     """How often, and the most frequent reason."""
     reason = Counter(failures.values()).most_common(1)[0][0]
-    return f"failed on {len(failures)} of {ended} seeds: {reason}"
+    return f"failed on {len(failures)} of {counted(ended, 'seed')}: {reason}"
 
 
 def difference(comparison: Comparison) -> str:
-    """Mean difference with its sign ± half of its interval; the bare difference of one seed."""
-    estimate = comparison.estimate
-    if estimate.n < 2:
-        return f"{estimate.mean:+.4f}" if estimate.n else ""
-    if estimate.sd == 0 == estimate.mean:
-        return "exactly 0"
-    sign = "-" if estimate.mean < 0 else "+"
-    return sign + plus_minus(abs(estimate.mean), comparison.interval.half_width, digits=2)
-
-
-def plus_minus(value: float, half_width: float, digits: int = 1) -> str:
-    """`0.165 ± 0.004`: rounded to what the interval leaves certain.
-
-    The half width keeps `digits` digits, one more if the first is a 1, and more where the rounded
-    interval would reach zero although the exact one does not.
-    """
-    if half_width == 0:
-        return f"{value:.3g} ± 0"
-    if not math.isfinite(half_width):
-        return f"{value:.3g} ± {half_width:g}"
-    magnitude = math.floor(math.log10(half_width))
-    decimals = digits - 1 - magnitude + (half_width < 2 * 10.0**magnitude)
-    while abs(value) > half_width and round(abs(value), decimals) <= round(half_width, decimals):
-        decimals += 1
-    places = max(decimals, 0)
-    return f"{round(value, decimals):.{places}f} ± {round(half_width, decimals):.{places}f}"
+    """Mean difference with its sign ± half of the interval that the verdict rests on."""
+    if not comparison.estimate.n:
+        return ""
+    return signed(comparison.estimate.mean, comparison.decisive.half_width)
 
 
 def _about(seeds: int) -> str:

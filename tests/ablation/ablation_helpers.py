@@ -29,6 +29,11 @@ class Ablation:
     margin: float = 0.005
 
     @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of every arm."""
+        return self.seeds
+
+    @property
     def base(self) -> Config:
         """The config of the control."""
         return self.arms[self.control]

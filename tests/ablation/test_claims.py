@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
-from ablation_helpers import finished
+from ablation_helpers import finished, write_run
 from run_helpers import strict_loads
 
 from lmjax import cli, reproduce, verbs
 from lmjax.ablation import claims
+from lmjax.ablation.account import NO_ROWS, NOT_HERE
 from lmjax.ablation.claims import Claim, PaperRow, judge, load_claims, together
-from lmjax.ablation.evidence import Evidence, Finding
+from lmjax.ablation.evidence import Evidence, Finding, Margin
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation.runner import AblationError
+from lmjax.ablation.statistics import smallest_detectable
 from lmjax.train import Config, InputError
 
 YES = Finding("it holds", "1", "confirmed")
@@ -49,6 +55,7 @@ def claim(*findings: Finding, name: str = "example", **changes: Any) -> Claim:
         "statement": "It works everywhere.",
         "source": "Somebody 2020, arXiv 2001.00001",
         "paper": (PaperRow("nets | all", "1.0"), PaperRow("one", "2.0")),
+        "scope": "larger models",
         "judge": lambda evidence: iter(findings),
         "ablation": None,
         "large": ablation(name),
@@ -103,6 +110,15 @@ def test_no_findings_and_sentences_that_stand_twice_are_refused(findings: Any) -
         judge(claim(*findings), Evidence())
 
 
+def test_a_margin_without_a_reason_and_a_row_about_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="say why 'it holds' has this margin"):
+        judge(claim(YES._replace(asked="above 0")), Evidence())
+    paper = (PaperRow("one", "2.0", ("bf16",)),)
+    with pytest.raises(ValueError, match="no finding is about bf16"):
+        judge(claim(YES, paper=paper), Evidence())
+    assert judge(claim(YES._replace(about="bf16"), paper=paper), Evidence()).outcome == "confirmed"
+
+
 def test_claims_are_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten comes after two; modules without a claim are left out."""
     modules = {
@@ -152,7 +168,7 @@ def test_without_arguments_it_lists_what_there_is(
     assert lmjax("--json") == cli.DONE
     listed = strict_loads(capsys.readouterr().out)
     assert [one["name"] for one in listed] == ["example", "other"]
-    assert listed[0]["paper"][0] == {"setting": "nets | all", "result": "1.0"}
+    assert listed[0]["paper"][0] == {"setting": "nets | all", "result": "1.0", "here": []}
     assert listed[0]["hardware_for_large"] == "8 GPUs"
 
 
@@ -205,6 +221,13 @@ def test_a_claim_of_arithmetic_from_end_to_end(
         assert finding["statement"] in out
         assert finding["found"] in out
     assert not (tmp_path / "runs").exists()
+    # Nothing is quoted that could not be checked; the processor and jax are those of this process.
+    page = (tmp_path / "accumulation" / "report.html").read_text("utf-8")
+    for text in (out, page, (tmp_path / "claims.md").read_text("utf-8")):
+        assert NO_ROWS in text
+        assert "Arithmetic on random numbers says nothing about training" in text
+        assert f"jax {jax.__version__}" in text
+        assert "none; arithmetic alone" in text
 
 
 @pytest.mark.parametrize(
@@ -249,18 +272,35 @@ def test_the_table_has_every_judgement_in_the_directory(known: Any, tmp_path: Pa
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "report.html").write_text("")
     lmjax("second", "--workdir", str(tmp_path))
-    paper = "Somebody 2020, arXiv 2001.00001<br>nets \\| all: 1.0<br>one: 2.0"
-    table = (tmp_path / "claims.md").read_text("utf-8").splitlines()[2:]
-    assert table == [
-        "|  | claim | outcome | here | as published |",
-        "| --- | --- | --- | --- | --- |",
-        "| A2 | [second works](second/report.html) | refuted | confirmed: it holds: 1<br>"
-        f"refuted: it fails: 2 \\| 3 | {paper} |",
-        f"| A10 | tenth works | undecided | undecided: it may: no runs | {paper} |",
+    lines = (tmp_path / "claims.md").read_text("utf-8").splitlines()
+    assert lines[2:6] == [
+        "|  | claim | outcome |",
+        "| --- | --- | --- |",
+        "| A2 | [second works](second/report.html) | refuted |",
+        "| A10 | [tenth works](tenth/report.html) | undecided |",
     ]
+    assert "| refuted | it fails | 2 \\| 3 | exact |" in lines
+    assert lines.count(f"| nets \\| all | 1.0 | {NOT_HERE} |") == 2
     known(claim(YES, name="tenth", number="A10"))
     lmjax("tenth", "--workdir", str(tmp_path))
-    assert "| A10 | tenth works | confirmed |" in (tmp_path / "claims.md").read_text("utf-8")
+    text = (tmp_path / "claims.md").read_text("utf-8")
+    assert "| A10 | [tenth works](tenth/report.html) | confirmed |" in text
+
+
+def test_the_table_has_records_of_earlier_versions(known: Any, tmp_path: Path) -> None:
+    old = {
+        **{"number": "A3", "name": "old", "title": "old works", "statement": "It did."},
+        **{"source": "Somebody", "outcome": "confirmed", "quick": False},
+        "paper": [{"setting": "one", "result": "2.0"}],
+        "findings": [{"statement": "it holds", "found": "1", "outcome": "confirmed"}],
+    }
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "claim.json").write_text(json.dumps(old))
+    known(claim(YES))
+    assert lmjax("example", "--workdir", str(tmp_path)) == cli.DONE
+    text = (tmp_path / "claims.md").read_text("utf-8")
+    assert "| A3 | old works | confirmed |" in text
+    assert "| confirmed | it holds | 1 | exact |" in text
 
 
 @pytest.fixture
@@ -280,7 +320,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Ablation, Path]]:
             yield SimpleNamespace(ablation=ablation, cells=cells, stopped_by=None)
 
     monkeypatch.setattr(reproduce, "run_each", run_each)
-    monkeypatch.setattr(reproduce, "write_report", lambda *arguments: None)
     return calls
 
 
@@ -288,18 +327,96 @@ def test_a_claim_is_judged_by_the_runs_of_its_ablation(
     known: Any, ran: list[tuple[Ablation, Path]], tmp_path: Path
 ) -> None:
     def by_gap(evidence: Evidence) -> Iterable[Finding]:
-        yield evidence.gap("bf16 is worse by 0.9", "bf16", 0.9)
+        yield evidence.gap("bf16 is worse by 0.9", "bf16", Margin.at_least(0.9, "it was 1.8"))
 
     large = dataclasses.replace(ablation(), seeds=(7,))
     known(claim(judge=by_gap, ablation=ablation(), large=large))
     assert lmjax("A1", "--workdir", str(tmp_path)) == cli.DONE
     found = json.loads((tmp_path / "example" / "claim.json").read_text("utf-8"))["findings"]
-    assert found[0]["found"] == "+1 ± 0 (2 seeds)"
+    assert found[0]["found"] == "+1 ± 0 (90% interval, only 2 seeds, provisional)"
     # One seed decides nothing; the large version has other seeds, and --seeds overrules both.
     assert lmjax("A1", "--workdir", str(tmp_path), "--large") == cli.FAILED
     assert lmjax("A1", "--workdir", str(tmp_path), "--large", "--seeds", "3,4") == cli.DONE
     assert [chosen.seeds for chosen, _ in ran] == [(0, 1), (7,), (3, 4)]
     assert {directory for _, directory in ran} == {tmp_path / "runs"}
+
+
+def test_terminal_table_and_report_of_a_claim_say_all_that_a_reviewer_asks(
+    known: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What was run, the paper beside ours, interval, margin and why, power, scope: the same."""
+    losses = {"f32": (2.0, 2.1, 2.2), "bf16": (2.0012, 2.1006, 2.2009), "raw": (2.5, 2.7, 2.6)}
+    environment = {
+        **{"python": "3.11", "backend": "cpu", "processor": "A <fast> CPU", "cpu_count": 2},
+        "packages": {"jax": "0.10.2"},
+    }
+
+    def run_each(ablations: Sequence[Ablation], directory: Path, **_: Any) -> Any:
+        for chosen in ablations:
+            cells = [
+                finished(arm, seed, directory / f"{arm}{seed}", loss)
+                for arm, found in losses.items()
+                for seed, loss in enumerate(found)
+            ]
+            for cell in cells:
+                write_run(cell.directory, [3.0, 2.5, 2.4], environment=environment)
+            yield SimpleNamespace(ablation=chosen, cells=cells, stopped_by=None)
+
+    def findings(evidence: Evidence) -> Iterable[Finding]:
+        same = Margin.within(0.005, "it is a quarter of the sd over seeds")
+        yield evidence.between("bf16 is as good", "bf16", same)
+        yield evidence.gap("raw is worse", "raw", Margin.at_least(0.1, "half of 0.2 was seen"))
+
+    base = Config(steps=10)
+    chosen = dataclasses.replace(
+        ablation(),
+        base=base,
+        arms={
+            "f32": base,
+            "bf16": dataclasses.replace(base, precision="mixed_bf16"),
+            "raw": dataclasses.replace(base, precision="bf16"),
+        },
+        varies=("precision",),
+        seeds=(0, 1, 2),
+    )
+    paper = (PaperRow("BERT <large>", "76.9", ("raw",)), PaperRow("ResNet", "75.0"))
+    known(claim(judge=findings, ablation=chosen, paper=paper))
+    monkeypatch.setattr(reproduce, "run_each", run_each)
+    assert lmjax("A1", "--workdir", str(tmp_path)) == cli.DONE
+    effect = smallest_detectable(float(np.std([0.0012, 0.0006, 0.0009], ddof=1)), 3, 0.1)
+    page = html.unescape((tmp_path / "example" / "report.html").read_text("utf-8"))
+    out = capsys.readouterr().out
+    table = (tmp_path / "claims.md").read_text("utf-8").replace("\\<", "<")
+    for text in (out, table, page):
+        assert "3 arms; 3 seeds: 0, 1, 2" in text
+        assert "million parameters" in text
+        assert f"({base.steps} steps of {base.batch_size} x {base.context})" in text
+        assert "0.001 (adamw, cosine, warm-up 100 steps)" in text
+        assert "shakespeare, tokenizer bytes" in text
+        assert "A <fast> CPU, 2 cores" in text
+        assert "jax 0.10.2, Python 3.11" in text
+        assert "BERT <large>" in text
+        assert NOT_HERE in text
+        assert "+0.00090 ± 0.00051 (90% interval, 3 seeds)" in text
+        assert text.count("+0.500 ± 0.169 (90% interval, 3 seeds)") == 2, "also beside the paper"
+        assert "within ±0.005, because it is a quarter of the sd over seeds" in text
+        assert f"smallest detectable effect {effect:.2g}" in text
+        assert "says nothing about larger models." in text
+    assert str(tmp_path / "example" / "report.html") in out
+    # The report judges no arm by rules of its own: one interval for one number, and no verdicts.
+    assert "+0.00090 ± 0.00051" in re.sub(r"\(90%.*?\)", "", page)
+    assert "0.0009 ±" not in page
+    assert "undecided" not in re.sub("<style.*?</style>", "", page, flags=re.S)
+    assert "Verdicts" not in page
+
+
+@pytest.mark.parametrize("found", load_claims(reproduce.CLAIMS).values(), ids=lambda c: c.name)
+def test_every_claim_says_what_it_says_nothing_about(found: Claim) -> None:
+    assert found.scope
+    assert not found.scope.endswith(".")
 
 
 def test_a_signal_and_a_worker_that_fails_stop_it(

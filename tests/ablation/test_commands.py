@@ -19,6 +19,7 @@ from run_helpers import ROOT, finish, home, result, start, strict_loads
 
 from lmjax import ablation_cli, cli, verbs
 from lmjax.ablation import compare_cells, grid, runner
+from lmjax.ablation.words import significant
 
 __all__ = ["home"]
 
@@ -90,7 +91,7 @@ def test_the_command_prints_what_the_runs_say_and_writes_the_report(
 ) -> None:
     workdir, out = undisturbed
     cells = grid.read_cells(tiny_ablation.ablation(), workdir)
-    values = [f"{result(cell.directory)['eval_loss']:.4f}" for cell in cells]
+    values = [significant(result(cell.directory)["eval_loss"]) for cell in cells]
     assert table(out) == [
         ["eval_loss", "seed", "0", "seed", "1"],
         ["f32", *values[:2]],

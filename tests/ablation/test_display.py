@@ -70,7 +70,7 @@ def test_elsewhere_a_line_for_each_cell_that_ends(
     ) == [
         # One cell in 10 s, and two are left; then two cells in 20 s, and one.
         "2/4 cells  [b]f16 seed 0: failed: it diverged  0:00:20 left",
-        "3/4 cells  f32 seed 1: 1.2500  0:00:10 left",
+        "3/4 cells  f32 seed 1: 1.250  0:00:10 left",
     ]
 
 
@@ -88,7 +88,7 @@ def test_in_a_terminal_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(chosen, capsys, states(chosen, f32_0=FINISHED, f16_0=FAILED, f32_1=BEGUN))
     assert [line.split() for line in lines[-4:]] == [
         ["arm", "seed", "0", "seed", "1"],
-        ["f32", "1.2500", "30%"],
+        ["f32", "1.250", "30%"],
         ["[b]f16", "failed", "-"],
         ["2/4", "cells", "0:00:00"],
     ]

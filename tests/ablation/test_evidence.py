@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from ablation_helpers import failed, finished, missing, write_run
+from scipy import stats
 
-from lmjax.ablation.evidence import Evidence, Finding, holds, last_row, watched
+from lmjax.ablation.evidence import (
+    WORSE,
+    Evidence,
+    Finding,
+    Margin,
+    holds,
+    last_row,
+    mean_in_words,
+    watched,
+)
 from lmjax.ablation.grid import Ablation
+from lmjax.ablation.statistics import smallest_detectable
 from lmjax.train import Config
 
 BASE = (2.31, 2.26, 2.28, 2.30, 2.24)
@@ -52,12 +64,14 @@ def seeds(*told: float | str | None) -> Arm:
 
 def gap(at_least: float, *told: float | str | None, control: Arm | None = None) -> Finding:
     """The finding that an arm is worse by so much."""
-    return evidence(control=control, arm=seeds(*told)).gap("a gap", "arm", at_least)
+    margin = Margin.at_least(at_least, "half of it was seen before")
+    return evidence(control=control, arm=seeds(*told)).gap("a gap", "arm", margin)
 
 
 def between(low: float, high: float, *told: float | str | None, control: Arm | None = None):
     """The finding that an arm minus its control is in a range."""
-    return evidence(control=control, arm=seeds(*told)).between("a range", "arm", low, high)
+    margin = Margin(low, high, "it does not matter")
+    return evidence(control=control, arm=seeds(*told)).between("a range", "arm", margin)
 
 
 # --- Gaps ---
@@ -85,20 +99,51 @@ def test_a_gap(at_least, differences, outcome):
 
 
 def test_a_gap_says_the_mean_its_interval_and_the_seeds():
-    assert gap(0.08, 0.164, 0.166, 0.165).found == "+0.1650 ± 0.0025 (3 seeds)"
-    assert gap(0.08, -0.164, -0.166, -0.165).found == "-0.1650 ± 0.0025 (3 seeds)"
-    assert gap(0.08, 0.5).found == "+0.5000 (1 seed)"
+    assert gap(0.08, 0.164, 0.166, 0.165).found == "+0.16500 ± 0.00169 (90% interval, 3 seeds)"
+    assert gap(0.08, -0.164, -0.166, -0.165).found == "-0.16500 ± 0.00169 (90% interval, 3 seeds)"
+    assert gap(0.08, 0.5).found == "+0.5 (1 seed)"
     assert gap(0.08, None, None).found == "no runs"
+
+
+def test_two_seeds_are_marked_as_provisional():
+    assert gap(0.08, 0.164, 0.166).found.endswith("(90% interval, only 2 seeds, provisional)")
+
+
+@pytest.mark.parametrize("half_width", [0.0499, 0.0501])
+def test_the_interval_that_is_shown_is_the_one_that_decides(half_width):
+    """`+0.05 ± 0.0499` excludes 0 and `+0.05 ± 0.0501` does not: both kinds of findings agree."""
+    sd = half_width * math.sqrt(3) / stats.t.isf(0.05, 2)
+    told = [0.05 + sd * z for z in (-1.0, 0.0, 1.0)]
+    expected = "confirmed" if half_width < 0.05 else "undecided"
+    assert gap(0.0, *told).outcome == expected
+    assert between(0.0, 1.0, *told).outcome == expected
+    shown = re.match(r"\+([\d.]+) ± ([\d.]+) \(90%", between(0.0, 1.0, *told).found)
+    assert float(shown[2]) == pytest.approx(half_width, rel=0.05)
+
+
+def test_a_finding_says_its_margin_why_and_what_the_seeds_detect():
+    finding = between(-0.005, 0.005, 0.001, -0.001, 0.0)
+    assert (finding.about, finding.asked) == ("arm", "within ±0.005")
+    assert finding.why == "it does not matter"
+    size = smallest_detectable(0.001, 3, 0.1)
+    assert finding.power == f"smallest detectable effect {size:.2g}"
+    assert between(-0.005, 0.005, 0.001).power == ""
+    assert gap(0.0, 0.001, 0.001).power == "no spread over seeds"
+    assert [gap(0.08, 0.1).asked, str(WORSE), str(Margin(-0.005, 0.03, ""))] == [
+        "above +0.08",
+        "above 0",
+        "-0.005 to +0.03",
+    ]
 
 
 @pytest.mark.parametrize(
     ("told", "outcome", "found"),
     [
         ((NAN, NAN), "confirmed", f"failed on 2 of 2 seeds: {NAN}"),
-        ((NAN,), "undecided", f"failed on 1 of 1 seeds: {NAN}"),
+        ((NAN,), "undecided", f"failed on 1 of 1 seed: {NAN}"),
         ((0.164, 0.166, NAN), "confirmed", f"failed on 1 of 3 seeds: {NAN}; +0.1650 ± "),
         # What survived was no worse, but a failed run was, by any amount.
-        ((0.0004, -0.0002, NAN), "undecided", f"failed on 1 of 3 seeds: {NAN}; +0.0001 ± "),
+        ((0.0004, -0.0002, NAN), "undecided", f"failed on 1 of 3 seeds: {NAN}; +0.00010 ± "),
         ((NAN, None, NAN), "confirmed", f"failed on 2 of 2 seeds: {NAN}"),
     ],
 )
@@ -110,18 +155,21 @@ def test_a_gap_of_an_arm_that_failed(told, outcome, found):
 
 def test_where_the_control_failed_a_failure_says_nothing():
     broken = seeds(NAN, NAN, 0.0, 0.0)
-    assert gap(0.08, NAN, NAN, control=broken) == Finding("a gap", "no runs", "undecided")
-    assert gap(0.08, NAN, NAN, 0.164, 0.166, control=broken).found.endswith("(2 seeds)")
+    assert gap(0.08, NAN, NAN, control=broken)[:3] == ("a gap", "no runs", "undecided")
+    assert gap(0.08, NAN, NAN, 0.164, 0.166, control=broken).found.endswith(
+        "only 2 seeds, provisional)"
+    )
     assert gap(0.08, NAN, NAN, 0.164, 0.166, control=broken).outcome == "confirmed"
     assert between(-1, 1, NAN, 0.0, 0.1, 0.1, control=broken).outcome == "confirmed"
 
 
 def test_an_arm_can_be_compared_with_another_than_its_control():
     runs = evidence(worse=seeds(0.30, 0.31, 0.32), worst=seeds(0.50, 0.52, 0.51))
-    finding = runs.gap("a gap", "worst", 0.15, control="worse")
+    finding = runs.gap("a gap", "worst", Margin.at_least(0.15, "so"), control="worse")
     assert (finding.outcome, finding.found[:6]) == ("confirmed", "+0.200")
     assert runs.differences("worst", "worse") == pytest.approx(seeds(0.20, 0.21, 0.19))
-    assert runs.parity("parity", "worst", 0.25, control="worse").outcome == "confirmed"
+    same = Margin.within(0.25, "so")
+    assert runs.between("parity", "worst", same, control="worse").outcome == "confirmed"
 
 
 def test_differences_are_paired_by_seed():
@@ -160,14 +208,11 @@ def test_differences_are_paired_by_seed():
 )
 def test_a_range(low, high, differences, outcome):
     assert between(low, high, *differences).outcome == outcome
-    if low == -high:
-        runs = evidence(arm=seeds(*differences))
-        assert runs.parity("parity", "arm", high).outcome == outcome
 
 
 def test_parity_is_no_failure_to_find_a_difference():
     """These differ from 0 by less than their standard error, and might differ by 0.03."""
-    assert evidence(arm=seeds(0.02, -0.01, -0.008)).parity("", "arm", 0.005).outcome == "undecided"
+    assert between(-0.005, 0.005, 0.02, -0.01, -0.008).outcome == "undecided"
 
 
 # --- Differences of differences ---
@@ -181,7 +226,9 @@ def test_one_difference_exceeds_another(factor, outcome):
     runs = evidence(arm=seeds(0.15, 0.17, 0.16), other=seeds(0.03, 0.04, 0.03))
     finding = runs.exceeds("more", "arm", "other", factor=factor)
     assert finding.outcome == outcome
-    assert finding.found == "+0.160 ± 0.025 (3 seeds) against +0.0333 ± 0.0143 (3 seeds)"
+    tested = [0.15 - factor * 0.03, 0.17 - factor * 0.04, 0.16 - factor * 0.03]
+    times = "" if factor == 1 else f"{factor:g} times "
+    assert finding.found == f"+0.16 against +0.03333; minus {times}that: {mean_in_words(tested)}"
 
 
 def test_a_difference_that_one_seed_has_exceeds_nothing():
@@ -199,16 +246,16 @@ def test_a_difference_that_one_seed_has_exceeds_nothing():
     ("told", "outcome", "found"),
     [
         ((NAN, NAN), "confirmed", f"2 of 2 runs failed: {NAN}"),
-        ((NAN,), "confirmed", f"1 of 1 runs failed: {NAN}"),
+        ((NAN,), "confirmed", f"1 of 1 run failed: {NAN}"),
         ((NAN, 0.1), "refuted", f"1 of 2 runs failed: {NAN}"),
         ((0.1, 0.1), "refuted", "0 of 2 runs failed"),
         ((None,), "undecided", "no runs"),
-        (("it is nan; do this",), "confirmed", "1 of 1 runs failed: it is nan"),
+        (("it is nan; do this",), "confirmed", "1 of 1 run failed: it is nan"),
     ],
 )
 def test_all_runs_fail(told, outcome, found):
     runs = evidence(arm=seeds(*told))
-    assert runs.failed("it fails", "arm") == Finding("it fails", found, outcome)
+    assert runs.failed("it fails", "arm") == Finding("it fails", found, outcome, "arm")
 
 
 @pytest.mark.parametrize(

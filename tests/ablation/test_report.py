@@ -15,7 +15,8 @@ import pytest
 from ablation_helpers import Ablation, Cell, failed, finished, missing, write_run
 
 from lmjax.ablation import compare_cells, write_report
-from lmjax.ablation.report_data import curves, difference_curve, gather
+from lmjax.ablation.curves import curves, difference_curve
+from lmjax.ablation.report_data import gather
 
 SEEDS = (0, 1, 2)
 LONG = "the gradients of the last 100 steps were not finite <at> loss scale 1"
@@ -79,6 +80,8 @@ class Page(HTMLParser):
         self.addresses += [value for name, value in attrs if name in ("href", "src")]
         if tag not in self.VOID:
             self._open.append(tag)
+        names = [name for name, _ in attrs]
+        assert not [name for name in names if name.startswith("on")]
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
@@ -104,7 +107,7 @@ def test_both_files_say_the_question_and_every_verdict(ablation, tmp_path):
     for text in (page.text, table):
         assert ablation.question in text
         assert "worse by 0.101 ± 0.004 nats (3 seeds)" in text
-        assert f"failed on 3 of 3 seeds: {LONG}" in text
+        assert f"failed on 3 of 3 seeds: {LONG}" in text.replace("\\<", "<")
 
 
 def test_page_needs_nothing_but_itself_and_links_to_every_run(ablation, tmp_path):
@@ -136,6 +139,8 @@ def test_page_shows_setup_mechanism_speed_and_environment(ablation, tmp_path):
     assert "optimizer.learning_rate" in page.text
     assert "zero gradient share" in page.text
     assert "25%" in page.text
+    assert "state in memory" in page.text
+    assert re.search(r"\d MB", page.text)
     assert "packages.jax" in page.text
     assert "1,052" in page.text  # the median of 1005, 1010, ... 1100, halves to even
 
@@ -185,17 +190,60 @@ def test_before_the_first_run_there_is_a_page_already(cells, ablation, tmp_path)
     assert page.text.count("undecided: needs about 3 seeds") == 2
 
 
-def test_values_that_are_not_finite_end_a_curve_with_a_cross(ablation, tmp_path):
+def test_a_run_that_diverged_draws_its_curve_to_a_cross_and_is_named(ablation, tmp_path):
     report = gather(ablation, three_arms(tmp_path))
     drawn = {series.name: series for series in curves(report.arms, "loss")}
     assert np.isfinite(drawn["bf16"].y).all()
-    assert not drawn["bf16"].ended
+    assert not drawn["bf16"].crosses
     broken = drawn["raw & f16"]
-    assert broken.ended
+    assert [x for x, _ in broken.crosses] == [50.0] * 3
+    assert broken.crosses[0][1] == pytest.approx(falling(0, 0.3)[9])
     assert np.isfinite(broken.y[broken.x <= 50]).all()
     assert np.isnan(broken.y[broken.x > 50]).all()
-    page = (write_report(ablation, three_arms(tmp_path), tmp_path / "report")).read_text()
-    assert 'class="cross' in page
+    page, _ = pages(ablation, three_arms(tmp_path), tmp_path)
+    assert "✕ failed on 3 of 3 seeds" in page.text
+
+
+def test_one_seed_that_diverged_beside_others_has_a_cross_of_its_own(ablation, tmp_path):
+    cells = three_arms(tmp_path)
+    losses = falling(1, 0.1)
+    losses[4:] = math.nan
+    write_run(tmp_path / "bf16-1", losses)
+    number = next(i for i, cell in enumerate(cells) if (cell.arm, cell.seed) == ("bf16", 1))
+    cells[number] = failed("bf16", 1, tmp_path / "bf16-1", "diverged")
+    bf16 = curves(gather(ablation, cells).arms, "loss")[1]
+    assert bf16.crosses == [(20.0, pytest.approx(losses[3]))]
+    assert np.isfinite(bf16.y).all()
+    assert "✕ failed on 1 of 3 seeds" in pages(ablation, cells, tmp_path)[0].text
+
+
+NASTY = "a <script>alert(1)</script> {{ 7 * 7 }} $x_1$ [b](c) \"'& é"
+
+
+def test_names_of_any_characters_are_text_on_the_page_and_in_markdown(ablation, tmp_path):
+    arms = dict(zip(["f32", NASTY, "raw & f16"], ablation.arms.values(), strict=True))
+    named = dataclasses.replace(ablation, arms=arms, question=NASTY, name="<i>")
+    cells = [c._replace(arm=NASTY) if c.arm == "bf16" else c for c in three_arms(tmp_path)]
+    page, table = pages(named, cells, tmp_path)
+    assert not {"script", "i"} & set(page.tags)
+    assert page.text.count(NASTY) > 5
+    assert "| a \\<script>alert(1)\\</script>" in table
+    assert "\\[b\\](c)" in table
+
+
+def test_numbers_have_four_significant_digits(ablation, tmp_path):
+    cells = [c._replace(value=c.value / 3) if c.status == "finished" else c
+             for c in three_arms(tmp_path)]  # fmt: skip
+    page, table = pages(ablation, cells, tmp_path)
+    assert "0.7333" in page.text
+    assert "0.7333 |" in table
+    assert "0.73333" not in page.text + table
+
+
+def test_the_page_can_be_named(ablation, tmp_path):
+    path = write_report(ablation, three_arms(tmp_path), tmp_path / "new" / "mine.html")
+    assert path == tmp_path / "new" / "mine.html"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["mine.html", "mine.md"]
 
 
 def test_a_seed_that_diverges_leaves_the_mean_of_the_others(ablation, tmp_path):

@@ -19,7 +19,7 @@ from lmjax.train.config import to_json
 
 BASE = Config(steps=10, precision="f32")
 BF16 = dataclasses.replace(BASE, precision="mixed_bf16")
-F32_ARM, BF16_ARM = (config.resolved().precision for config in (BASE, BF16))
+F32_ARM, BF16_ARM = (f"precision {config.resolved().precision}" for config in (BASE, BF16))
 
 
 def trained(directory: Path, config: Config, eval_loss: float | None = 2.0) -> Path:
@@ -63,15 +63,26 @@ def test_configs_are_arms_and_seeds_are_paired(tmp_path: Path) -> None:
 
 def test_where_it_is_written_and_what_it_says(tmp_path: Path, capsys: Any) -> None:
     runs = [
-        trained(tmp_path / f"{number}", seeded(config, number % 3), 2.0 + number // 3 / 10)
+        trained(tmp_path / f"{number}" / "run", seeded(config, number % 3), 2.0 + number // 3 / 10)
         for number, config in enumerate([BASE] * 3 + [BF16] * 3)
     ]
     assert lmjax(*runs, "--json", "--out", tmp_path / "elsewhere") == cli.DONE
-    assert (tmp_path / "elsewhere" / "report.html").exists()
-    assert not (tmp_path / "report.html").exists()
-    (comparison,) = strict_loads(capsys.readouterr().out)["comparisons"].values()
+    there = tmp_path / "elsewhere" / "report.html"
+    assert there.exists()
+    printed = capsys.readouterr()
+    assert f"the report is {there}" in printed.err
+    (comparison,) = strict_loads(printed.out)["comparisons"].values()
     assert (comparison["verdict"], comparison["control"]) == ("worse", F32_ARM)
     assert comparison["mean"] == pytest.approx(0.1)
+
+    # Without --out beside the first run, wherever the others are; the page can be named.
+    assert not (tmp_path / "0" / "report.html").exists()
+    assert lmjax(*runs) == cli.DONE
+    assert f"the report is {tmp_path / '0' / 'report.html'}" in capsys.readouterr().out
+    assert (tmp_path / "0" / "report.html").exists()
+    assert not (tmp_path / "0" / "locks").exists()
+    assert lmjax(*runs, "--out", tmp_path / "mine.html") == cli.DONE
+    assert (tmp_path / "mine.html").exists()
 
 
 def test_one_run_is_reported_in_its_directory(tmp_path: Path, capsys: Any) -> None:
@@ -79,7 +90,7 @@ def test_one_run_is_reported_in_its_directory(tmp_path: Path, capsys: Any) -> No
     assert lmjax(run) == cli.DONE
     assert (run / "report.html").exists()
     out = capsys.readouterr().out
-    assert "2.0000" in out
+    assert "2.000" in out
     assert "verdict" not in out
 
 
@@ -98,9 +109,14 @@ def test_arms_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
         runs = [trained(tmp_path / f"{n}", config) for n, config in enumerate(configs)]
         return list(ablation_of(runs)[0].arms)
 
-    assert names(slow(BASE, 0.125), slow(BASE, 0.25)) == ["0.125", "0.25"]
-    crossed = (slow(BASE, 0.125), slow(BASE, 0.25), slow(BF16, 0.125))
-    assert [name.split(", ")[-1] for name in names(*crossed)] == ["0.125", "0.25", "0.125"]
+    assert names(slow(BASE, 0.125), slow(BASE, 0.25)) == [
+        "learning_rate 0.125",
+        "learning_rate 0.25",
+    ]
+    assert names(slow(BASE, 0.125), slow(BF16, 0.25)) == [
+        f"{F32_ARM}, learning_rate 0.125",
+        f"{BF16_ARM}, learning_rate 0.25",
+    ]
     long = [
         dataclasses.replace(
             BASE,
@@ -109,7 +125,28 @@ def test_arms_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
         )
         for n in (0, 1)
     ]
-    assert names(*long) == ["0", "1"]
+    assert names(*long) == ["0 (precision)", "1 (precision)"]
+
+
+def test_what_follows_from_a_policy_is_not_said_beside_it(tmp_path: Path) -> None:
+    configs = (BASE, dataclasses.replace(BASE, precision="mixed_f16"))
+    runs = [trained(tmp_path / f"{n}", config) for n, config in enumerate(configs)]
+    ablation, _ = ablation_of(runs)
+    assert "loss_scale.kind" in ablation.varies
+    assert list(ablation.arms) == [f"precision {c.resolved().precision}" for c in configs]
+
+
+def test_names_of_runs_may_have_any_characters(tmp_path: Path) -> None:
+    rule = "c=bf16,w=e4m3@tensor,x=e4m3@tensor,g=e5m2@tensor,a=f32"
+    policies = [f"f32; blocks/{n}/mlp/**: {rule}; blocks/{n}/mlp/norm: c=bf16" for n in (0, 1)]
+    runs = [
+        trained(tmp_path / name, dataclasses.replace(BASE, precision=precision))
+        for name, precision in zip((" a\nb<i>$", "[c] \u202e"), policies, strict=True)
+    ]
+    arms = list(ablation_of(runs)[0].arms)
+    assert len(arms) == 2
+    assert all(arm.isprintable() and arm == arm.strip() for arm in arms)
+    assert lmjax(*runs) == cli.DONE
 
 
 def test_the_same_run_twice_and_no_run_are_refused(tmp_path: Path, capsys: Any) -> None:

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lmjax.ablation.statistics import Interval
+from lmjax.ablation.statistics import Estimate, Interval
 from lmjax.ablation.verdict import (
     Comparison,
     Criteria,
     compare_arms,
-    plus_minus,
+    difference,
     seeds_to_add,
 )
+from lmjax.ablation.words import plus_minus
 
 BASE = (2.31, 2.26, 2.28, 2.30, 2.24)
 
@@ -35,9 +36,13 @@ def compared(*differences: float, monitoring: str = "fixed", margin: float = 0.0
     [
         ((0.164, 0.166, 0.165, 0.169, 0.161), "worse by 0.165 ± 0.004 nats (5 seeds)"),
         ((-0.049, -0.045, -0.053), "better by 0.049 ± 0.010 nats (3 seeds)"),
-        ((0.0012, 0.0006, 0.0009), "equivalent within 0.005"),
+        (
+            (0.0012, 0.0006, 0.0009),
+            "equivalent within 0.005; smallest detectable effect 0.00098 (3 seeds)",
+        ),
         ((0.0040, -0.0020, 0.0030), "undecided: needs about 8 seeds"),
-        ((0.0,) * 5, "equivalent within 0.005"),
+        ((0.0,) * 5, "equivalent within 0.005; equal in every seed (5 seeds)"),
+        ((0.164, 0.166), "worse by 0.165 ± 0.013 nats (only 2 seeds, provisional)"),
         ((0.5,), "undecided: needs about 3 seeds"),
         ((0.0,), "undecided: needs about 3 seeds"),
         ((), "undecided: needs about 3 seeds"),
@@ -63,6 +68,53 @@ def test_what_is_certain_but_smaller_than_the_margin_is_equivalent():
 
 def test_a_certain_difference_as_large_as_the_margin_is_not_equivalent():
     assert compared(0.0049, 0.0051, 0.0050, margin=0.005).verdict.kind == "worse"
+
+
+def test_a_difference_is_shown_with_the_interval_that_its_verdict_rests_on():
+    """Never `+0.000 ± 0.044` beside `equivalent within 0.01`."""
+    comparison = compared(0.0010, -0.0012, margin=0.01)
+    assert comparison.verdict.kind == "equivalent"
+    assert not comparison.interval.inside(0.01)
+    assert comparison.decisive.inside(0.01)
+    assert comparison.level == 0.9
+    assert difference(comparison) == "-0.0001 ± 0.0069"
+    for differences in ((0.164, 0.166, 0.165), (0.004, -0.002, 0.003)):
+        comparison = compared(*differences)
+        assert comparison.decisive == comparison.interval
+        assert comparison.level == 0.95
+
+
+@pytest.mark.parametrize("monitoring", ["fixed", "anytime"])
+def test_the_interval_that_is_shown_agrees_with_every_verdict(monitoring):
+    generator = np.random.default_rng(5)
+    kinds = set()
+    for _ in range(150):
+        values = {"control": dict.fromkeys(range(4), 0.0)}
+        for arm in "abc":
+            mean = generator.choice([0.0, 0.004, 0.02])
+            values[arm] = dict(enumerate(generator.normal(mean, 0.002, 4)))
+        criteria = Criteria(0.01, monitoring=monitoring)
+        for found in compare_arms(values, dict.fromkeys("abc", "control"), criteria).values():
+            kind, shown = found.verdict.kind, found.decisive
+            kinds.add(kind)
+            if kind == "equivalent":
+                assert shown.inside(0.01), found
+            elif kind == "undecided":
+                assert shown.contains(0.0), found
+                assert not shown.inside(0.01), found
+            else:
+                assert not shown.contains(0.0), found
+    assert {"worse", "equivalent", "undecided"} <= kinds
+
+
+def test_for_a_claim_each_comparison_stands_alone_with_the_interval_of_its_findings():
+    values = {"control": dict.fromkeys(range(3), 0.0)} | {
+        arm: dict(enumerate((0.01, 0.013, 0.008))) for arm in "ab"
+    }
+    criteria = Criteria(0.005, alone=True)
+    found = compare_arms(values, dict.fromkeys("ab", "control"), criteria)["a"]
+    assert found.decisive == pytest.approx(Estimate.of((0.01, 0.013, 0.008)).interval(0.1))
+    assert found.level == 0.9
 
 
 def failing(arm: dict[int, float], control: dict[int, float], **reasons: str) -> Comparison:

@@ -1,0 +1,127 @@
+"""What was run: how large, how long, at which rate, on which data, seeds, machine and versions.
+
+Knows configs, the state of a run and `environment.json`; nothing of statistics.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.ablation.grid import Ablation
+from lmjax.ablation.words import counted, millions
+from lmjax.train.config import Config
+from lmjax.train.state import initial_state
+
+Environment = Mapping[str, Any]
+"""What `environment.json` says."""
+
+
+def read_environment(run: Path) -> Environment:
+    """What a run directory says about where it was computed; empty before it was."""
+    path = run / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+class Footprint(NamedTuple):
+    """The size of a run: its parameters, and the bytes of all that it keeps between steps."""
+
+    parameters: int
+    state_bytes: int
+
+
+@functools.lru_cache(maxsize=256)
+def footprint(config: Config) -> Footprint:
+    """The size of a run at its first step; nothing is computed."""
+    state = jax.eval_shape(lambda: initial_state(config.resolved().at(0)))
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return Footprint(size(state.params), held)
+
+
+def what_was_run(ablation: Ablation | None, environments: Iterable[Environment]) -> dict[str, str]:
+    """The set-up of an ablation, a line each; where arms differ, all that there is.
+
+    Args:
+      ablation: None where nothing was trained.
+      environments: of the runs, or of the process that computed.
+    """
+    there = [environment for environment in environments if environment]
+    machines = {
+        "hardware": _either(map(_hardware, there)),
+        "software": _either(map(_software, there)),
+    }
+    if ablation is None:
+        return {"runs": "none; arithmetic alone", **machines}
+    arms = list(ablation.arms.values())
+    seeds = ", ".join(map(str, ablation.all_seeds))
+    return {
+        "runs": f"{counted(len(arms), 'arm')}; {counted(len(ablation.all_seeds), 'seed')}: {seeds}",
+        "model": _either(map(_model, arms)),
+        "tokens": _either(map(_tokens, arms)),
+        "learning rate": _either(map(_rate, arms)),
+        "data": _either(map(_data, arms)),
+        **machines,
+    }
+
+
+def subject(ablation: Ablation | None) -> str:
+    """What was looked at, as the subject of a sentence."""
+    if ablation is None:
+        return "Arithmetic on random numbers"
+    sizes = _either(millions(footprint(arm).parameters) for arm in ablation.arms.values())
+    tokens = _either(f"{_count(arm):,}" for arm in ablation.arms.values())
+    return f"A model of {sizes} parameters trained on {tokens} tokens"
+
+
+def _either(texts: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(texts)) or "not recorded"
+
+
+def _model(config: Config) -> str:
+    model = config.model
+    size = millions(footprint(config).parameters)
+    return f"{size} parameters, {counted(model.layers, 'block')} of width {model.width}"
+
+
+def _count(config: Config) -> int:
+    return config.steps * config.batch_size * config.context
+
+
+def _tokens(config: Config) -> str:
+    steps = f"{counted(config.steps, 'step')} of {config.batch_size} x {config.context}"
+    return f"{_count(config):,} ({steps})"
+
+
+def _rate(config: Config) -> str:
+    optimizer = config.optimizer
+    warmup = counted(optimizer.warmup_steps, "step")
+    return f"{optimizer.learning_rate:g} ({optimizer.name}, {optimizer.schedule}, warm-up {warmup})"
+
+
+def _data(config: Config) -> str:
+    data = config.data
+    files = f" {' '.join(data.files)}" if data.files else ""
+    return f"{data.dataset}{files}, tokenizer {data.tokenizer}"
+
+
+def _hardware(environment: Environment) -> str:
+    devices = list(environment.get("devices", ()))
+    if environment.get("backend", "cpu") != "cpu":
+        return f"{len(devices)} x {devices[0]}"
+    processor = environment.get("processor") or environment.get("machine") or "CPU"
+    return f"{processor}, {counted(environment.get('cpu_count') or 1, 'core')}"
+
+
+def _software(environment: Environment) -> str:
+    packages = environment.get("packages", {})
+    versions = [f"{name} {packages[name]}" for name in ("jax", "jaxlib") if packages.get(name)]
+    versions.append(f"Python {environment.get('python', '?')}")
+    if revision := environment.get("git_revision"):
+        versions.append(f"git {revision[:10]}{'+' * revision.endswith('+')}")
+    return ", ".join(versions)
