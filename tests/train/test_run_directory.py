@@ -258,6 +258,7 @@ def test_environment_says_where() -> None:
         "devices",
         "processes",
         "machine",
+        "processor",
         "cpu_count",
         "xla_flags",
         "compiler_options",
