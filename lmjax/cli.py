@@ -29,8 +29,8 @@ from lmjax import distributed, interrupts, opening, stages
 from lmjax.data import DataError
 from lmjax.distributed import DistributedConfig
 from lmjax.filenames import expanded, printable
+from lmjax.inference import NonFiniteError, load_model
 from lmjax.inference import generate as generate_text
-from lmjax.inference import load_model
 from lmjax.plan.program import PlanError
 from lmjax.streams import tolerant
 from lmjax.train import Config, InputError, TrainingFailed, train
@@ -55,6 +55,9 @@ UserPath = Annotated[
     ),
 ]
 """A path from the command line, in which `~` is a home directory."""
+
+RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+"""A path, or a URL: a `Path` would make one slash of two."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,8 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
         with decoration("a sample"):
             with stages.stage("generating a sample"):
                 text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
-            console.print(f"A sample:\n{text}", markup=False)
+            if is_first():
+                write_text(f"A sample:\n{text}\n")
     loss = float(outcome.result["eval_loss"])
     console.print(
         f"held-out loss {loss:.4f} nats per token after {outcome.step} steps "
@@ -194,7 +198,7 @@ def _guarded(call: Callable[[], int]) -> int:
     except (InputError, DataError) as error:
         _say_error(error)
         return BAD_INPUT
-    except (TrainingFailed, CheckpointError, PlanError) as error:
+    except (TrainingFailed, CheckpointError, PlanError, NonFiniteError) as error:
         _say_error(error)
         return FAILED
     except StorageFailed as error:
@@ -213,6 +217,35 @@ def _guarded(call: Callable[[], int]) -> int:
 def _say_error(error: object) -> None:
     """One line, whatever is in the names that the message quotes."""
     print(f"error: {printable(error)}", file=sys.stderr)
+
+
+def write_text(text: str) -> None:
+    """Writes text to stdout at once: unchanged to a file or pipe, `visible` to a terminal."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """The text with pictures (U+2400 to U+2421) of its control characters but tabs and newlines.
+
+    A model may generate any character, and a terminal obeys some.
+    """
+    return "".join(map(_picture, text))
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if code < 0x20 and character not in "\t\n":
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else "\ufffd" if 0x80 <= code < 0xA0 else character
+
+
+def bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Calls something that checks user input, whose ValueErrors are therefore the user's."""
+    try:
+        return call(*arguments, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def print_json(value: Any) -> None:

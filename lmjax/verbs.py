@@ -5,25 +5,32 @@ Knows all rooms; how flags are parsed, errors caught and tables printed is in `c
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, parse_flags, print_json, print_table
+from lmjax.cli import (
+    DONE,
+    FAILED,
+    STOPPED,
+    UserPath,
+    bad_input,
+    guarded,
+    parse_flags,
+    print_json,
+    print_table,
+)
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
-from lmjax.inference import evaluate as evaluate_run
-from lmjax.inference import generate as generate_text
-from lmjax.inference import load_model
-from lmjax.inference import score as score_text
+from lmjax.inference_cli import evaluate, generate, score
 from lmjax.model import Sites
 from lmjax.plan_cli import MeshSizes, changed, show_plan, show_rooflines
 from lmjax.precision.formats import format_table
@@ -32,11 +39,6 @@ from lmjax.precision.native import Arithmetic, in_words, this_backend
 from lmjax.train import Config, InputError
 from lmjax.train.object_store import as_url
 from lmjax.train.remote import fetched
-
-T = TypeVar("T")
-
-RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-"""A path, or a URL: a `Path` would make one slash of two."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -75,93 +77,6 @@ def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     return bind
 
 
-def generate(
-    run: RunDirectory,
-    /,
-    prompt: str = "",
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    seed: int = 0,
-    precision: str | None = None,
-    json: bool = False,
-) -> int:
-    """Continues a text with the newest checkpoint of a run.
-
-    Args:
-      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
-      prompt: Text to go on from; empty: the start of a document.
-      tokens: Most tokens to generate.
-      temperature: Divides the logits; 0 takes the likeliest token.
-      top_k: Draw from this many likeliest tokens only; 0: from all.
-      seed: Of the draws.
-      precision: Policy to compute with, if not the run's own.
-      json: Print JSON.
-    """
-    model = load_model(run, precision=precision)
-    text = _bad_input(
-        generate_text, model, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    print_json({"prompt": prompt, "text": text, "step": model.step}) if json else print(
-        prompt + text
-    )
-    return DONE
-
-
-def score(run: RunDirectory, /, text: str, precision: str | None = None, json: bool = False) -> int:
-    """Log-probability of a text, per token and in all.
-
-    Args:
-      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
-      text: The text, read as the beginning of a document.
-      precision: Policy to compute with, if not the run's own.
-      json: Print JSON.
-    """
-    result = _bad_input(score_text, load_model(run, precision=precision), text)
-    summary = {
-        "log_probability": result.total,
-        "tokens": len(result.tokens),
-        "bits_per_byte": result.bits_per_byte,
-    }
-    if json:
-        tokens = [
-            {"token": token, "log_probability": value}
-            for token, value in zip(result.tokens, result.log_probabilities, strict=True)
-        ]
-        print_json({**summary, "per_token": tokens})
-        return DONE
-    rows = zip(
-        map(repr, result.tokens), map("{:.4f}".format, result.log_probabilities), strict=True
-    )
-    print_table(("token", "log-probability (nats)"), rows)
-    print(
-        f"total {result.total:.4f} nats over {len(result.tokens)} tokens, "
-        f"{result.bits_per_byte:.4f} bits per byte"
-    )
-    return DONE
-
-
-def evaluate(run: RunDirectory, /, precision: str | None = None, json: bool = False) -> int:
-    """Loss on the whole validation split that a run held out.
-
-    Args:
-      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
-      precision: Policy to compute with, if not the run's own.
-      json: Print JSON.
-    """
-    model = load_model(run, precision=precision)
-    result = _bad_input(evaluate_run, model, progress=not json)
-    if json:
-        print_json(dataclasses.asdict(result))
-    else:
-        print(
-            f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
-            f"{result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
-            f"({result.tokens} tokens)"
-        )
-    return DONE
-
-
 def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")]) -> int:
     """Prepares a corpus; the only command that downloads, and only a tfds: dataset it is told to.
 
@@ -187,7 +102,7 @@ def sites(
     """
     config = load_experiment(experiment)
     if precision is not None:
-        config = _bad_input(dataclasses.replace, config, precision=precision)
+        config = bad_input(dataclasses.replace, config, precision=precision)
     resolved = {start: phase.sites for start, phase in config.phases}
     products = {start: phase.products() for start, phase in config.phases}
     if json:
@@ -241,8 +156,8 @@ def sharding(
       json: Print JSON.
     """
     config = load_experiment(experiment)
-    config = _bad_input(changed, config, precision, mesh, batch_size, micro_batches)
-    _bad_input(show_rooflines if roofline else show_plan, config, devices, json=json)
+    config = bad_input(changed, config, precision, mesh, batch_size, micro_batches)
+    bad_input(show_rooflines if roofline else show_plan, config, devices, json=json)
     return DONE
 
 
@@ -264,7 +179,7 @@ def report(
         raise InputError("name the directories of ablations or runs")
     if out is None and any(map(as_url, directories)):
         raise InputError("say with --out DIR where the report on runs in an object store goes")
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         here = [stack.enter_context(fetched(name, checkpoint=False)) for name in directories]
         _report(here, out, json=json)
     return DONE
@@ -340,11 +255,11 @@ def formats(
       plot: Draw their number lines into this PNG.
       json: Print JSON.
     """
-    rows = _bad_input(format_table, names or None)
+    rows = bad_input(format_table, names or None)
     if plot is not None:
         from lmjax.numerics.format_plot import DEFAULT_FORMATS, draw_number_lines
 
-        _bad_input(draw_number_lines, _writable(plot), names or DEFAULT_FORMATS)
+        bad_input(draw_number_lines, _writable(plot), names or DEFAULT_FORMATS)
     if json:
         print_json([dataclasses.asdict(row) for row in rows])
     else:
@@ -387,11 +302,3 @@ def load_experiment(name: str) -> Config:
     if not callable(getattr(module, "config", None)):
         raise InputError(f"{name} is no experiment: it defines no config()")
     return module.config()
-
-
-def _bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls something that checks user input, whose ValueErrors are therefore the user's."""
-    try:
-        return call(*arguments, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from error

@@ -7,6 +7,8 @@ errors and store.
 
 from __future__ import annotations
 
+import codecs
+import functools
 import importlib.util
 import json
 import os
@@ -29,6 +31,7 @@ from lmjax.filenames import expanded, plain
 Ids = npt.NDArray[np.int32]
 
 _END_OF_DOCUMENT = "<|endoftext|>"
+_UNKNOWN = "\ufffd".encode()
 # A document may have any size, and an encoding takes some 100 bytes a token while it is made: long
 # documents are encoded in chunks of this many characters, this many chunks at once.
 _CHUNK = 1 << 18
@@ -72,11 +75,27 @@ class Tokenizer(ABC):
 
         Broken UTF-8 and ids that name no token become U+FFFD.
         """
+        return self.bytes_of(ids).decode("utf-8", errors="replace")
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of `ids` as they come: what `decode` gives, in pieces of whole characters."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            if piece := decoder.decode(self.bytes_of([token])):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+    def bytes_of(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> bytes:
+        """What `ids` stand for: UTF-8 if they encode a text; one alone may be part of a character.
+
+        An id that names no token stands for U+FFFD, and the end of a document for nothing.
+        """
         flat = np.asarray(ids, dtype=np.int64).reshape(-1)
         flat = flat[flat != self.end_of_document]
         unknown = np.flatnonzero((flat < 0) | (flat >= self.vocab_size))
         first, *others = np.split(flat, unknown)
-        return "\ufffd".join([self._decode(first), *(self._decode(part[1:]) for part in others)])
+        return _UNKNOWN.join([self._bytes(first), *(self._bytes(part[1:]) for part in others)])
 
     def save(self, path: Path) -> None:
         """Writes one JSON file that `load_tokenizer` reads back."""
@@ -89,8 +108,8 @@ class Tokenizer(ABC):
         """The ids of each chunk, in order."""
 
     @abstractmethod
-    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
-        """Text of ids that all name a token other than the end of a document."""
+    def _bytes(self, ids: npt.NDArray[np.int64]) -> bytes:
+        """The bytes of ids that all name a token other than the end of a document."""
 
     @abstractmethod
     def _content(self) -> Any:
@@ -112,8 +131,8 @@ class ByteTokenizer(Tokenizer):
         for chunk in chunks:
             yield np.frombuffer(chunk.encode("utf-8"), dtype=np.uint8).astype(np.int32)
 
-    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
-        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+    def _bytes(self, ids: npt.NDArray[np.int64]) -> bytes:
+        return ids.astype(np.uint8).tobytes()
 
     def _content(self) -> Any:
         return None
@@ -141,11 +160,39 @@ class BPETokenizer(Tokenizer):
             for encoding in self._backend.encode_batch_fast(group):
                 yield np.asarray(encoding.ids, dtype=np.int32)
 
-    def _decode(self, ids: npt.NDArray[np.int64]) -> str:
-        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
+    def _bytes(self, ids: npt.NDArray[np.int64]) -> bytes:
+        return b"".join(map(self._bytes_by_id.__getitem__, ids.tolist()))
+
+    @functools.cached_property
+    def _bytes_by_id(self) -> dict[int, bytes]:
+        return {token: _unspelled(text) for text, token in self._backend.get_vocab().items()}
 
     def _content(self) -> Any:
         return json.loads(self._backend.to_str())
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level BPE spells bytes, from `bytes_to_unicode` of GPT-2's encoder.py.
+
+    Printable characters of Latin-1 stand for themselves, and the other bytes, in order, are the
+    characters from U+0100 on.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {
+        chr(0x100 + index): byte for index, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_alphabet()
+
+
+def _unspelled(token: str) -> bytes:
+    """The bytes that a token of byte-level BPE spells; one that is not spelled so is itself."""
+    try:
+        return bytes(map(_BYTES.__getitem__, token))
+    except KeyError:
+        return token.encode()
 
 
 def _chunks(text: str) -> list[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import numpy as np
 
 from lmjax import sharding, stages
 from lmjax.data import tokenized_corpus
+from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
 from lmjax.train import make_eval_step
 from lmjax.train.evaluate import held_out_loss
@@ -35,18 +40,36 @@ class Evaluation:
 
 
 def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
-    """Evaluates a model on the whole validation split that its run held out."""
+    """Evaluates a model on the whole validation split that its run held out.
+
+    Raises:
+      NonFiniteError: the loss of a batch is a NaN or an infinity.
+    """
     config = dataclasses.replace(model.config, mesh=sharding.MeshConfig()).resolved()
     with stages.stage("reading the text"):
         corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     mesh = sharding.make_mesh(config.mesh, _devices(config.deterministic_reductions))
     with stages.stage("evaluating on the whole validation split"):
-        loss = held_out_loss(make_eval_step(config, mesh), model.params, corpus, config, mesh)
+        eval_step = _refusing_non_finite(make_eval_step(config, mesh), model)
+        loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
     bits = loss * tokens / math.log(2) / corpus.validation_bytes
     # Beyond exp(709) Python raises where IEEE 754 says infinity.
     perplexity = math.exp(loss) if not loss > 709 else math.inf
     return Evaluation(model.step, tokens, loss, perplexity, bits)
+
+
+def _refusing_non_finite(eval_step: Callable[..., Any], model: TrainedModel) -> Callable[..., Any]:
+    """The evaluation of one batch after another, which says of which the loss is not finite."""
+    numbers = itertools.count(1)
+
+    def checked(params: Any, batch: Any) -> Any:
+        number, (nats, tokens) = next(numbers), eval_step(params, batch)
+        if not np.isfinite(np.asarray(nats)):
+            raise not_finite(model, f"the losses in batch {number} of the validation split")
+        return nats, tokens
+
+    return checked
 
 
 def _devices(parts: int) -> list[jax.Device]:

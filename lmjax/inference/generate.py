@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lmjax import stages
+from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
+from lmjax.inference.sampling import NOT_FINITE, Sampler, refuse_no_count
 from lmjax.model import Sites, decoding_params, extend, initial_cache
 from lmjax.precision import exact
 from lmjax.precision.contraction import bf16_pays
-from lmjax.train import Config, refuse_no_seed, seed_key
+from lmjax.train import Config
 
 CHUNK = 64
 """Tokens of a prompt that are read at a time: one shape, and one compilation, for all lengths."""
@@ -30,47 +30,84 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
 ) -> str:
-    """The model's continuation of a prompt, without the prompt.
+    """The model's continuation of a prompt, without the prompt: all that `stream` yields."""
+    return "".join(
+        stream(model, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+    )
 
-    It ends after `tokens` tokens or where the model ends the document. Every token is read once and
-    its keys and values are kept, in the formats of the policy, until the context is full. Then the
-    last half of it is read anew as the beginning of a text, so that every token is drawn from at
-    least half a context; of a prompt longer than the context the last tokens are read.
+
+def stream(
+    model: TrainedModel,
+    prompt: str,
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+) -> Stream:
+    """Continues a prompt piece by piece, as tokens are drawn.
+
+    The text ends after `tokens` tokens or where the model ends the document. Each token is read
+    once; its keys and values are kept, in the formats of the policy, until the context is full.
+    Then the last half of the context is read again as the beginning of a text, so every token is
+    drawn from at least half a context. Of a prompt longer than the context, the last tokens are
+    read. The same arguments give the same text.
 
     Args:
       model: what `load_model` gives.
-      prompt: text to go on from; empty: the start of a document.
-      tokens: most tokens to generate.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: draw from this many likeliest tokens only; 0: from all.
-      seed: of the draws.
+      prompt: text to continue; empty: the start of a document.
+      tokens: most tokens to generate; may be 0.
+      temperature: divides the logits; 0 takes the likeliest token, the first of equal ones.
+      top_k: draw from this many likeliest tokens only, of equal ones those with lower ids; 0, or
+        more than there are: from all tokens of the tokenizer.
+      seed: of the draws; a whole number in [0, 2**64).
+
+    Returns:
+      An iterator over strings of whole characters. Bytes that are no UTF-8 become U+FFFD.
 
     Raises:
-      ValueError: a negative number, or a seed beyond 2**64 - 1.
+      ValueError: a setting is negative, not finite or of the wrong type.
+      NonFiniteError: while iterating: the logits of a token hold a NaN or an infinity.
     """
-    if min(tokens, temperature, top_k) < 0:
-        raise ValueError("tokens, temperature and top_k must not be negative")
-    refuse_no_seed("seed", seed)
-    drawn = _draw(model, prompt, temperature, top_k, seed)
-    ids = [token for _, token in zip(range(tokens), drawn, strict=False)]
-    return model.tokenizer.decode(np.asarray(ids, np.int32))
+    refuse_no_count("tokens", tokens)
+    sampler = Sampler(model.tokenizer.vocab_size, temperature, top_k, seed)
+    ids = [model.tokenizer.end_of_document, *map(int, model.tokenizer.encode(prompt))]
+    return Stream(model, ids, sampler, tokens)
 
 
-def _draw(
-    model: TrainedModel, prompt: str, temperature: float, top_k: int, seed: int
-) -> Iterator[int]:
-    end = model.tokenizer.end_of_document
-    ids = [end, *map(int, model.tokenizer.encode(prompt))]
-    reader = Reader(model, len(ids))
-    key = seed_key(seed)
-    for index in range(2**31 - 1):
-        with stages.stage("generating text"):
-            logits = reader.logits(ids)[: model.tokenizer.vocab_size]
-            token = int(_choose(jax.random.fold_in(key, index), logits, temperature, top_k))
-        if token == end:
-            return
-        ids.append(token)
-        yield token
+class Stream(Iterator[str]):
+    """A continuation while it is generated.
+
+    Attributes:
+      tokens: how many tokens have been drawn so far.
+      ended: whether the model has ended the document.
+    """
+
+    def __init__(self, model: TrainedModel, ids: Sequence[int], sampler: Sampler, limit: int):
+        """See `stream`; `ids` are what has been said so far, a start of the document included."""
+        self.tokens = 0
+        self.ended = False
+        self._model = model
+        self._drawn = self._draw(list(ids), sampler, limit)
+        self._pieces = model.tokenizer.decode_stream(self._drawn)
+
+    def __next__(self) -> str:
+        """The next whole characters."""
+        return next(self._pieces)
+
+    def _draw(self, ids: list[int], sampler: Sampler, limit: int) -> Iterator[int]:
+        reader = Reader(self._model, len(ids))
+        while self.tokens < limit:
+            token = sampler.draw(reader.logits(ids), self.tokens)
+            if token == NOT_FINITE:
+                what = f"the logits of token {self.tokens + 1} of the continuation"
+                raise not_finite(self._model, what)
+            if token == self._model.tokenizer.end_of_document:
+                self.ended = True
+                return
+            ids.append(token)
+            self.tokens += 1
+            yield token
 
 
 class Reader:
@@ -158,14 +195,3 @@ def _programs(config: Config) -> _Programs:
         start=exact.jit(lambda: initial_cache(model, sites, 1, config.context)),
         read=exact.jit(read, donate_argnums=1),
     )
-
-
-@functools.partial(exact.jit, static_argnums=(2, 3))
-def _choose(key: jax.Array, logits: jax.Array, temperature: float, top_k: int) -> jax.Array:
-    logits = logits.astype(jnp.float32)
-    if temperature == 0:
-        return jnp.argmax(logits)
-    if top_k:
-        least = jax.lax.top_k(logits, min(top_k, logits.size))[0][-1]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, logits / temperature)

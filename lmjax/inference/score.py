@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmjax import stages
+from lmjax.data import Tokenizer
+from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
 from lmjax.model import Params, apply, log_probabilities
 from lmjax.precision import exact
+from lmjax.train import Config
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The fewest tokens in a row of a text that are whole characters together.
+
+    Attributes:
+      text: the characters.
+      tokens: how many tokens they are; several where a token is a part of a character.
+      log_probability: of these tokens given all before them, in nats.
+    """
+
+    text: str
+    tokens: int
+    log_probability: float
 
 
 @dataclass(frozen=True)
@@ -19,19 +42,35 @@ class Score:
     """Log-probabilities of a text as a document's beginning.
 
     Attributes:
-      tokens: the text of each token.
+      tokens: the text of each token; U+FFFD for a part of a character.
       log_probabilities: of each token given all before it (within the context), in nats.
+      pieces: the same text in whole characters.
       bytes: length of the text in UTF-8.
     """
 
     tokens: tuple[str, ...]
     log_probabilities: tuple[float, ...]
+    pieces: tuple[Piece, ...]
     bytes: int
 
     @property
     def total(self) -> float:
         """Log-probability of the whole text, in nats."""
         return math.fsum(self.log_probabilities)
+
+    @property
+    def log10(self) -> float:
+        """The decimal logarithm of the probability P of the whole text."""
+        return self.total / math.log(10)
+
+    @property
+    def probability(self) -> str:
+        """P as a decimal with two digits, such as `3.2e-145`; it may be far below any float."""
+        if self.log10 > -4:
+            return f"{10**self.log10:.2g}"
+        exponent = math.floor(self.log10)
+        digits = f"{10 ** (self.log10 - exponent):.1f}"
+        return f"1.0e{exponent + 1}" if digits == "10.0" else f"{digits}e{exponent}"
 
     @property
     def bits_per_byte(self) -> float:
@@ -47,31 +86,58 @@ def score(model: TrainedModel, text: str) -> Score:
 
     Raises:
       ValueError: the text is empty.
+      NonFiniteError: the logits of a token, or its log-probability, are a NaN or an infinity.
     """
     ids = model.tokenizer.encode(text)
     if not len(ids):
         raise ValueError("there is no text to score")
     stream = np.concatenate([[model.tokenizer.end_of_document], ids]).astype(np.int32)
-    config, sites, context = model.config.model, model.sites, model.config.context
-
-    def window_scores(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = apply(params, inputs, config=config, sites=sites)
-        return log_probabilities(logits, targets, sites["loss"])
-
-    compiled = exact.jit(window_scores)
-    scores = np.full(len(ids), np.nan, np.float64)
+    context = model.config.context
+    window_scores = _window_scores(model.config)
+    scores: list[float] = []
     stride = max(context // 2, 1)
     for start in range(0, max(len(ids) - context, 0) + stride, stride):
         part = stream[start : start + context + 1]
         padded = np.zeros((1, context + 1), np.int32)
         padded[0, : len(part)] = part
         with stages.stage("scoring the text"):
-            window = compiled(model.params, padded[:, :-1], padded[:, 1:])
+            window = window_scores(model.params, padded[:, :-1], padded[:, 1:])
         window = np.asarray(window, np.float64)[0, : len(part) - 1]
-        fresh = np.isnan(scores[start : start + len(window)])
-        scores[start : start + len(window)][fresh] = window[fresh]
+        scores += window[len(scores) - start :].tolist()
+        if not all(map(math.isfinite, scores)):
+            first = next(i for i, value in enumerate(scores) if not math.isfinite(value))
+            raise not_finite(model, f"the logits of token {first + 1} of the text")
     return Score(
         tokens=tuple(model.tokenizer.decode([token]) for token in ids),
-        log_probabilities=tuple(float(value) for value in scores),
+        log_probabilities=tuple(scores),
+        pieces=tuple(_pieces(model.tokenizer, ids.tolist(), scores)),
         bytes=len(text.encode()),
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _window_scores(config: Config) -> Any:
+    """The compiled `(params, inputs, targets) -> log-probabilities`, `[1, context]` each.
+
+    A log-probability is NaN where the logits that it is computed from are not all finite.
+    """
+    model, sites = config.model, config.sites
+
+    def window_scores(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = apply(params, inputs, config=model, sites=sites)
+        found = log_probabilities(logits, targets, sites["loss"])
+        return jnp.where(jnp.isfinite(logits).all(axis=-1), found, jnp.nan)
+
+    return exact.jit(window_scores)
+
+
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int], scores: Sequence[float]) -> Iterator[Piece]:
+    """The tokens of a text, those together that are whole characters together only."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text, first = "", 0
+    for index, token in enumerate(ids):
+        text += decoder.decode(tokenizer.bytes_of([token]))
+        incomplete, _ = decoder.getstate()
+        if not incomplete:
+            yield Piece(text, index + 1 - first, math.fsum(scores[first : index + 1]))
+            text, first = "", index + 1

@@ -53,6 +53,32 @@ def test_decoding_never_fails(name, ids):
 
 
 @every_tokenizer
+@given(ids=st.lists(st.integers(0, 300) | st.integers(-3, 60_000)))
+def test_a_stream_is_decoded_as_the_whole_is(name, ids):
+    tokenizer = make(name)
+    assert "".join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
+@given(ids=st.lists(st.integers(0, 300) | st.integers(0, 50_255)))
+def test_tokens_are_spelled_as_the_library_decodes_them(name, ids):
+    tokenizer = make(name)
+    ids = [token for token in ids if token < tokenizer.vocab_size]
+    ids = [token for token in ids if token != tokenizer.end_of_document]
+    library = tokenizer._backend.decode(ids, skip_special_tokens=False)
+    assert tokenizer.decode(ids) == library
+
+
+@every_tokenizer
+@given(text=st.text())
+def test_a_stream_yields_no_part_of_a_character(name, text):
+    tokenizer = make(name)
+    pieces = list(tokenizer.decode_stream(iter(tokenizer.encode(text).tolist())))
+    assert "".join(pieces) == text
+    assert all(pieces)
+
+
+@every_tokenizer
 def test_what_names_no_token_is_seen_and_the_end_of_a_document_is_not(name):
     tokenizer = make(name)
     a, b = (tokenizer.encode(letter).tolist() for letter in "ab")
