@@ -12,18 +12,19 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
 from lmjax.ablation import grid
-from lmjax.ablation.grid import Ablation, Cell
+from lmjax.ablation.grid import MOST_SEEDS, Ablation, Cell
 from lmjax.ablation.report import write_report
 from lmjax.ablation.report_data import gather, summary
 from lmjax.ablation.report_text import verdicts
 from lmjax.ablation.runner import AblationError, run, with_added_seeds
 from lmjax.ablation.runs import ablation_of
 from lmjax.ablation.words import significant
+from lmjax.checks import at_least, validate
 from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, parse_flags, print_json, print_table
 from lmjax.train import InputError
 from lmjax.train.locks import lock
@@ -35,15 +36,15 @@ class Launch:
 
     workdir: UserPath
     """The ablation's directory; the same command again goes on with what is in it."""
-    processes: int = 1
+    processes: Annotated[int, at_least(1)] = 1
     """Runs at a time, each in a process of its own."""
-    threads: int = 1
+    threads: Annotated[int, at_least(1)] = 1
     """XLA threads of each process on CPU; one is fastest for small models."""
     seeds: str | None = None
     """The seeds, such as 0,1,2; by default those that the module names."""
-    max_seeds: int | None = None
+    max_seeds: Annotated[int, at_least(1, MOST_SEEDS)] | None = None
     """Add seeds where a question is undecided, until it is settled or an arm has this many."""
-    steps: int | None = None
+    steps: Annotated[int, at_least(1)] | None = None
     """Planned length of the runs; arms of another length than the base keep their proportion."""
     retry_failed: bool = False
     """Run cells again that failed."""
@@ -53,6 +54,10 @@ class Launch:
     """Parameters of submitit, as NAME=VALUE, such as slurm_partition=gpu timeout_min=240."""
     dry_run: bool = False
     """Print the arms and what has become of their cells, and run nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        validate(self)
 
 
 def run_ablation(module: str, ablation: Callable[[], Ablation]) -> NoReturn:

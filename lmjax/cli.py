@@ -25,7 +25,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from lmjax import distributed, interrupts, opening, stages
+from lmjax import distributed, interrupts, opening, stages, strict_json
+from lmjax.checks import at_least, validate
 from lmjax.data import DataError
 from lmjax.distributed import DistributedConfig
 from lmjax.filenames import expanded, printable
@@ -38,7 +39,6 @@ from lmjax.train.agreement import is_first
 from lmjax.train.decoration import decoration
 from lmjax.train.errors import CheckpointError, StorageFailed
 from lmjax.train.memory import keep_freed_memory
-from lmjax.train.metrics import strict_json
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
@@ -69,15 +69,14 @@ class Launch:
     """The run directory; the same command again goes on with the run in it. s3://BUCKET/RUN and
     gs://BUCKET/RUN are in an object store: any machine goes on with the run there."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    stop_after: int | None = None
+    stop_after: Annotated[int, at_least(1)] | None = None
     """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
-    sample: int = 200
+    sample: Annotated[int, at_least(0)] = 200
     """Tokens of text generated for a look when a run of one process is done; 0: none."""
 
     def __post_init__(self) -> None:
-        """Refuses a sample of negative length now, and not when the run is done."""
-        if self.sample < 0:
-            raise ValueError(f"sample is {self.sample}; it must not be negative")
+        """Refuses values out of range now, and not when the run is done."""
+        validate(self)
 
 
 def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
@@ -250,7 +249,7 @@ def bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
 
 def print_json(value: Any) -> None:
     """Prints strict JSON."""
-    print(strict_json(value))
+    print(strict_json.dumps(value))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:

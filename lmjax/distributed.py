@@ -9,23 +9,26 @@ backends notice a closed connection at once, JAX's coordination service a proces
 silent for `HEARTBEAT_SECONDS`. That service ends its clients by abort(), which has neither an exit
 code of its own nor a message for people; `start` sees to both.
 
-Knows JAX and the variables that launchers set.
+Knows JAX, the variables that launchers set, and how fields are checked.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
+
+from lmjax.checks import at_least, validate
 
 HEARTBEAT_SECONDS = 30
 """Silence after which a process counts as lost."""
@@ -42,32 +45,29 @@ class DistributedConfig:
 
     coordinator: str | None = None
     """HOST:PORT at which all can reach process 0; any port that is free there."""
-    processes: int | None = None
+    processes: Annotated[int, at_least(1)] | None = None
     """How many processes train together."""
-    process: int | None = None
+    process: Annotated[int, at_least(0)] | None = None
     """Which of them this is, counted from 0."""
     cluster: Cluster = "auto"
     """Who says what is not given above. auto: torchrun, Slurm or Open MPI, if their variables say
     that several processes were started; otherwise this is the only one. kubernetes, tpu and mpi4py:
     JAX's own detection. none: nobody."""
-    timeout: int = 300
+    timeout: Annotated[int, at_least(1)] = 300
     """Seconds to wait at the start until all processes are there."""
 
     def __post_init__(self) -> None:
         """Refuses what can be no process."""
+        validate(self, "distributed")
         if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
             raise ValueError(
                 f"distributed.coordinator is {self.coordinator!r}; it must be HOST:PORT"
             )
-        if self.processes is not None and self.processes < 1:
-            raise ValueError(f"distributed.processes is {self.processes}; it must be at least 1")
-        if self.process is not None and not 0 <= self.process < (self.processes or 2**31):
+        if self.process is not None and self.process >= (self.processes or math.inf):
             raise ValueError(
-                f"distributed.process is {self.process}; it must be at least 0 and less than "
-                "distributed.processes"
+                f"distributed.process is {self.process}; it must be less than "
+                f"distributed.processes, {self.processes}"
             )
-        if self.timeout < 1:
-            raise ValueError(f"distributed.timeout is {self.timeout}; it must be at least 1")
 
 
 class Place(NamedTuple):

@@ -6,23 +6,26 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from typing import Annotated
 
 from lmjax import stages
+from lmjax.checks import at_least
 from lmjax.cli import DONE, RunDirectory, bad_input, print_json, print_table, write_text
 from lmjax.inference import evaluate as evaluate_run
 from lmjax.inference import load_model
 from lmjax.inference import score as score_text
 from lmjax.inference import stream as stream_text
+from lmjax.train.config import Seed
 
 
 def generate(
     run: RunDirectory,
     /,
     prompt: str = "",
-    tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    seed: int = 0,
+    tokens: Annotated[int, at_least(0)] = 200,
+    temperature: Annotated[float, at_least(0)] = 0.8,
+    top_k: Annotated[int, at_least(0)] = 0,
+    seed: Seed = 0,
     precision: str | None = None,
     json: bool = False,
 ) -> int:

@@ -26,16 +26,16 @@ Knows JAX, optax, formats and how forecasts are made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.forecast import Forecast, initial_forecast, predict, remember
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
@@ -43,6 +43,10 @@ from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.probes import Spread
 
 Kind = Literal["auto", "none", "static", "dynamic", "predictive"]
+
+Scale = Annotated[
+    float, power_of_two(2.0**-64, 2.0**64, hint="scaling by it is exact and keeps f32 in range")
+]
 
 STACKED = "blocks/"
 """Parameters below this path have a leading axis of blocks."""
@@ -55,56 +59,36 @@ class LossScaleConfig:
     kind: Kind = "auto"
     """none, static, dynamic, predictive; auto: dynamic where the policy uses f16, unless the model
     is unit scaled, else none."""
-    initial: float = 2.0**15
+    initial: Scale = 2.0**15
     """The scale of the first step, and of every step when static."""
     per_block: bool = False
     """A dynamic or predictive scale for each block, instead of one for all."""
-    growth_interval: int = 2000
+    growth_interval: Annotated[int, at_least(1)] = 2000
     """Finite steps in a row after which a dynamic scale grows."""
-    factor: float = 2.0
+    factor: Annotated[float, power_of_two(2, 2.0**64)] = 2.0
     """A dynamic scale grows by this factor, and shrinks by it after a non-finite gradient."""
-    minimum: float = 1.0
+    minimum: Scale = 1.0
     """A dynamic or predictive scale never falls below this."""
-    maximum: float = 2.0**24
+    maximum: Scale = 2.0**24
     """A dynamic or predictive scale never rises above this."""
-    overflow_probability: float = 1e-4
+    overflow_probability: Annotated[float, at_least(1e-12, 0.5)] = 1e-4
     """A predictive scale keeps the chance that a step overflows below this."""
-    memory: int = 20
+    memory: Annotated[int, at_least(1)] = 20
     """Steps over which a predictive scale forgets what it saw by a factor e."""
     format: str = "auto"
     """What a predictive scale keeps cotangents in the range of; auto: the policy's narrowest."""
-    max_consecutive_skips: int = 50
+    max_consecutive_skips: Annotated[
+        int, at_least(1), housekeeping("it decides when a run gives up, not what its steps compute")
+    ] = 50
     """Training stops with an error after this many skipped steps in a row."""
 
     def __post_init__(self) -> None:
         """Refuses scales that would round, and bounds that contradict each other."""
-        for name in ("initial", "factor", "minimum", "maximum"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value) and math.frexp(value)[0] == 0.5):
-                raise ValueError(
-                    f"loss_scale.{name} is {value}; use a power of two, so that scaling is exact"
-                )
+        validate(self, "loss_scale")
         if not self.minimum <= self.initial <= self.maximum:
             raise ValueError(
-                f"loss_scale.initial is {self.initial}, outside minimum {self.minimum} to maximum "
-                f"{self.maximum}; change one of the three"
-            )
-        if not 2.0**-64 <= self.minimum <= self.maximum <= 2.0**64:
-            raise ValueError(
-                "loss_scale.minimum and maximum must lie between 2^-64 and 2^64: beyond, the scale "
-                "or its reciprocal drowns gradients in f32"
-            )
-        if self.factor <= 1:
-            raise ValueError(f"loss_scale.factor is {self.factor}; use 2 or more")
-        for name in ("growth_interval", "memory", "max_consecutive_skips"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"loss_scale.{name} is {getattr(self, name)}; it must be at least 1"
-                )
-        if not 1e-12 <= self.overflow_probability <= 0.5:
-            raise ValueError(
-                f"loss_scale.overflow_probability is {self.overflow_probability}; use a number "
-                "from 1e-12 to 0.5"
+                f"loss_scale.initial is {self.initial}; it must be from loss_scale.minimum, "
+                f"{self.minimum}, to loss_scale.maximum, {self.maximum}; change one of the three"
             )
         if self.format != "auto":
             parse_format(self.format)

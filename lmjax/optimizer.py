@@ -12,13 +12,13 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from lmjax.checks import above, at_least, from_to_below, validate
 from lmjax.loss_scale import LossScaleConfig, with_loss_scale
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
@@ -34,53 +34,35 @@ class OptimizerConfig:
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
     """AdamW (Loshchilov and Hutter 2019), Lion (Chen et al. 2023), Muon (Jordan et al. 2024)."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, above(0)] = 1e-3
     """Peak learning rate. For muon, that of the weight matrices."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine decay, stable then linear decay (warmup-stable-decay), constant."""
-    warmup_steps: int = 100
+    warmup_steps: Annotated[int, at_least(0)] = 100
     """Steps of linear warm-up."""
-    final_fraction: float = 0.1
+    final_fraction: Annotated[float, at_least(0, 1)] = 0.1
     """Where the decay of cosine and wsd ends after the last step, as a share of the peak."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, at_least(0, 1)] = 0.2
     """Share of all steps that wsd spends decaying."""
-    b1: float = 0.9
+    b1: Annotated[float, from_to_below(0, 1)] = 0.9
     """Decay of the first moment; momentum of muon."""
-    b2: float = 0.99
+    b2: Annotated[float, from_to_below(0, 1)] = 0.99
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, above(0)] = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, at_least(0)] = 0.1
     """Decoupled weight decay, times the learning rate. With muon, of its matrices alone."""
     no_decay: tuple[str, ...] = ("**/bias", "**/scale")
     """Parameters that are not decayed, by path."""
-    adam_learning_rate: float = 1e-3
+    adam_learning_rate: Annotated[float, above(0)] = 1e-3
     """Muon only: peak learning rate of what is no weight matrix of a block."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, at_least(0, hint="0 switches clipping off")] = 1.0
     """Largest global norm of the gradients, or in a unit-scaled model largest root mean square; 0
     switches clipping off."""
 
     def __post_init__(self) -> None:
         """Refuses values outside the range where the formulas mean anything."""
-        for name in ("learning_rate", "adam_learning_rate", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("b1", "b2"):
-            if not 0 <= np.float32(getattr(self, name)) < 1:
-                raise ValueError(
-                    f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1) and stay "
-                    "below 1 when rounded to f32, in which the optimizer computes"
-                )
-        if not np.float32(self.eps) > 0:
-            raise ValueError(
-                f"optimizer.eps is {self.eps}, which is 0 in f32, in which the optimizer computes"
-            )
-        for name in ("final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1]")
-        for name in ("weight_decay", "clip_norm", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be >= 0")
+        validate(self, "optimizer")
 
 
 def learning_rate_schedule(

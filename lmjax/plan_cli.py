@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmjax import plan
+from lmjax.checks import validate
 from lmjax.cli import print_json, print_table
 from lmjax.plan import Plan, Roofline
+from lmjax.sharding import MeshSize
 from lmjax.train import Config
 
 WEAK_SCALING = (8, 64, 256)
@@ -28,14 +30,18 @@ Arithmetic: lmjax/plan/arithmetic.py"""
 class MeshSizes:
     """Sizes of mesh axes, where they are not to be the experiment's own."""
 
-    data: int | None = None
+    data: MeshSize | None = None
     """Batches are divided; parameters are whole on every device."""
-    fsdp: int | None = None
+    fsdp: MeshSize | None = None
     """Batches, parameters and optimizer state are divided."""
-    tensor: int | None = None
+    tensor: MeshSize | None = None
     """Heads, MLP and vocabulary are divided."""
-    sequence: int | None = None
+    sequence: MeshSize | None = None
     """Positions of the context are divided."""
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that no number of devices fits."""
+        validate(self, "mesh")
 
     def given(self) -> dict[str, int]:
         """Those that are."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json as json_format
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from lmjax import strict_json
 from lmjax.ablation.account import Account, account, markdown
 from lmjax.ablation.account import read as read_account
 from lmjax.ablation.claims import Claim, Judgement, judge, load_claims, together
@@ -211,10 +211,10 @@ def _write(claim: Claim, told: Account, ended: Ended | None, workdir: Path) -> P
     """
     directory = workdir / told.name
     page = write_report(*_runs(ended), directory, account=told)
-    text = json_format.dumps(_record(claim, told), indent=2, ensure_ascii=False)
+    text = strict_json.dumps(_record(claim, told), indent=2, ensure_ascii=False)
     replace_text(directory / RECORD, text + "\n")
     paths = list(workdir.glob(f"*/{RECORD}"))
-    records = [read_account(json_format.loads(path.read_text("utf-8"))) for path in paths]
+    records = [read_account(strict_json.loads(path.read_text("utf-8"))) for path in paths]
     reported = [path.parent.name for path in paths if (path.parent / "report.html").exists()]
     replace_text(workdir / TABLE, markdown(records, reported))
     return page

@@ -4,7 +4,7 @@ The rest of lmjax names the dimensions of its arrays logically (`embed`, `heads`
 says which mesh axis divides each. A dimension that its mesh axes do not divide evenly is kept
 whole.
 
-Knows JAX only.
+Knows JAX, and how fields are checked.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lmjax.checks import at_least, validate
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations; their width stays whole, for fsdp already cuts their batch
@@ -36,26 +38,30 @@ RULES: dict[str, tuple[str, ...]] = {
 width) is kept whole."""
 
 
+MeshSize = Annotated[int, at_least(1, also=(-1,))]
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """Sizes of the device mesh; -1 is what is left of the devices."""
 
-    data: int = -1
+    data: MeshSize = -1
     """Batches are divided; parameters are whole on every device."""
-    fsdp: int = 1
+    fsdp: MeshSize = 1
     """Batches, parameters and optimizer state are divided (fully sharded data parallelism)."""
-    tensor: int = 1
+    tensor: MeshSize = 1
     """Heads, MLP and vocabulary are divided."""
-    sequence: int = 1
+    sequence: MeshSize = 1
     """Positions of the context are divided."""
 
     def __post_init__(self) -> None:
         """Refuses sizes that no number of devices fits."""
+        validate(self, "mesh")
         sizes = [getattr(self, f.name) for f in fields(self)]
-        if any(size < 1 and size != -1 for size in sizes):
-            raise ValueError("mesh sizes must be at least 1, or -1 for what is left")
         if sizes.count(-1) > 1:
-            raise ValueError("only one of mesh.data, fsdp, tensor and sequence may be -1")
+            raise ValueError(
+                "only one of mesh.data, mesh.fsdp, mesh.tensor and mesh.sequence may be -1"
+            )
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
+from lmjax import checks
+from lmjax.checks import at_least
 from lmjax.cli import (
     DONE,
     FAILED,
@@ -39,6 +42,8 @@ from lmjax.precision.native import Arithmetic, in_words, this_backend
 from lmjax.train import Config, InputError
 from lmjax.train.object_store import as_url
 from lmjax.train.remote import fetched
+
+Count = Annotated[int, at_least(1)]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -72,6 +77,8 @@ def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 
     @functools.wraps(verb)
     def bind(*arguments: Any, **options: Any) -> Callable[[], int]:
+        given = inspect.signature(verb).bind(*arguments, **options).arguments
+        checks.validate_arguments(verb, given)
         return functools.partial(verb, *arguments, **options)
 
     return bind
@@ -133,10 +140,10 @@ def sharding(
     experiment: tyro.conf.Positional[str],
     /,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008
-    devices: int = 8,
+    devices: Count = 8,
     precision: str | None = None,
-    batch_size: int | None = None,
-    micro_batches: int | None = None,
+    batch_size: Count | None = None,
+    micro_batches: Count | None = None,
     roofline: bool = False,
     json: bool = False,
 ) -> int:
@@ -207,7 +214,7 @@ def reproduce(
     quick: bool = False,
     large: bool = False,
     workdir: UserPath = Path("runs/reproduce"),
-    processes: int = 1,
+    processes: Count = 1,
     seeds: str | None = None,
     json: bool = False,
 ) -> int:

@@ -72,6 +72,11 @@ BAD_FLAGS = {
     "micro-batches": ("--micro-batches 3", ["batch_size 4", "3 micro-batches"]),
     "stop after nothing": ("--stop-after 0", ["stop_after is 0"]),
     "negative sample": ("--sample -1", ["sample is -1"]),
+    "infinity": ("--optimizer.clip-norm inf", ["optimizer.clip_norm is inf", "0 switches"]),
+    "NaN": ("--optimizer.clip-norm nan", ["optimizer.clip_norm is nan", "finite"]),
+    "NaN of a float above 0": ("--model.rope-base nan", ["model.rope_base is nan"]),
+    "0 in f32": ("--optimizer.eps 1e-50", ["optimizer.eps is 1e-50", "0 in f32"]),
+    "huge": ("--steps 99999999999999999999", ["steps is 99999999999999999999", "at most"]),
     "mesh": ("--mesh.tensor 3", ["mesh", "--mesh.tensor"]),
     "unknown dataset": ("--data.dataset nonsense --data.files", ["nonsense"]),
 }
@@ -340,7 +345,7 @@ BAD_CALLS = {
     "empty directory": ("evaluate {tmp}", "is no run directory"),
     "empty text": ("score {run} --text ''", "no text to score"),
     "unknown format": ("evaluate {run} --precision c=f33", "f33"),
-    "negative": ("generate {run} --temperature -1", "must not be negative"),
+    "negative": ("generate {run} --temperature -1", "--temperature is -1.0"),
     "no experiment": ("sites experiments.nonsense", "no experiment 'experiments.nonsense'"),
     "batch": (
         "sharding experiments.quickstart --batch-size 12",

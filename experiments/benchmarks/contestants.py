@@ -7,7 +7,6 @@ process start from the same initial parameters; PyTorch runs in a process of its
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.peers import plain_jnp
-from lmjax import sharding
+from lmjax import sharding, strict_json
 from lmjax.model import ModelConfig, structure
 from lmjax.optimizer import OptimizerConfig
 from lmjax.train import Config, create_state, make_train_step
@@ -235,7 +234,7 @@ def torch_contestant(shape: Shape, name: str, python: str) -> Contestant:
             print(request, file=process.stdin, flush=True)
         answer = process.stdout.readline()
         if answer:
-            return json.loads(answer)
+            return strict_json.loads(answer)
         process.wait()
         errors.seek(0)
         said = [line for line in errors.read().splitlines() if re.match(r"\S*Error\b", line)]
@@ -250,7 +249,7 @@ def torch_contestant(shape: Shape, name: str, python: str) -> Contestant:
         errors.close()
 
     try:
-        ask(json.dumps(settings))
+        ask(strict_json.dumps(settings))
     except PeerMissing:
         close()
         raise

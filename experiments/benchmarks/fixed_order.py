@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from experiments.benchmarks.paired import (
     stepper,
     take_turns,
 )
-from lmjax import sharding, stages
+from lmjax import sharding, stages, strict_json
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import keep_freed_memory
 
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if flags.json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
         return
     for name, seconds in result["step_seconds"].items():
         print(f"{name:8} {seconds * 1e3:8.1f} ms a step")

@@ -15,7 +15,6 @@ happens on the host while the next step computes.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 from experiments import quickstart
 from experiments.benchmarks import paired
 from experiments.benchmarks.paired import Contestant, paired_ratio, take_turns
-from lmjax import sharding, stages
+from lmjax import sharding, stages, strict_json
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import keep_freed_memory
 
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     result = report(quickstart.config().resolved(), flags.rounds, flags.steps, flags.every)
     if flags.json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
         return
     for name, seconds in result["step_seconds"].items():
         print(f"{name:8} {seconds * 1e3:8.1f} ms a step")

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,7 +48,7 @@ from experiments.benchmarks.contestants import (
     torch_contestant,
 )
 from experiments.benchmarks.paired import paired_ratio
-from lmjax import stages
+from lmjax import stages, strict_json
 from lmjax.precision.policy import PolicyError
 from lmjax.train.memory import keep_freed_memory
 
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         for contestant in contestants:
             contestant.close()
-    print(json.dumps(result) if flags.json else table(result))
+    print(strict_json.dumps(result) if flags.json else table(result))
 
 
 if __name__ == "__main__":

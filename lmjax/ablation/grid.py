@@ -12,22 +12,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from lmjax.train.config import (
-    Config,
-    differences,
-    from_json,
-    identity,
-    refuse_no_seed,
-    to_json,
-)
+from lmjax import checks, strict_json
+from lmjax.checks import above, at_least, validate, validate_value
+from lmjax.train import config as run_config
+from lmjax.train.config import Config, Seed, from_json, to_json
 from lmjax.train.locks import lock
 from lmjax.train.metrics import replace_text
 from lmjax.train.run_directory import InputError
@@ -38,6 +33,9 @@ if TYPE_CHECKING:
 Status = Literal["finished", "failed", "missing"]
 
 DEFINITION = "ablation.json"
+
+MOST_SEEDS = 10_000
+"""Of an arm: more than any question needs."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,16 @@ class Ablation:
     arms: Mapping[str, Config]
     varies: tuple[str, ...]
     control: str
-    seeds: tuple[int, ...]
+    seeds: tuple[Seed, ...]
     metric: str = "eval_loss"
-    margin: float = 0.005
+    margin: Annotated[float, above(0, f64=True)] = 0.005
     controls: Mapping[str, str] = field(default_factory=dict)
-    max_seeds: int | None = None
-    seed_counts: Mapping[str, int] = field(default_factory=dict)
+    max_seeds: Annotated[int, at_least(1, MOST_SEEDS)] | None = None
+    seed_counts: Mapping[str, Annotated[int, at_least(1, MOST_SEEDS)]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses names that are none, and arms that differ in more than was announced."""
+        validate(self)
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"name is {self.name!r}; use letters, digits, _ and -")
         for arm in self.arms:
@@ -86,18 +85,14 @@ class Ablation:
                 raise ValueError(f"no arm is named {name!r}; the arms are {', '.join(self.arms)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are {self.seeds}; give at least one, and none twice")
-        for seed in self.seeds:
-            refuse_no_seed("a seed", seed)
         if self.max_seeds is not None and self.max_seeds < len(self.seeds):
             raise ValueError(
                 f"max_seeds is {self.max_seeds}, but there are {len(self.seeds)} seeds to begin "
                 "with; raise it or name fewer seeds"
             )
-        if self.max_seeds is not None:
-            last = max(self.seeds) + self.max_seeds - len(self.seeds)
-            refuse_no_seed(f"with max_seeds {self.max_seeds} the last seed", last)
-        if not (self.margin > 0 and math.isfinite(self.margin)):
-            raise ValueError(f"margin is {self.margin}; it must be positive")
+        most = max(self.max_seeds or 0, *self.seed_counts.values(), len(self.seeds))
+        last = max(self.seeds) + most - len(self.seeds)
+        validate_value("the last seed that may be added", last, Seed)
         self._refuse_unknown_fields()
         self._refuse_unnamed_differences()
 
@@ -122,7 +117,7 @@ class Ablation:
         return "fixed" if self.max_seeds is None else "anytime"
 
     def _refuse_unknown_fields(self) -> None:
-        known = identity(self.base)
+        known = checks.fields(Config)
         for name in self.varies:
             if not any(field == name or field.startswith(name + ".") for field in known):
                 raise ValueError(
@@ -135,13 +130,12 @@ class Ablation:
             unnamed = {
                 name: values
                 for name, values in _chosen(self.base, config).items()
-                if not any(name == part or name.startswith(part + ".") for part in self.varies)
+                if name not in run_config.HOUSEKEEPING
+                and not any(name == part or name.startswith(part + ".") for part in self.varies)
             }
             if unnamed:
-                fields = "; ".join(
-                    f"{name} is {there!r} there, {here!r} here"
-                    for name, (there, here) in unnamed.items()
-                )
+                named = unnamed.items()
+                fields = "; ".join(f"{n} is {old!r} there, {new!r} here" for n, (old, new) in named)
                 raise ValueError(
                     f"arm {arm} differs from the base in more than varies names ({fields}); name "
                     "these fields in varies, or leave them as they are in the base"
@@ -201,12 +195,12 @@ def arm_differences(ablation: Ablation) -> list[Difference]:
     """The fields in which arms differ from the base, in the order of the config."""
     base = _seedless(ablation.base)
     arms = {arm: _seedless(config) for arm, config in ablation.arms.items()}
-    differing = set().union(*(differences(base, config) for config in arms.values()))
+    differing = set().union(*(run_config.all_differences(base, config) for config in arms.values()))
     chosen = set().union(*(_chosen(ablation.base, config) for config in ablation.arms.values()))
-    flat = {arm: identity(config) for arm, config in arms.items()}
+    flat = {arm: run_config.by_name(config) for arm, config in arms.items()}
     return [
         Difference(name, {arm: flat[arm][name] for arm in flat}, name not in chosen)
-        for name in identity(base)
+        for name in run_config.by_name(base)
         if name in differing
     ]
 
@@ -220,8 +214,8 @@ def _chosen(base: Config, config: Config) -> dict[str, tuple[Any, Any]]:
 
     Another spelling of the same policy is none; neither is a field that both leave to be derived.
     """
-    written = differences(base, config)
-    resolved = differences(_seedless(base), _seedless(config))
+    written = run_config.all_differences(base, config)
+    resolved = run_config.all_differences(_seedless(base), _seedless(config))
     return {name: values for name, values in resolved.items() if name in written}
 
 
@@ -230,7 +224,7 @@ def cell_key(config: Config) -> str:
 
     Cells of one arm stand together in a listing.
     """
-    text = json.dumps(identity(_seedless(config)), sort_keys=True)
+    text = strict_json.dumps(run_config.identity(_seedless(config)), sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-seed{config.seed}"
 
 
@@ -292,7 +286,7 @@ def is_done(run: Path) -> bool:
 
 def record_failure(run: Path, reason: str) -> None:
     """Writes down in a cell's directory why it cannot be finished."""
-    replace_text(run / "failed.json", json.dumps({"reason": reason}, indent=2) + "\n")
+    replace_text(run / "failed.json", strict_json.dumps({"reason": reason}, indent=2) + "\n")
 
 
 def read_state(run: Path, metric: str) -> State:
@@ -303,11 +297,11 @@ def read_state(run: Path, metric: str) -> State:
     """
     failed, result = run / "failed.json", run / "result.json"
     if failed.exists():
-        reason = json.loads(failed.read_text(encoding="utf-8"))["reason"]
+        reason = strict_json.read(failed)["reason"]
         return State("failed", math.nan, reason, _last_step(run))
     if not result.exists():
         return State("missing", math.nan, "", _last_step(run) if run.exists() else None)
-    values = json.loads(result.read_text(encoding="utf-8"))
+    values = strict_json.read(result)
     try:
         value = float(values[metric])
     except (KeyError, ValueError) as error:
@@ -332,8 +326,8 @@ def _last_step(run: Path) -> int:
         return 0
     for line in reversed(lines):
         try:
-            return json.loads(line)["step"]
-        except (json.JSONDecodeError, TypeError, KeyError):  # cut short, at one end or the other
+            return strict_json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):  # cut short, at one end or the other
             continue
     return 0
 
@@ -374,7 +368,7 @@ def write_ablation(ablation: Ablation, directory: Path) -> Path:
     values = {f.name: getattr(ablation, f.name) for f in dataclasses.fields(ablation)}
     values["base"] = to_json(ablation.base)
     values["arms"] = {arm: to_json(config) for arm, config in ablation.arms.items()}
-    text = json.dumps(values, indent=2) + "\n"
+    text = strict_json.dumps(values, indent=2) + "\n"
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     copy = directory / "definitions" / f"{digest}.json"
     with lock(directory / "locks" / "definition"):
@@ -391,7 +385,7 @@ def read_ablation(path: Path) -> Ablation:
       InputError: there is none, or it cannot be read.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = strict_json.read(path)
         values["base"] = from_json(values["base"])
         values["arms"] = {arm: from_json(config) for arm, config in values["arms"].items()}
         for name in ("varies", "seeds"):

@@ -5,7 +5,6 @@ Knows run directories, statistics and verdicts; nothing about pages.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
+from lmjax import strict_json
 from lmjax.ablation.curves import column
 from lmjax.ablation.setting import footprint, read_environment
 from lmjax.ablation.statistics import Monitoring
@@ -225,7 +225,7 @@ def _read(cell: Cell) -> Run:
     return Run(
         cell,
         read_rows(cell.directory / "metrics.jsonl"),
-        json.loads(result.read_text(encoding="utf-8")) if result.exists() else {},
+        strict_json.read(result) if result.exists() else {},
         read_environment(cell.directory),
     )
 
@@ -291,7 +291,9 @@ def shared_config(report: Report) -> dict[str, str]:
             if isinstance(value, dict):
                 walk(value, f"{prefix}{name}.")
             elif prefix + name not in varied:
-                found[prefix + name] = json.dumps(value) if not isinstance(value, str) else value
+                found[prefix + name] = (
+                    strict_json.dumps(value) if not isinstance(value, str) else value
+                )
 
     walk(to_json(report.ablation.base.resolved()), "")
     return found
@@ -305,7 +307,7 @@ def environments(report: Report) -> dict[str, list[str]]:
             parts = value.items() if isinstance(value, dict) else [("", value)]
             for part, content in parts:
                 key = f"{name}.{part}" if part else name
-                text = content if isinstance(content, str) else json.dumps(content)
+                text = content if isinstance(content, str) else strict_json.dumps(content)
                 found.setdefault(key, {})[text] = None
     return {name: list(texts) for name, texts in found.items() if any(texts)}
 

@@ -10,7 +10,6 @@ Knows what a `Report` and an `Account` hold, jinja2 and `pictures_plot.py`.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
+from lmjax import strict_json
 from lmjax.ablation.account import REASONING, Account
 from lmjax.ablation.curves import Series, curves, difference_curve, last, moves, speed
 from lmjax.ablation.report_data import (
@@ -232,7 +232,9 @@ def _mechanism_charts(report: Report) -> list[Chart]:
 
 
 def _setup(report: Report) -> Table:
-    code = lambda value: Cell(value if isinstance(value, str) else json.dumps(value), code=True)
+    code = lambda value: Cell(
+        value if isinstance(value, str) else strict_json.dumps(value), code=True
+    )
     rows: list[Row] = []
     for arm in report.arms:
         against = arm.control or report.ablation.control

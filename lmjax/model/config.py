@@ -1,42 +1,51 @@
 """What a Transformer is made of, as one frozen dataclass, and the published families by name.
 
-Knows nothing but Python.
+Knows nothing but how fields are checked.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from lmjax.checks import above, at_least, from_to_below, validate
+
+Size = Annotated[int, at_least(1)]
+DerivedSize = Annotated[int, at_least(0)]
+"""0: derived from other fields."""
+
+DEEPEST = 1024
+"""Blocks: the deepest published Transformer has 1,000 layers (DeepNet, Wang et al. 2022)."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer. One code path; the fields tell GPT-2 from Llama."""
 
-    vocab_size: int = 256
+    vocab_size: Size = 256
     """Rows of the embedding table; at least as many as the tokenizer has tokens."""
-    max_positions: int = 256
+    max_positions: Size = 256
     """Longest context; with learned positions, the rows of their table."""
-    width: int = 128
+    width: Size = 128
     """Size of the residual stream."""
-    layers: int = 4
+    layers: Annotated[int, at_least(1, DEEPEST)] = 4
     """Number of blocks."""
-    heads: int = 4
+    heads: Size = 4
     """Query heads."""
-    kv_heads: int = 0
+    kv_heads: DerivedSize = 0
     """Key and value heads, shared by groups of query heads; 0: as many as heads."""
-    head_width: int = 0
+    head_width: DerivedSize = 0
     """Size of one head; 0: width / heads."""
-    mlp_width: int = 0
+    mlp_width: DerivedSize = 0
     """Hidden size of the MLP; 0: four times the width."""
     positions: Literal["learned", "rope"] = "learned"
     """Learned absolute positions, or rotary embeddings (Su et al. 2021)."""
-    rope_base: float = 10000.0
+    rope_base: Annotated[float, at_least(1)] = 10000.0
     """Base of the rotary frequencies."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019)."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Annotated[float, above(0)] = 1e-5
     """Added to the variance before the square root."""
     activation: Literal["gelu", "swiglu"] = "gelu"
     """GELU, tanh form (Hendrycks and Gimpel 2016), or a SiLU-gated MLP (Shazeer 2020)."""
@@ -46,30 +55,25 @@ class ModelConfig:
     """The head reuses the embedding table."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head (Henry et al. 2020)."""
-    dropout: float = 0.0
+    dropout: Annotated[float, from_to_below(0, 1)] = 0.0
     """Rate for embeddings, attention weights and what each half block adds."""
-    z_loss: float = 0.0
+    z_loss: Annotated[float, at_least(0)] = 0.0
     """Weight of the squared log-partition in the loss (PaLM, section 5); 1e-4 is usual."""
     parametrisation: Literal["standard", "unit"] = "standard"
     """What keeps numbers in range: small initial weights, or unit scaling (Blake et al. 2023), by
     which weights, activations and gradients start with a standard deviation of about 1 and narrow
     formats need no loss scale. It wants learning rates of its own; see `unit_scaling.py`."""
-    init_std: float = 0.02
+    init_std: Annotated[float, at_least(0)] = 0.02
     """Standard deviation of initial weights; divided by sqrt(2 layers) where a block ends. With
     unit scaling it is 1, whatever stands here."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or everything."""
-    unroll: int = 1
+    unroll: Size = 1
     """Blocks per iteration of the scan over layers: more compile time, less overhead."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be built."""
-        for name in ("vocab_size", "max_positions", "width", "layers", "heads", "unroll"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("kv_heads", "head_width", "mlp_width", "z_loss", "init_std", "norm_epsilon"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name} is {getattr(self, name)}; it must not be negative")
+        validate(self, "model")
         if not self.head_width and self.width % self.heads:
             raise ValueError(
                 f"model.heads is {self.heads}, which does not divide model.width {self.width}; "
@@ -85,8 +89,6 @@ class ModelConfig:
                 f"rotary positions turn pairs, but a head is {self.head_size} wide; make "
                 "model.head-width even"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}; it must lie in [0, 1)")
 
     # The fields that 0 leaves open are derived here and not filled in, so that
     # `dataclasses.replace(config, width=...)` keeps deriving them.
@@ -132,7 +134,8 @@ class ModelConfig:
 
 
 def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return ", ".join(map(str, sorted({*small, *(number // d for d in small)})))
 
 
 def gpt2(**changes: Any) -> ModelConfig:

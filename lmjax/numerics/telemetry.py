@@ -33,10 +33,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from lmjax.checks import at_least, validate
 from lmjax.model import input_format
 from lmjax.precision import paths
 from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
@@ -50,7 +51,7 @@ BLOCKS = "blocks/"
 class TelemetryConfig:
     """When a run watches its numbers."""
 
-    every: int = 0
+    every: Annotated[int, at_least(0)] = 0
     """Steps between watched steps, which are written to telemetry.jsonl; 0: none."""
     tensors: str = "**"
     """Which tensors are counted, as a pattern of their paths, such as `**/dw` for the gradients of
@@ -60,9 +61,8 @@ class TelemetryConfig:
     all elements. Watched steps then take about twice as long."""
 
     def __post_init__(self) -> None:
-        """Refuses negative numbers."""
-        if self.every < 0:
-            raise ValueError(f"telemetry.every is {self.every}; it must not be negative")
+        """Refuses values out of range."""
+        validate(self, "telemetry")
 
 
 def roles(site: str) -> tuple[str, ...]:

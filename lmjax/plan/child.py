@@ -10,14 +10,13 @@ Knows configs, the train step and JAX.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
 
-from lmjax import sharding
+from lmjax import sharding, strict_json
 from lmjax.plan.program import Memory
 from lmjax.precision import exact
 from lmjax.precision.contraction import planned_for
@@ -53,8 +52,8 @@ def main() -> None:
     """See the head of this file."""
     folder, devices = sys.argv[1], int(sys.argv[2])
     jax.config.update("jax_num_cpu_devices", devices)
-    config = from_json(json.load(sys.stdin))
-    print(json.dumps(dataclasses.asdict(compile_here(config, folder))))
+    config = from_json(strict_json.loads(sys.stdin.read()))
+    print(strict_json.dumps(dataclasses.asdict(compile_here(config, folder))))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Knows configs and the sizes of meshes.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -18,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmjax import sharding, stages
+from lmjax import sharding, stages, strict_json
 from lmjax.train import Config
 from lmjax.train.config import to_json
 
@@ -87,7 +86,7 @@ def partitioned(config: Config, devices: int) -> Program:
         with stages.stage(f"compiling the train step for {devices} devices"):
             done = subprocess.run(
                 [sys.executable, "-m", CHILD, folder, str(devices)],
-                input=json.dumps(to_json(config)),
+                input=strict_json.dumps(to_json(config)),
                 env=_environment(),
                 capture_output=True,
                 text=True,
@@ -96,7 +95,7 @@ def partitioned(config: Config, devices: int) -> Program:
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise PlanError(f"the step could not be compiled for {devices} devices: {last[0]}")
-        memory = Memory(**json.loads(done.stdout.splitlines()[-1]))
+        memory = Memory(**strict_json.loads(done.stdout.splitlines()[-1]))
         if devices == 1:  # nothing is partitioned, and nothing sent
             return Program("", memory, ())
         (dump,) = Path(folder).glob(DUMPED)

@@ -23,15 +23,16 @@ def warnings(config: Config) -> list[str]:
       format whose spacing is wider than that, it cannot fall at all.
     - *Small steps.* Weights of a unit-scaled model are of size 1, those of others of size 0.02:
       with their learning rates it hardly moves.
+    - *Endless warm-up.* A warm-up as long as the run leaves no step at the peak or after it.
 
     A policy that changes with the step is judged phase by phase, each at the largest learning rate
     that it will see.
     """
     if len(config.phases) == 1:
         rate = config.optimizer.learning_rate
-        return _small_steps(config) + _warnings(config, "the peak learning rate", rate)
+        return _of_the_run(config) + _warnings(config, "the peak learning rate", rate)
     ends = [start for start, _ in config.phases[1:]] + [config.steps]
-    return _small_steps(config) + [
+    return _of_the_run(config) + [
         f"from step {start} on, {warning}"
         for (start, phase), end in zip(config.phases, ends, strict=True)
         for warning in _warnings(
@@ -51,6 +52,20 @@ def _largest_rate(config: Config, start: int, end: int) -> float:
 
 def _warnings(config: Config, rate_name: str, rate: float) -> list[str]:
     return [*_lost_updates(config, rate_name, rate), *_stuck_moments(config)]
+
+
+def _of_the_run(config: Config) -> list[str]:
+    return [*_small_steps(config), *_endless_warmup(config)]
+
+
+def _endless_warmup(config: Config) -> list[str]:
+    warmup, steps = config.optimizer.warmup_steps, config.steps
+    if warmup < steps:
+        return []
+    return [
+        f"optimizer.warmup_steps={warmup}: the run has {steps} steps, all of them warm-up; use a "
+        "shorter one"
+    ]
 
 
 def _small_steps(config: Config) -> list[str]:

@@ -20,7 +20,6 @@ Orbax globs paths and reads `gs:/` as a URL, so it is given plain ones (see file
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -37,6 +36,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from lmjax import strict_json
 from lmjax.filenames import plain
 from lmjax.precision import paths
 from lmjax.train import manifest
@@ -184,7 +184,7 @@ class Checkpoints:
             if is_first():
                 folder.mkdir()
             self._arrays.save(plain(self._directory) / folder.name / "state", state)
-        texts = {"data.json": json.dumps(data), "progress.json": json.dumps(progress)}
+        texts = {"data.json": strict_json.dumps(data), "progress.json": strict_json.dumps(progress)}
         # Once everything is read back, then the descriptions of arrays.
         proof = Proof.of(state, content=not self._proved)
         self._proved = True
@@ -381,7 +381,7 @@ def _is_unsealed(folder: Path) -> bool:
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name / "metadata" if _is_unsealed(folder) else folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))
+    return strict_json.read(path)
 
 
 def _floating(dtype: np.dtype) -> bool:

@@ -16,7 +16,6 @@ Knows stores; nothing of runs.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmjax import strict_json
 from lmjax.train.errors import InputError, StorageFailed
 from lmjax.train.object_store import Store
 
@@ -100,7 +100,7 @@ class Claim:
             "beats": self._beats,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        return json.dumps(record).encode()
+        return strict_json.dumps(record).encode()
 
 
 def _watch(store: Store, found: dict[str, Any], note: Callable[[str], None]) -> None:
@@ -131,7 +131,7 @@ def _read(store: Store) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        record = json.loads(content)
+        record = strict_json.loads(content)
     except ValueError:
         record = None
     return record if isinstance(record, dict) else {}

@@ -2,17 +2,18 @@
 
 Each part stands beside the code that reads it; this file only joins them and resolves what one part
 leaves to another. Two runs with equal resolved configs compute the same numbers; the mesh is part
-of the tree for convenience but not of a run's identity.
+of the tree for convenience but not of a run's identity, as are other fields marked `housekeeping`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from lmjax import checks
+from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.data import DataConfig
 from lmjax.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.model import ModelConfig, Sites, param_sites, resolve_sites
@@ -24,12 +25,13 @@ from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
 from lmjax.sharding import MeshConfig
 
-NOT_IDENTITY = ("mesh", "data.cache_dir", "telemetry", "faults", "restore")
-"""Parts of the config that a resumed run may change: where it runs, how closely it is watched, and
-what is done when something goes wrong, is recorded but not identity."""
+Count = Annotated[int, at_least(1)]
 
 SEEDS = 2**64
-"""How many seeds there are; see `refuse_no_seed`."""
+"""How many seeds there are: a key of threefry has two words of 32 bits, so a larger number would be
+the stream of a smaller one."""
+
+Seed = Annotated[int, at_least(0, SEEDS - 1)]
 
 VERSION = 1
 """Of `config.json`. A field that is new has a default which means what runs did before there was
@@ -41,30 +43,36 @@ its name or meaning raises the version."""
 class EvaluationConfig:
     """When and on how much held-out text a run is evaluated."""
 
-    every: int = 250
+    every: Annotated[int, at_least(0), housekeeping("evaluation only reads the parameters")] = 250
     """Steps between evaluations; 0: only at the end."""
-    batches: int = 0
+    batches: Annotated[int, at_least(0), housekeeping("of numbers that are only logged")] = 0
     """Batches of an evaluation during training, spread over the split; 0: the whole split."""
-    batch_size: int = 0
+    batch_size: Annotated[
+        int, at_least(0), housekeeping("it rounds the held-out loss alone, not the parameters")
+    ] = 0
     """Rows of an evaluation batch; 0: as in training."""
 
     def __post_init__(self) -> None:
-        """Refuses negative numbers."""
-        _refuse_below("evaluation", self, 0, "every", "batches", "batch_size")
+        """Refuses values out of range."""
+        validate(self, "evaluation")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written and how many are kept."""
 
-    every: int = 500
+    every: Annotated[
+        int,
+        at_least(1),
+        housekeeping("a resumed run is the uninterrupted one, saved wherever"),
+    ] = 500
     """Steps between checkpoints; one more is written at the end and when the run is stopped."""
-    keep: int = 2
+    keep: Annotated[int, at_least(1), housekeeping("as `every`")] = 2
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        """Refuses to keep none."""
-        _refuse_below("checkpoint", self, 1, "every", "keep")
+        """Refuses values out of range."""
+        validate(self, "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,12 @@ class FaultsConfig:
     non_finite: Literal["stop", "skip", "rewind"] = "stop"
     """After loss_scale.max_consecutive_skips in a row: stop with an error; skip on; or rewind to a
     checkpoint from before, and go on with the text that comes after."""
-    max_rewinds: int = 3
+    max_rewinds: Annotated[int, at_least(0)] = 3
     """A run that has rewound so often stops instead."""
 
     def __post_init__(self) -> None:
-        """Refuses a negative number."""
-        _refuse_below("faults", self, 0, "max_rewinds")
+        """Refuses values out of range."""
+        validate(self, "faults")
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,10 @@ class RestoreConfig:
     """Go on in another precision: round what is stored in another floating format. Otherwise a run
     of another precision is another run."""
 
+    def __post_init__(self) -> None:
+        """Refuses what is not a switch."""
+        validate(self, "restore")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -97,23 +109,23 @@ class Config:
 
     precision: str = "p=f32,c=bf16,o=f32"
     """The policy: which number format every tensor has; see the README."""
-    steps: int = 1000
+    steps: Count = 1000
     """Planned length in optimizer steps; it sets the learning-rate schedule."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides initial parameters, order of the data and dropout; from 0 to 2^64 - 1."""
-    context: int = 256
+    context: Count = 256
     """Tokens of context that the model is trained on."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Sequences in a step, over all devices and micro-batches."""
-    micro_batches: int = 1
+    micro_batches: Count = 1
     """Parts that a batch is cut into; their gradients are summed in f32."""
-    deterministic_reductions: int = 0
+    deterministic_reductions: Annotated[int, power_of_two(also=(0,), hint="try 8")] = 0
     """Parts (2^n) of each micro-batch, summed in a fixed order: losses and parameters are then bit
     for bit the same on any number of devices (mesh.data x mesh.fsdp) that divides it. 0: they are
     the same but for rounding, and a step is faster."""
-    log_every: int = 10
+    log_every: Annotated[int, at_least(1), housekeeping("logging only reads metrics")] = 10
     """Steps between rows of metrics.jsonl."""
-    loss_multiplier: float = 1.0
+    loss_multiplier: Annotated[float, power_of_two(hint=f"2**-10, for example, is {2**-10}")] = 1.0
     """What the gradients are multiplied by, without being divided by it again: 2^-k stands in for a
     batch or a vocabulary 2^k times as large. Logged losses are without it, and so are the gradients
     of a unit-scaled model: its constants cancel it, as they do the size of batch and vocabulary."""
@@ -123,24 +135,27 @@ class Config:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    restore: RestoreConfig = field(default_factory=RestoreConfig)
-    faults: FaultsConfig = field(default_factory=FaultsConfig)
-    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    restore: Annotated[
+        RestoreConfig,
+        housekeeping("what it allows shows in the fields that then change"),
+    ] = field(default_factory=RestoreConfig)
+    faults: Annotated[
+        FaultsConfig, housekeeping("it matters only to a run that could not go on without it")
+    ] = field(default_factory=FaultsConfig)
+    telemetry: Annotated[
+        TelemetryConfig, housekeeping("a watched step computes what an unwatched one does")
+    ] = field(default_factory=TelemetryConfig)
+    mesh: Annotated[
+        MeshConfig, housekeeping("where a run is computed changes the order of sums and no more")
+    ] = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         """Refuses parts that do not fit each other."""
-        _refuse_below("", self, 1, "steps", "context", "batch_size", "micro_batches", "log_every")
-        refuse_no_seed("seed", self.seed)
+        validate(self)
         if self.model.positions == "learned" and self.context > self.model.max_positions:
             raise ValueError(
                 f"context is {self.context}, but the model learns only {self.model.max_positions} "
                 "positions; lower --context or raise --model.max-positions"
-            )
-        if not (self.loss_multiplier > 0 and math.frexp(self.loss_multiplier)[0] == 0.5):
-            raise ValueError(
-                f"loss_multiplier is {self.loss_multiplier}; use a power of two, such as 2**-10 "
-                f"= {2**-10}"
             )
         if self.batch_size % self.micro_batches:
             raise ValueError(
@@ -161,10 +176,6 @@ class Config:
         parts = self.deterministic_reductions
         if not parts:
             return
-        if parts < 1 or parts & (parts - 1):
-            raise ValueError(
-                f"deterministic_reductions is {parts}; it must be 0 or a power of two, such as 8"
-            )
         rows = self.batch_size // self.micro_batches
         if rows % parts:
             raise ValueError(
@@ -266,6 +277,12 @@ class Config:
         )
 
 
+HOUSEKEEPING = checks.housekeeping_fields(Config)
+"""The fields that a resumed run may change, by dotted name, and why they are no part of what it
+is: where it runs, how closely it is watched, how often it is saved, what is done when something
+goes wrong. They are recorded."""
+
+
 def _of_cotangents(sites: Collection[SitePolicy]) -> list[Format]:
     """The formats that cotangents are rounded to without a scale factor of their own."""
     quantizers = [site.grads.quantizer for site in sites if site.grads is not None]
@@ -286,7 +303,7 @@ def from_json(values: dict[str, Any]) -> Config:
     """
     if isinstance(values, dict):
         version = values.get("version", 0)
-        if not isinstance(version, int) or version > VERSION:
+        if type(version) is not int or not 0 <= version <= VERSION:
             raise ValueError(
                 f"its version is {version!r}, this lmjax reads up to {VERSION}; use the one that "
                 "wrote it (environment.json names its git_revision)"
@@ -315,22 +332,27 @@ def _read(default: Any, values: Any, prefix: str) -> Any:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two runs differ, by dotted name; `NOT_IDENTITY` does not count."""
-    old_flat, new_flat = identity(old), identity(new)
-    return {
-        name: (old_flat.get(name), new_flat.get(name))
-        for name in {**old_flat, **new_flat}
-        if old_flat.get(name) != new_flat.get(name)
-    }
+    """The fields of identity in which two runs differ, by dotted name."""
+    return _unequal(identity(old), identity(new))
+
+
+def all_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, housekeeping too, by dotted name."""
+    return _unequal(by_name(old), by_name(new))
+
+
+def _unequal(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The fields that decide what a run computes, by dotted name: all but `NOT_IDENTITY`."""
-    return {
-        name: value
-        for name, value in _flat(to_json(config)).items()
-        if not any(name == part or name.startswith(part + ".") for part in NOT_IDENTITY)
-    }
+    """The fields that decide what a run computes, by dotted name: all but housekeeping."""
+    return {name: value for name, value in by_name(config).items() if name not in HOUSEKEEPING}
+
+
+def by_name(config: Config) -> dict[str, Any]:
+    """All fields of a config by dotted name."""
+    return _flat(to_json(config))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -344,18 +366,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_no_seed(name: str, seed: Any) -> None:
-    """Checks a seed: each whole number in [0, 2**64) is a different random stream.
+    """Checks a seed that is not a field: each whole number in [0, 2**64) is a different stream.
 
     Raises:
-      ValueError: it is anything else. A key of threefry has two words of 32 bits, so a larger
-        number would be the stream of a smaller one.
+      ValueError: it is anything else.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEEDS:
-        raise ValueError(f"{name} is {seed!r}; use a whole number from 0 to 2**64 - 1")
-
-
-def _refuse_below(part: str, config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            dotted = f"{part}.{name}" if part else name
-            raise ValueError(f"{dotted} is {getattr(config, name)}; it must be at least {least}")
+    checks.validate_value(name, seed, Seed)

@@ -8,7 +8,6 @@ the loop moves the state from one phase to the next and compiles that one's step
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 
 import jax
 
-from lmjax import sharding, stages
+from lmjax import sharding, stages, strict_json
 from lmjax.model import parameter_count
 from lmjax.precision import exact
 from lmjax.train.advice import warnings
@@ -240,7 +239,7 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
     """Evaluates on the whole validation split and writes `result.json`, unless that was done."""
     path = run.workdir / "result.json"
     if from_first(path.exists()):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.read(path)
     with stages.stage("evaluating on the whole validation split"):
         return record_result(run, _held_out(run, programs))
 

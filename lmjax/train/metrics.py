@@ -6,15 +6,14 @@ Knows the file formats, tensorboardX and matplotlib; nothing about models or sta
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from lmjax import strict_json
 from lmjax.filenames import no_math, plain
 from lmjax.train.background import Background
 from lmjax.train.decoration import decoration
@@ -28,28 +27,13 @@ SECONDS_BETWEEN_FLUSHES = 10.0
 """Of TensorBoard's files: each flush waits for the disk."""
 
 
-def strict_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: infinities and NaNs, which JSON lacks, become strings that `float` reads."""
-    return json.dumps(_finite_or_text(value), indent=indent, allow_nan=False)
-
-
-def _finite_or_text(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite_or_text(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_text(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a last line cut short by a killed process is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(strict_json.loads(line))
+        except ValueError:
             break
     return rows
 
@@ -131,7 +115,7 @@ class MetricsWriter:
             self._background.stop()
 
     def _append(self, file: TextIO, row: Row) -> None:
-        file.write(strict_json(row) + "\n")
+        file.write(strict_json.dumps(row) + "\n")
         file.flush()
 
     def _close(self) -> None:
@@ -218,7 +202,7 @@ class _EventFile:
 def _reopened(path: Path, resumed_step: int) -> TextIO:
     """A file of rows, open for appending, without those of steps after the resumed one."""
     kept = [row for row in read_rows(path) if row["step"] <= resumed_step]
-    replace_text(path, "".join(strict_json(row) + "\n" for row in kept))
+    replace_text(path, "".join(strict_json.dumps(row) + "\n" for row in kept))
     return path.open("a", encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ steps are computed.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 
+from lmjax import strict_json
 from lmjax.filenames import printable
 from lmjax.numerics.telemetry import draw_telemetry
 from lmjax.train.agreement import is_first
@@ -27,7 +27,6 @@ from lmjax.train.metrics import (
     draw_curves,
     read_rows,
     replace_text,
-    strict_json,
 )
 from lmjax.train.run_directory import parameters_sha256, record_environment
 from lmjax.train.start import Run
@@ -97,7 +96,9 @@ def record_result(run: Run, loss: float) -> dict[str, Any]:
     config = run.config
     row = {"step": config.steps, "eval_loss": loss}
     with writer_of(run) as writer:
-        if json.loads(strict_json(row)) not in read_rows(run.workdir / "metrics.jsonl"):
+        if strict_json.loads(strict_json.dumps(row)) not in read_rows(
+            run.workdir / "metrics.jsonl"
+        ):
             writer.write(row)
     result = {
         "steps": config.steps,
@@ -106,10 +107,10 @@ def record_result(run: Run, loss: float) -> dict[str, Any]:
         "train_seconds": run.clock.seconds,
         "parameters_sha256": parameters_sha256(run.state.params),
     }
-    text = strict_json(result, indent=2)
+    text = strict_json.dumps(result, indent=2)
     if is_first():
         replace_text(run.workdir / "result.json", text + "\n")
-    return json.loads(text)
+    return strict_json.loads(text)
 
 
 def draw(run: Run) -> None:

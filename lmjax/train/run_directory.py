@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -27,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmjax import strict_json
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
@@ -115,7 +115,7 @@ def record_cast(workdir: Path, config: Config, step: int) -> None:
 
 def _write_config(workdir: Path, config: Config) -> None:
     values = {"version": VERSION, **to_json(config)}
-    replace_text(workdir / "config.json", json.dumps(values, indent=2) + "\n")
+    replace_text(workdir / "config.json", strict_json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def read_config(workdir: Path) -> Config:
     """
     path = workdir / "config.json"
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
+        return from_json(strict_json.read(path))
     except (OSError, NotADirectoryError) as error:
         raise InputError(
             f"{workdir} is no run directory: {path.name} cannot be read ({error.strerror})"
@@ -176,7 +176,7 @@ def record_environment(workdir: Path, config: Config) -> None:
     """Writes `environment.json`: where the steps from here on are computed."""
     sites = [site for _, phase in config.phases for site in phase.products().values()]
     recorded = environment() | {"products": summary(sites)}
-    replace_text(workdir / "environment.json", json.dumps(recorded, indent=2) + "\n")
+    replace_text(workdir / "environment.json", strict_json.dumps(recorded, indent=2) + "\n")
 
 
 def environment() -> dict[str, Any]:

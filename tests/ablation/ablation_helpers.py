@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmjax import strict_json
 from lmjax.train import Config
-from lmjax.train.metrics import strict_json
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def write_run(
     if eval_loss is not None:
         rows.append({"step": max(steps), "eval_loss": eval_loss})
         result = {"steps": max(steps), "eval_loss": eval_loss, "train_seconds": 12.5}
-        (directory / "result.json").write_text(strict_json(result))
-    (directory / "metrics.jsonl").write_text("".join(strict_json(row) + "\n" for row in rows))
+        (directory / "result.json").write_text(strict_json.dumps(result))
+    (directory / "metrics.jsonl").write_text("".join(strict_json.dumps(row) + "\n" for row in rows))
     environment = environment or {"python": "3.11", "packages": {"jax": "0.10.2"}}
     (directory / "environment.json").write_text(json.dumps(environment))
     return directory

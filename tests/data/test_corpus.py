@@ -252,9 +252,9 @@ def test_a_missing_package_is_named(monkeypatch, cache, no_network):
         ({"dataset": "text_files"}, "needs --data.files"),
         ({"files": ("*.txt",)}, "only by --data.dataset text_files"),
         ({"tokenizer": "words"}, "unknown tokenizer 'words': choose bytes, bpe, gpt2"),
-        ({"vocab_size": 256}, "use 257 or more"),
-        ({"validation_fraction": 0.0}, "between 0 and 1"),
-        ({"validation_fraction": 1.0}, "between 0 and 1"),
+        ({"vocab_size": 256}, "at least 257"),
+        ({"validation_fraction": 0.0}, "above 0 and below 1"),
+        ({"validation_fraction": 1.0}, "above 0 and below 1"),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(fields, match):

@@ -19,6 +19,13 @@ def test_policies_with_f32_masters_and_moments_are_fine(policy: str, family: str
     assert warnings(tiny(policy, family, optimizer={"learning_rate": 1e-5, "b2": 0.9999})) == []
 
 
+@pytest.mark.parametrize(("steps", "found"), [(5, 1), (3, 1), (6, 0)])
+def test_a_warm_up_as_long_as_the_run_is_noted(steps: int, found: int, tiny):
+    lines = warnings(tiny("f32", steps=steps, optimizer={"warmup_steps": 5}))
+    assert len(lines) == found
+    assert all("optimizer.warmup_steps=5" in line for line in lines)
+
+
 @pytest.mark.parametrize("update", ["sr", "kahan"])
 def test_repaired_updates_are_fine(update: str, tiny):
     assert warnings(tiny(f"p=bf16.{update}", optimizer={"learning_rate": 1e-5})) == []

@@ -11,8 +11,9 @@ import matplotlib.image
 import pytest
 from run_helpers import strict_loads
 
+from lmjax import strict_json
 from lmjax.train.background import Background
-from lmjax.train.metrics import MetricsWriter, draw_curves, read_rows, replace_text, strict_json
+from lmjax.train.metrics import MetricsWriter, draw_curves, read_rows, replace_text
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -20,14 +21,14 @@ NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 @pytest.mark.parametrize(("text", "value"), NON_FINITE.items())
 def test_non_finite_values_are_strings_that_float_reads(text: str, value: float) -> None:
     nested = {"step": 1, "loss": value, "parts": [{"x": value}, 0.5]}
-    read = strict_loads(strict_json(nested))
+    read = strict_loads(strict_json.dumps(nested))
     assert read == {"step": 1, "loss": text, "parts": [{"x": text}, 0.5]}
     assert repr(float(read["loss"])) == repr(value)
 
 
 def test_strict_json_keeps_every_bit_of_a_float() -> None:
     values = [0.1, 1 / 3, 2.0**-1074, 1.7976931348623157e308, -0.0]
-    assert [value.hex() for value in strict_loads(strict_json(values))] == [
+    assert [value.hex() for value in strict_loads(strict_json.dumps(values))] == [
         value.hex() for value in values
     ]
 
