@@ -37,7 +37,8 @@ from lmjax.streams import tolerant
 from lmjax.train import Config, InputError, TrainingFailed, train
 from lmjax.train.agreement import is_first
 from lmjax.train.decoration import decoration
-from lmjax.train.errors import CheckpointError, StorageFailed
+from lmjax.train.errors import CheckpointError, OutOfMemory, StorageFailed
+from lmjax.train.exhaustion import explained, is_exhaustion
 from lmjax.train.memory import keep_freed_memory
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -200,11 +201,15 @@ def _guarded(call: Callable[[], int]) -> int:
     except (TrainingFailed, CheckpointError, PlanError, NonFiniteError) as error:
         _say_error(error)
         return FAILED
-    except StorageFailed as error:
+    except (StorageFailed, OutOfMemory) as error:
         _say_error(error)
         distributed.leave_at_once(FAILED)
         return FAILED
     except Exception as error:
+        if is_exhaustion(error):
+            _say_error(explained(error))
+            distributed.leave_at_once(FAILED)
+            return FAILED
         if distributed.started():
             if not distributed.is_of_the_backend(error):
                 traceback.print_exc()

@@ -11,6 +11,10 @@ class TrainingFailed(RuntimeError):
     """The run cannot go on: its gradients stay non-finite."""
 
 
+class OutOfMemory(RuntimeError):
+    """The machine or a device has less memory than a run needs; the message says what helps."""
+
+
 class NonFiniteGradients(TrainingFailed):
     """The limit of skipped steps in a row was reached.
 

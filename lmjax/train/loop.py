@@ -25,6 +25,7 @@ from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
 from lmjax.train.errors import InputError, NonFiniteGradients
 from lmjax.train.evaluate import held_out_loss
+from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog
 from lmjax.train.programs import PhasePrograms, Programs
 from lmjax.train.progress import Reporter, say
@@ -90,6 +91,7 @@ def train(
       InputError: the config, the data or the directory cannot be used; nothing was written there.
       TrainingFailed: too many steps in a row had non-finite gradients.
       CheckpointError: no checkpoint is intact, or the newest holds something else.
+      OutOfMemory: a device or the machine has less memory than the run needs.
       StorageFailed: a file or an object cannot be written. What was complete before still is.
       ExcessPrecisionError: the backend drops roundings.
     """
@@ -103,6 +105,7 @@ def train(
     note = partial(say, enabled=progress)
     programs = programs or Programs()
     with (
+        exhaustion_explained(config),
         failing_storage_explained(workdir),
         staged(workdir, config.data.cache_path, note) as (workdir, mirror),
         hold_run(workdir, config, note),
@@ -205,7 +208,10 @@ def _enter_phase(run: Run, batch: Batch, programs: Programs) -> PhasePrograms:
     left, entered = run.config.after(run.step), run.config.at(run.step)
     if left != entered:
         run.state = change_phase(run.state, left, entered, run.mesh)
-    return programs.phase(entered, run.mesh, run.state, batch)
+    steps = programs.phase(entered, run.mesh, run.state, batch)
+    for step in filter(None, steps):
+        refuse_oversized(step, entered)
+    return steps
 
 
 def _phase_note(config: Config, step: int) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -29,14 +31,39 @@ def keep_freed_memory() -> None:
 def free_bytes(device: jax.Device) -> int | None:
     """How many bytes a program may still take on a device; None where nothing says so.
 
-    Of the machine's memory, Linux says what can be had without swapping (proc(5), MemAvailable).
+    Of the machine's memory, Linux says what can be had without swapping (proc(5), MemAvailable),
+    and of a container's or a job's, what its control groups still allow (cgroups(7), version 2).
     """
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
     if device.platform == "cpu":
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-            kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-            return int(kilobytes) * 1024
+        return min(filter(None, (_free_of_machine(), *_free_of_groups())), default=None)
     return None
+
+
+def _free_of_machine() -> int | None:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return int(kilobytes) * 1024
+    return None
+
+
+def _free_of_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """What each limited control group of this process still allows; caches can be given up."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        for group in (root / own, *(root / own).parents):
+            if not group.is_relative_to(root):
+                return
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((group / "memory.max").read_text(encoding="ascii"))  # or "max"
+                used = int((group / "memory.current").read_text(encoding="ascii"))
+                cached = re.search(
+                    r"^inactive_file (\d+)$",
+                    (group / "memory.stat").read_text(encoding="ascii"),
+                    re.MULTILINE,
+                )
+                yield max(limit - used + (int(cached[1]) if cached else 0), 1)

@@ -61,8 +61,8 @@ def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iter
     with contextlib.ExitStack() as stack:
         with failing_together():
             if is_first():
-                _lock_run(workdir, config, note, stack)
-                open_run(workdir, config)
+                locked = _lock_run(workdir, config, note, stack)
+                open_run(workdir, config, may_take_over=locked)
         with failing_together():
             if not (workdir / "config.json").exists():
                 raise InputError(
@@ -75,8 +75,8 @@ def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iter
 
 def _lock_run(
     workdir: Path, config: Config, note: Callable[[str], None], stack: contextlib.ExitStack
-) -> None:
-    """Keeps other runs out of the directory until the stack is closed."""
+) -> bool:
+    """Keeps other runs out of the directory until the stack is closed; False if nothing can."""
     with _unwritable_is_bad_input(workdir):
         _refuse_unfit(workdir, config)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -84,24 +84,35 @@ def _lock_run(
             mine = stack.enter_context(lock(workdir / LOCK, wait=False))
         except LocksUnavailable as error:
             note(f"warning: {error}: make sure that nothing else trains in {workdir}")
-        else:
-            if not mine:
-                raise InputError(
-                    f"{holder(workdir / LOCK)} is training in {workdir}; stop that one or wait for "
-                    "it, or choose another --workdir"
-                )
+            return False
+        if not mine:
+            raise InputError(
+                f"{holder(workdir / LOCK)} is training in {workdir}; stop that one or wait for it, "
+                "or choose another --workdir"
+            )
+        return True
 
 
-def open_run(workdir: Path, config: Config) -> None:
+def open_run(workdir: Path, config: Config, *, may_take_over: bool = True) -> None:
     """Makes a directory for this run and records its config, or finds it from an earlier start.
+
+    A directory in which no step was taken belongs to nobody: whatever run was to be there, it has
+    failed before, and this one takes its place.
+
+    Args:
+      workdir: the run directory.
+      config: resolved.
+      may_take_over: whether no other process can be about to take the first step there.
 
     Raises:
       InputError: it cannot be written, or holds another run; nothing is written then.
     """
     with _unwritable_is_bad_input(workdir):
-        _refuse_unfit(workdir, config)
+        _refuse_unfit(workdir, config, may_take_over=may_take_over)
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / "config.json").exists():
+        if not (workdir / "config.json").exists() or (
+            differences(read_config(workdir), config) and _is_untrained(workdir)
+        ):
             _write_config(workdir, config)
 
 
@@ -145,10 +156,20 @@ def read_config(workdir: Path) -> Config:
         raise InputError(f"{path} is damaged or of another version: {error}") from error
 
 
-def _refuse_unfit(workdir: Path, config: Config) -> None:
+def _is_untrained(workdir: Path) -> bool:
+    """Whether a run directory holds nothing that a step has made: no checkpoint, no row."""
+    checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
+    kept = checkpoints.is_dir() and any(not p.name.startswith(".") for p in checkpoints.iterdir())
+    return not kept and not (metrics.exists() and metrics.stat().st_size)
+
+
+def _refuse_unfit(workdir: Path, config: Config, *, may_take_over: bool = True) -> None:
     """Refuses a directory that holds something else than this run; writes nothing."""
     path = workdir / "config.json"
     if path.exists():
+        if may_take_over and _is_untrained(workdir):
+            read_config(workdir)  # a damaged one is none of ours
+            return
         _refuse_another_run(workdir, read_config(workdir), config)
     elif workdir.is_dir() and set(workdir.iterdir()) - {partial(path), workdir / LOCK}:
         raise InputError(

@@ -53,6 +53,11 @@ def test_config_is_resolved_and_reads_back(config: Any, tmp_path: Path) -> None:
     assert config.resolved() == config
 
 
+def take_a_step(workdir: Path) -> None:
+    """Leaves what makes the directory that of its run: the row of a step."""
+    (workdir / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+
+
 DAMAGED = {
     "no JSON": "{",
     "not UTF-8": b"\xff",
@@ -75,6 +80,7 @@ def test_damaged_config_is_an_input_error(damage: str, tmp_path: Path) -> None:
 
 def test_another_run_is_refused_by_field(config: Any, tmp_path: Path) -> None:
     open_run(tmp_path, config)
+    take_a_step(tmp_path)
     before = (tmp_path / "config.json").read_bytes()
     other = dataclasses.replace(
         config, seed=5, optimizer=dataclasses.replace(config.optimizer, b2=0.5)
@@ -85,6 +91,43 @@ def test_another_run_is_refused_by_field(config: Any, tmp_path: Path) -> None:
         assert part in str(error.value)
     assert "precision" not in str(error.value)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_directory_without_a_step_belongs_to_nobody(config: Any, tmp_path: Path) -> None:
+    """Whatever the first start left behind when it failed, the corrected one takes its place."""
+    open_run(tmp_path, config)
+    for folder in ("checkpoints/.5.partial", "tensorboard"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("environment.json", "tokenizer.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    other = dataclasses.replace(config, batch_size=2)
+    with hold_run(tmp_path, other, print):
+        assert read_config(tmp_path) == other
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/5", "checkpoints/damaged", "metrics.jsonl"])
+def test_a_directory_with_a_step_is_refused(kept: str, config: Any, tmp_path: Path) -> None:
+    open_run(tmp_path, config)
+    take_a_step(tmp_path) if kept.endswith("jsonl") else (tmp_path / kept).mkdir(parents=True)
+    other = dataclasses.replace(config, batch_size=2)
+    with (
+        pytest.raises(InputError, match="batch_size is 4 there, 2 now"),
+        hold_run(tmp_path, other, print),
+    ):
+        pytest.fail("it holds another run")
+    assert read_config(tmp_path) == config
+
+
+def test_a_directory_is_not_taken_over_where_nothing_can_be_locked(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may be compiling its first step there."""
+    open_run(tmp_path, config)
+    monkeypatch.setattr("fcntl.lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
+    other = dataclasses.replace(config, batch_size=2)
+    with pytest.raises(InputError, match="holds another run"), hold_run(tmp_path, other, print):
+        pytest.fail("it may be another's")
+    assert read_config(tmp_path) == config
 
 
 def test_a_directory_with_other_files_is_refused(config: Any, tmp_path: Path) -> None:
@@ -189,7 +232,7 @@ def test_the_config_of_who_came_first_stays(
     def late(path: Path, *, wait: bool) -> Any:
         monkeypatch.undo()
         with hold_run(tmp_path / "run", config, print):
-            pass
+            take_a_step(tmp_path / "run")
         with take(path, wait=wait) as mine:
             yield mine
 
@@ -233,6 +276,7 @@ def test_a_config_of_a_later_version_is_explained(
 
 def test_another_precision_is_another_run_unless_it_may_cast(config: Any, tmp_path: Path) -> None:
     open_run(tmp_path, config)
+    take_a_step(tmp_path)
     other = dataclasses.replace(config, precision="pure_bf16").resolved()
     with pytest.raises(InputError, match=r"precision is .*--restore\.allow-cast"):
         open_run(tmp_path, other)
