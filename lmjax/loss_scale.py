@@ -41,15 +41,13 @@ from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.probes import Spread
+from lmjax.precision.sites import Stack
 
 Kind = Literal["auto", "none", "static", "dynamic", "predictive"]
 
 Scale = Annotated[
     float, power_of_two(2.0**-64, 2.0**64, hint="scaling by it is exact and keeps f32 in range")
 ]
-
-STACKED = "blocks/"
-"""Parameters below this path have a leading axis of blocks."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +119,14 @@ class LossScaleState(NamedTuple):
 
 
 def with_loss_scale(
-    inner: optax.GradientTransformation, config: LossScaleConfig, blocks: int = 0
+    inner: optax.GradientTransformation, config: LossScaleConfig, stack: Stack | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that non-finite gradients skip the step and adjust the scale.
 
     Args:
       inner: everything that may only see finite, unscaled f32 gradients: clipping, the optimizer.
       config: with `kind` and `format` resolved; see `resolve_kind`.
-      blocks: number of blocks of the model, for `per_block`.
+      stack: the blocks of the model, for `per_block`.
 
     Returns:
       A transformation whose `update` takes *unscaled* f32 gradients (see `unscale`), over all
@@ -139,7 +137,7 @@ def with_loss_scale(
         raise ValueError("loss_scale.kind is 'auto'; resolve it against a policy first")
     predictive = config.kind == "predictive"
     initial = 1.0 if config.kind == "none" else config.initial
-    shape = (blocks + 1,) if config.per_block else ()
+    shape = (_of(stack).size + 1,) if config.per_block else ()
 
     def init(params: optax.Params) -> LossScaleState:
         # An array each: a buffer that stands in the state twice could not be donated.
@@ -162,7 +160,7 @@ def with_loss_scale(
         **extra: Any,
     ) -> tuple[optax.Updates, LossScaleState]:
         """Unscaled f32 gradients to f32 updates, zeros where the step is skipped."""
-        finite_groups = finite_by_scale(gradients, state.scale)
+        finite_groups = finite_by_scale(gradients, state.scale, stack)
         finite = jnp.all(finite_groups)
         updates, inner_state = inner.update(gradients, state.inner, params)
         # A select, not a branch: it costs nothing beside the arithmetic, works under vmap, and
@@ -228,14 +226,20 @@ def of_the_loss(scale: jax.Array) -> jax.Array:
     return scale[-1] if scale.ndim else scale
 
 
-def unscale(gradients: Any, scale: jax.Array) -> Any:
-    """Gradients of the scaled loss, widened to f32 (f64 stays) and then divided by the scale."""
+def unscale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> Any:
+    """Gradients of the scaled loss, widened to f32 (f64 stays) and then divided by the scale.
+
+    Args:
+      gradients: by the paths of parameters.
+      scale: f32[], or f32[blocks + 1] with a scale for each block.
+      stack: the blocks, where each has a scale.
+    """
 
     def one(keys: Any, gradient: jax.Array) -> jax.Array:
         wide = at_least_f32(gradient.dtype)
         divisor = scale.astype(wide)
         if scale.ndim:
-            stacked = paths.path_string(keys).startswith(STACKED)
+            stacked = _of(stack).holds(paths.path_string(keys))
             shape = (-1, *[1] * (gradient.ndim - 1))
             divisor = divisor[:-1].reshape(shape) if stacked else divisor[-1]
         return gradient.astype(wide) / divisor
@@ -248,16 +252,23 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def finite_by_scale(gradients: Any, scale: jax.Array) -> jax.Array:
+def _of(stack: Stack | None) -> Stack:
+    if stack is None:
+        raise ValueError("a loss scale for each block needs `stack`, the blocks of the model")
+    return stack
+
+
+def finite_by_scale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> jax.Array:
     """bool, of the shape of `scale`: the gradients that each scale applies to are all finite."""
     if not scale.ndim:
         return all_finite(gradients)
     flat = paths.flatten(gradients)
-    outside = [leaf for path, leaf in flat.items() if not path.startswith(STACKED)]
+    holds = _of(stack).holds
+    outside = [leaf for path, leaf in flat.items() if not holds(path)]
     inside = [
         jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
         for path, leaf in flat.items()
-        if path.startswith(STACKED)
+        if holds(path)
     ]
     blocks = jnp.all(jnp.stack(inside), axis=0)
     return jnp.concatenate([blocks, all_finite(outside)[None]])

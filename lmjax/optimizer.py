@@ -22,6 +22,7 @@ from lmjax.checks import above, at_least, from_to_below, validate
 from lmjax.loss_scale import LossScaleConfig, with_loss_scale
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
+from lmjax.precision.sites import Stack
 from lmjax.storage import ParamSites, with_stored_moments
 
 Norm = Callable[[Any], jax.Array]
@@ -98,7 +99,7 @@ def make_optimizer(
     loss_scale: LossScaleConfig,
     steps: int,
     sites: ParamSites,
-    blocks: int = 0,
+    stack: Stack | None = None,
     rates: Mapping[str, float] = MappingProxyType({}),
     norm: Norm = optax.tree.norm,
 ) -> optax.GradientTransformationExtraArgs:
@@ -109,7 +110,7 @@ def make_optimizer(
       loss_scale: with its kind resolved.
       steps: planned length of the run, for the schedule.
       sites: the formats of each parameter, by its path; they say how moments are stored.
-      blocks: number of blocks of the model, for loss scales of their own.
+      stack: the blocks of the model, for Muon and for loss scales of their own.
       rates: what the learning rates of parameters are multiplied by, by path; by default 1.
       norm: of all gradients, by which they are clipped.
 
@@ -119,11 +120,13 @@ def make_optimizer(
     """
     clip = [_clip(config.clip_norm, norm)] if config.clip_norm else []
     multiply = [_multiply(rates)] if rates else []
-    chain = optax.chain(*clip, _direction(config, steps), *multiply)
-    return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, blocks)
+    chain = optax.chain(*clip, _direction(config, steps, stack), *multiply)
+    return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, stack)
 
 
-def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def _direction(
+    config: OptimizerConfig, steps: int, stack: Stack | None
+) -> optax.GradientTransformation:
     schedule = learning_rate_schedule(config, steps)
     decayed = lambda params: _by_path(
         lambda p, _: not paths.matches_any(config.no_decay, p), params
@@ -140,7 +143,7 @@ def _direction(config: OptimizerConfig, steps: int) -> optax.GradientTransformat
             adam_b2=config.b2,
             adam_weight_decay=0.0,  # optax cannot mask it, and it would reach biases and norms
             adam_learning_rate=learning_rate_schedule(config, steps, config.adam_learning_rate),
-            muon_weight_dimension_numbers=_block_matrices,
+            muon_weight_dimension_numbers=functools.partial(_block_matrices, stack),
             consistent_rms=0.2,  # Moonlight (Liu et al. 2025): updates as large as AdamW's
         )
     if config.name == "lion":
@@ -186,12 +189,11 @@ def _multiply(rates: Mapping[str, float]) -> optax.GradientTransformation:
     )
 
 
-def _block_matrices(params: Any) -> Any:
-    """Muon's weights: the kernels inside blocks, stacked `[layers, in, out]`, one matrix each."""
+def _block_matrices(stack: Stack | None, params: Any) -> Any:
+    """Muon's weights: the matrices of blocks, stacked `[layers, in, out]`, one for each layer."""
     dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return _by_path(
-        lambda path, _: dimensions if paths.matches("blocks/**/kernel", path) else None, params
-    )
+    is_matrix = lambda path, leaf: stack is not None and stack.holds(path) and leaf.ndim == 3
+    return _by_path(lambda path, leaf: dimensions if is_matrix(path, leaf) else None, params)
 
 
 def _by_path(choose: Any, params: Any) -> Any:

@@ -27,6 +27,7 @@ from lmjax.precision.policy import NATIVE, SitePolicy, carrier
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.rounding import Overflow, ldexp, quantize
 from lmjax.precision.scaling import Quantized
+from lmjax.precision.sites import Stack
 from lmjax.precision.stored import decode, encode
 
 ParamSites = Mapping[str, SitePolicy]
@@ -94,7 +95,7 @@ class UpdateCensus(NamedTuple):
 
 
 def update_census(
-    old: Any, new: Any, updates: Any, sites: ParamSites, stacked: str
+    old: Any, new: Any, updates: Any, sites: ParamSites, stack: Stack | None = None
 ) -> dict[str, UpdateCensus]:
     """Counts what a step did to each parameter, by path.
 
@@ -102,14 +103,15 @@ def update_census(
       old, new: stored parameters before and after.
       updates: what the optimizer asked for, f32.
       sites: how each parameter is stored.
-      stacked: start of the paths whose leading axis is that of blocks, which are counted singly.
+      stack: parameters with a leading axis of blocks, which are counted singly.
     """
     flat_new, flat_updates = paths.flatten(new), paths.flatten(updates)
     census = {}
     for path, before in paths.flatten(old).items():
         after, update = flat_new[path], flat_updates[path]
         wide = before.astype(update.dtype)
-        axes = tuple(range(int(path.startswith(stacked)), before.ndim))
+        singly = stack is not None and stack.holds(path)
+        axes = tuple(range(int(singly), before.ndim))
         total = functools.partial(jnp.sum, axis=axes, dtype=jnp.float32)
         number_format = sites[path].params
         exponent = jnp.maximum(floor_log2(wide), np.int32(number_format.smallest_exponent))

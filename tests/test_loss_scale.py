@@ -13,6 +13,7 @@ import pytest
 from lmjax import loss_scale
 from lmjax.loss_scale import LossScaleConfig, LossScaleState, resolve_kind, with_loss_scale
 from lmjax.precision import exact
+from lmjax.precision.sites import Stack
 
 PARAMS = {"w": jnp.asarray([1.0, -2.0, 3.0], jnp.float32), "scale": jnp.ones(2, jnp.float32)}
 GOOD = jax.tree.map(lambda p: jnp.full_like(p, 0.25), PARAMS)
@@ -163,6 +164,7 @@ def test_auto_is_dynamic_where_exponents_are_short(kind, exponent_bits, expected
     assert resolve_kind(kind, exponent_bits) == expected
 
 
+BLOCKS = Stack("blocks", 2)
 STACKED = {
     "blocks": {"w": jnp.ones((2, 3), jnp.float32)},
     "head": {"w": jnp.ones(2, jnp.float32)},
@@ -172,14 +174,14 @@ PER_BLOCK = dataclasses.replace(DYNAMIC, per_block=True)
 
 def test_each_block_is_unscaled_by_its_own_scale():
     scale = jnp.asarray([2.0, 4.0, 8.0], jnp.float32)
-    gradients = loss_scale.unscale(STACKED, scale)
+    gradients = loss_scale.unscale(STACKED, scale, BLOCKS)
     np.testing.assert_array_equal(gradients["blocks"]["w"], [[0.5] * 3, [0.25] * 3])
     np.testing.assert_array_equal(gradients["head"]["w"], [0.125] * 2)
     assert float(loss_scale.of_the_loss(scale)) == 8.0
 
 
 def test_only_the_scale_of_the_block_that_overflows_shrinks_and_all_skip():
-    transformation = with_loss_scale(optax.identity(), PER_BLOCK, blocks=2)
+    transformation = with_loss_scale(optax.identity(), PER_BLOCK, BLOCKS)
     state = transformation.init(STACKED)
     assert state.scale.shape == (3,)
     bad = STACKED | {"blocks": {"w": STACKED["blocks"]["w"].at[1, 0].set(jnp.inf)}}

@@ -16,11 +16,15 @@ from lmjax.optimizer import (
     ordered_norm,
 )
 from lmjax.precision import parse_policy, paths
+from lmjax.precision.sites import Stack
 from lmjax.storage import apply_updates
 
 NO_SCALE = LossScaleConfig("none")
 KEY = jax.random.key(0)
 STORED = ["float32", "bfloat16", "float16"]
+
+
+BLOCKS = Stack("blocks", 2)
 
 
 def params(dtype: str = "float32") -> dict:
@@ -41,7 +45,7 @@ def gradients(value: float) -> dict:
 def step(config: OptimizerConfig, gradient: dict, dtype: str = "float32", steps: int = 1):
     stored = params(dtype)
     sites = dict.fromkeys(paths.flatten(stored), parse_policy(dtype).resolve("embed"))
-    optimizer = make_optimizer(config, NO_SCALE, steps=100, sites=sites)
+    optimizer = make_optimizer(config, NO_SCALE, 100, sites, BLOCKS)
     state = optimizer.init(stored)
     for _ in range(steps):
         updates, state = optimizer.update(gradient, state, stored)

@@ -46,7 +46,7 @@ def ablation(base: Config | None = None) -> Ablation:
 def accumulation_error(accumulator: str, terms: int) -> float:
     """Mean relative error of sums of so many numbers from U(0.5, 1.5), by the product of a run."""
     x = np.random.default_rng(0).uniform(0.5, 1.5, (1, 16, terms)).astype(np.float32)
-    site = parse_policy(f"f32,a={accumulator}").resolve("embed")
+    site = parse_policy(f"f32,a={accumulator}").resolve("head")
     ones = jnp.ones((terms, 1), jnp.float32)
     total = exact.jit(lambda x: einsum("btk,kn->btn", x, ones, site))(x)
     wanted = x.astype(np.float64).sum(-1, keepdims=True)

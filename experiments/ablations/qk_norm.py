@@ -96,7 +96,7 @@ def largest_logit(cell: Cell, rows: int = 16) -> float:
         role: {"": Kept(jnp.zeros(shape, jnp.float32))}
         for role, shape in (("x", queries_shape), ("w", keys_shape))
     }
-    slots = site_tree(config, lambda path: empty if path.endswith("/scores") else None)
+    slots = site_tree(config, lambda place: empty if place.site.name == "scores" else None)
 
     def total(slots: Any, params: Any) -> jax.Array:
         context = Context(slots=slots)

@@ -33,8 +33,8 @@ from lmjax.ablation_cli import run_ablation
 from lmjax.model import initial_params, site_tree
 from lmjax.model.unit_scaling import USUAL_RATE
 from lmjax.precision import exact, paths
-from lmjax.precision.policy import PRODUCT_SITES
 from lmjax.precision.probes import Rounded
+from lmjax.precision.sites import Place
 from lmjax.train import Config
 from lmjax.train.step import make_scaled_loss
 
@@ -100,12 +100,8 @@ class Moments(NamedTuple):
 def slots(config: Config, slot: Any, roles: frozenset[str]) -> dict[str, Any]:
     """An empty slot for each of these roles at every site that has it."""
 
-    def one(path: str) -> dict[str, Any]:
-        product = path.rsplit("/", 1)[-1] in PRODUCT_SITES
-        has = {"w", "x", "g", "dx", "dw"} if product else {"y", "dx"}
-        if path == "loss":
-            has = {"dx"}
-        return {role: {"measured": slot.empty()} for role in sorted(has & roles)}
+    def one(place: Place) -> dict[str, Any]:
+        return {role: {"measured": slot.empty()} for role in place.site.roles if role in roles}
 
     return site_tree(config.model, one)
 

@@ -10,14 +10,14 @@ from lmjax.model.decoder import (
     param_sites,
     parameter_count,
     resolve_sites,
-    site_paths,
     site_tree,
     structure,
 )
 from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
 from lmjax.model.layers import Constrain
+from lmjax.model.layout import layout
 from lmjax.model.loss import log_probabilities, token_losses
-from lmjax.model.sites import Context, Sites, input_format
+from lmjax.model.sites import Context, Sites
 
 __all__ = [
     "Cache",
@@ -33,14 +33,13 @@ __all__ = [
     "gpt2",
     "initial_cache",
     "initial_params",
-    "input_format",
+    "layout",
     "learning_rate_factors",
     "llama_1b",
     "log_probabilities",
     "param_sites",
     "parameter_count",
     "resolve_sites",
-    "site_paths",
     "site_tree",
     "structure",
     "token_losses",

@@ -32,12 +32,14 @@ from lmjax.model.layers import (
     positions_from,
     rotary_angles,
 )
-from lmjax.model.sites import QUIET, Context, Sites, block_sites, within
+from lmjax.model.layout import BLOCKS, layout
+from lmjax.model.sites import QUIET, Context, Sites, within
 from lmjax.precision import paths
 from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 from lmjax.precision.probes import rescale_cotangent
+from lmjax.precision.sites import Place
 
 Params = dict[str, Any]
 """Nested dict of arrays; those below `blocks` have a leading axis of length `layers`."""
@@ -174,7 +176,7 @@ def _scan_blocks(
         x = rescale_cotangent(x, cotangent_scales[-1] / cotangent_scales[0])
     weights = unit_scaling.branch_weights(config) if config.unit else None
     for first, last in block_groups(config, sites):
-        group = within(sites, f"blocks/{first}")
+        group = block_sites(config, sites, first, last)
         angles = None
         if config.positions == "rope":
             angles = rotary_angles(config, x.shape[1], group["attention/rope"])
@@ -205,7 +207,8 @@ def _rematerialised(body: Callable[..., Any], config: ModelConfig) -> Callable[.
 
 def block_groups(config: ModelConfig, sites: Sites) -> Iterator[tuple[int, int]]:
     """Runs `(first, last + 1)` of consecutive blocks whose sites have the same formats."""
-    formats = [within(sites, f"blocks/{index}") for index in range(config.layers)]
+    stack = layout(config).stack
+    formats = [within(sites, stack.member(index)) for index in range(stack.size)]
     first = 0
     for _, run in itertools.groupby(formats):
         size = len(list(run))
@@ -213,32 +216,29 @@ def block_groups(config: ModelConfig, sites: Sites) -> Iterator[tuple[int, int]]
         first += size
 
 
-def site_paths(config: ModelConfig) -> list[str]:
-    """Every site of the model, in the order of computation: where a policy can say something."""
-    inside = block_sites(config)
-    return [
-        "embed",
-        *(["positions"] if config.positions == "learned" else []),
-        *(f"blocks/{index}/{site}" for index in range(config.layers) for site in inside),
-        "norm",
-        "head",
-        "loss",
-    ]
+def block_sites(config: ModelConfig, sites: Sites, first: int, last: int) -> dict[str, SitePolicy]:
+    """The sites, by their path in a block, of blocks `first` to `last - 1`, which are all alike."""
+    stack = layout(config).stack
+    called = str(first) if last == first + 1 else f"{first}-{last - 1}"
+    return within(sites, stack.member(first), stack.member(called))
 
 
-def site_tree(config: ModelConfig, make: Callable[[str], Any]) -> dict[str, Any]:
+def site_tree(config: ModelConfig, make: Callable[[Place], Any]) -> dict[str, Any]:
     """Something for every site, laid out as the parts of a `Context` are.
 
     Args:
       config: the model.
-      make: from a site's path to a pytree of arrays, or None for sites that get nothing. A site
-        inside blocks is asked for as `blocks/0/...`, and what it gets is stacked for all blocks.
+      make: from a place to a pytree of arrays, or None for places that get nothing. What a place
+        inside blocks gets is stacked for all blocks.
     """
-    stack = lambda leaf: jnp.stack([leaf] * config.layers)
-    tree = {path: make(path) for path in site_paths(config) if not path.startswith("blocks/")}
-    for site in block_sites(config):
-        tree[f"blocks/{site}"] = jax.tree.map(stack, make(f"blocks/0/{site}"))
-    return paths.unflatten({path: made for path, made in tree.items() if made is not None})
+    tree = {}
+    for place in layout(config).places:
+        made = make(place)
+        if made is not None:
+            size = 0 if place.stack is None else place.stack.size
+            stack = lambda leaf, n=size: jnp.stack([leaf] * n) if n else leaf
+            tree[place.path] = jax.tree.map(stack, made)
+    return paths.unflatten(tree)
 
 
 def resolve_sites(config: ModelConfig, policy: Policy) -> dict[str, SitePolicy]:
@@ -247,15 +247,12 @@ def resolve_sites(config: ModelConfig, policy: Policy) -> dict[str, SitePolicy]:
     Raises:
       PolicyError: a rule matches no site, or stores the parameters of some blocks unlike others'.
     """
-    sites = policy.resolve_all(site_paths(config), depth=config.layers)
-    for site in block_sites(config):
-        stored = {
-            (s.params, s.update, s.mu, s.nu)
-            for s in (sites[f"blocks/{index}/{site}"] for index in range(config.layers))
-        }
+    sites = policy.resolve_all(layout(config).paths, depth=config.layers)
+    for place in layout(config).places:
+        stored = {(s.params, s.update, s.mu, s.nu) for s in (sites[path] for path in place.paths)}
         if len(stored) > 1:
             raise PolicyError(
-                f"the parameters of all blocks are stored in one array, but p, mu or nu of {site} "
+                f"the parameters of all blocks are stored in one array, but p, mu or nu of {place} "
                 "differs between blocks; give every block the same",
                 text=policy.text or str(policy),
             )
@@ -273,7 +270,7 @@ def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
     abstract = nnx.eval_shape(lambda: Decoder(jax.random.key(0), config))
     graphdef, state = nnx.split(abstract)
     axes = {
-        "/".join(map(str, keys)): (("layers",) if keys[0] == "blocks" else ())
+        "/".join(map(str, keys)): (("layers",) if keys[0] == BLOCKS else ())
         + param.get_metadata()["axes"]
         for keys, param in nnx.to_flat_state(state)
     }
@@ -283,22 +280,19 @@ def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
 def initial_params(key: jax.Array, config: ModelConfig, sites: Sites) -> Params:
     """Fresh parameters, drawn in f32 and stored in the format that each site's policy names."""
     params = nnx.to_pure_dict(nnx.split(Decoder(key, config))[1])
-
-    def store(keys: Any, leaf: jax.Array) -> jax.Array:
-        return param_site(paths.path_string(keys), sites).to_params(leaf)
-
+    stored = param_sites(config, sites)
+    store = lambda keys, leaf: stored[paths.path_string(keys)].to_params(leaf)
     return jax.tree_util.tree_map_with_path(store, params)
 
 
-def param_site(path: str, sites: Sites) -> SitePolicy:
-    """The site that a parameter belongs to: `blocks/mlp/up/kernel` belongs to `blocks/*/mlp/up`."""
-    site = path.rsplit("/", 1)[0]
-    return sites[site.replace("blocks/", "blocks/0/", 1)]
-
-
 def param_sites(config: ModelConfig, sites: Sites) -> dict[str, SitePolicy]:
-    """The site of every parameter, by the parameter's path."""
-    return {path: param_site(path, sites) for path in paths.flatten(structure(config)[1])}
+    """The formats of every parameter's site, by the parameter's path; of blocks the first one's.
+
+    What decides how parameters are stored and updated is the same in all blocks; see
+    `resolve_sites`.
+    """
+    parameters = paths.flatten(structure(config)[1])
+    return {path: sites[layout(config).place_of_parameter(path).paths[0]] for path in parameters}
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -28,13 +28,14 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.decoder import (
     Params,
     block_groups,
+    block_sites,
     check_length,
     embedded,
     logits_of,
-    site_paths,
     structure,
 )
 from lmjax.model.layers import Position, rotary_angles
+from lmjax.model.layout import BLOCKS, layout
 from lmjax.model.sites import QUIET, Sites, within
 from lmjax.precision import paths
 from lmjax.precision.policy import SitePolicy
@@ -57,21 +58,22 @@ def decoding_params(params: Params, *, config: ModelConfig, sites: Sites) -> Par
     Returns:
       The same tree, but for `blocks`, which is a tuple with one entry a layer.
     """
-    readers = {path: [sites[path]] for path in site_paths(config)}
+    readers = {path: [sites[path]] for path in layout(config).paths}
+    stack = layout(config).stack
     if config.tied:
         readers["embed"].append(sites["head"])
 
     def narrowed(part: Params, prefix: str) -> Params:
         flat = paths.flatten(part).items()
-        site = lambda path: (prefix + path).rsplit("/", 1)[0]
+        site = lambda path: (prefix + path).rpartition("/")[0]
         return paths.unflatten({path: _narrowed(leaf, readers[site(path)]) for path, leaf in flat})
 
     def layer(index: int) -> Params:
-        return jax.tree.map(lambda leaf: leaf[index], params["blocks"])
+        return jax.tree.map(lambda leaf: leaf[index], params[BLOCKS])
 
-    outside = {name: part for name, part in params.items() if name != "blocks"}
-    layers = tuple(narrowed(layer(index), f"blocks/{index}/") for index in range(config.layers))
-    return narrowed(outside, "") | {"blocks": layers}
+    outside = {name: part for name, part in params.items() if name != BLOCKS}
+    layers = tuple(narrowed(layer(i), f"{stack.member(i)}/") for i in range(stack.size))
+    return narrowed(outside, "") | {BLOCKS: layers}
 
 
 def initial_cache(config: ModelConfig, sites: Sites, batch: int, length: int) -> Cache:
@@ -83,7 +85,7 @@ def initial_cache(config: ModelConfig, sites: Sites, batch: int, length: int) ->
     check_length(config, length)
     shape = (batch, length, config.kv_head_count, config.head_size)
     return tuple(
-        LayerCache.empty(shape, within(sites, f"blocks/{index}/attention"))
+        LayerCache.empty(shape, within(sites, f"{layout(config).stack.member(index)}/attention"))
         for index in range(config.layers)
     )
 
@@ -112,21 +114,21 @@ def extend(
       The logits of the token after each, `[B, T, vocab_size]`, in the output format of `head`; and
       the cache of `start + T` tokens.
     """
-    first, *_ = params["blocks"]
+    first, *_ = params[BLOCKS]
     # The stack of blocks is built like one block: only the shapes of its parameters differ.
-    model = nnx.merge(structure(config)[0], params | {"blocks": first})
+    model = nnx.merge(structure(config)[0], params | {BLOCKS: first})
     graphdef, _ = nnx.split(model.blocks)
     x = embedded(model, tokens, sites, QUIET, start)
     weights = unit_scaling.branch_weights(config) if config.unit else None
     layers = []
     for begin, end in block_groups(config, sites):
-        group = within(sites, f"blocks/{begin}")
+        group = block_sites(config, sites, begin, end)
         angles = None
         if config.positions == "rope":
             angles = rotary_angles(config, tokens.shape[1], group["attention/rope"], start)
         x = group["residual"].to_output(group["residual"].to_compute(x))
         for index in range(begin, end):
-            block = nnx.merge(graphdef, params["blocks"][index])
+            block = nnx.merge(graphdef, params[BLOCKS][index])
             branches = jax.tree.map(lambda weight, i=index: weight[i], weights)
             x, layer = block(x, group, angles, QUIET, branches, cache[index], start)
             layers.append(layer)

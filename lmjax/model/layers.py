@@ -244,12 +244,11 @@ class Attention(nnx.Module):
             weights,
             v,
             sites["combine"],
-            second="activations",
             key=combine.key,
             probe=combine.probe,
             unit=c.unit,
         )
-        y = hand_on(y, sites["combine"], combine.probe, second="activations")
+        y = hand_on(y, sites["combine"], combine.probe)
         y = y.reshape(batch, length, c.heads * c.head_size)
         return self.out(y, sites["out"], context.at("out")), cache
 
@@ -272,13 +271,12 @@ class Attention(nnx.Module):
             q if unit else q * power,
             k,
             site,
-            second="activations",
             key=products.key,
             probe=products.probe,
             unit=unit,
         )
         softmax, probe = sites["softmax"], context.at("softmax").probe
-        scores = hand_on(scores, site, products.probe, second="activations")
+        scores = hand_on(scores, site, products.probe)
         scores = take(scores, softmax, probe)
         scores = scores if unit else scores * rest
         queries = positions_from(start, scores.shape[-2])

@@ -12,13 +12,13 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lmjax.model.config import ModelConfig
-from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.formats import parse_format
 from lmjax.precision.matmul import Key
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe, Rounded, report, report_cotangent
@@ -27,10 +27,20 @@ Sites = Mapping[str, SitePolicy]
 """Formats by the path of their site."""
 
 
-def within(sites: Sites, prefix: str) -> dict[str, SitePolicy]:
-    """The sites below `prefix`, by the rest of their path."""
+def within(sites: Sites, prefix: str, called: str = "") -> dict[str, SitePolicy]:
+    """The sites below `prefix`, by the rest of their path.
+
+    Args:
+      sites: the formats of every site.
+      prefix: path of a part of the model.
+      called: what the part is called in compiled programs, if it stands for others too: the blocks
+        of one scan are one piece of program.
+    """
     start = prefix + "/"
-    return {path.removeprefix(start): s for path, s in sites.items() if path.startswith(start)}
+    inside = {path.removeprefix(start): s for path, s in sites.items() if path.startswith(start)}
+    if not called:
+        return inside
+    return {rest: replace(site, path=f"{called}/{rest}") for rest, site in inside.items()}
 
 
 class Context(NamedTuple):
@@ -83,46 +93,3 @@ def give(y: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:
     if probe is None:
         return output
     return report(output, probe.slots.get("y", {}), lambda: Rounded(y, y, output, site.output))
-
-
-def block_sites(config: ModelConfig) -> list[str]:
-    """The sites inside one block: where precision can be chosen, in the order of computation."""
-    attention = ["norm", "query", "key", "value"]
-    attention += ["query_norm", "key_norm"] if config.qk_norm else []
-    attention += ["rope"] if config.positions == "rope" else []
-    attention += ["scores", "softmax", "combine", "out"]
-    mlp = ["norm", "up", *(["gate"] if config.activation == "swiglu" else []), "activation", "down"]
-    return [
-        "residual",
-        *(f"attention/{site}" for site in attention),
-        *(f"mlp/{site}" for site in mlp),
-    ]
-
-
-def input_format(path: str, sites: Sites) -> Format:
-    """The format in which an elementwise site's input arrives, and its cotangent leaves.
-
-    Args:
-      path: of a site that is no product.
-      sites: the formats of every site of the model.
-    """
-    parent, _, kind = path.rpartition("/")
-    if kind in ("embed", "positions"):
-        return sites[path].params
-    if kind in ("loss", "residual"):
-        return sites["head" if kind == "loss" else path].output
-    if kind == "norm":
-        if not parent:
-            blocks = [site for site in sites if site.endswith("/residual")]
-            return sites[blocks[-1]].output
-        return sites[parent.rpartition("/")[0] + "/residual"].compute
-    before = {
-        "query_norm": ["query"],
-        "key_norm": ["key"],
-        "rope": ["query_norm", "query"],
-        "softmax": ["scores"],
-        "activation": ["up"],
-    }
-    return next(
-        sites[f"{parent}/{name}"].output for name in before[kind] if f"{parent}/{name}" in sites
-    )

@@ -30,7 +30,7 @@ Knows NumPy, probes, policies and the sites of a model; nothing of the loop that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,13 +38,11 @@ from typing import Annotated, Any
 import numpy as np
 
 from lmjax.checks import at_least, validate
-from lmjax.model import input_format
 from lmjax.precision import paths
-from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
+from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Census, Fate
+from lmjax.precision.sites import Layout, Place, site_at
 from lmjax.storage import UpdateCensus
-
-BLOCKS = "blocks/"
 
 
 @dataclass(frozen=True)
@@ -65,27 +63,18 @@ class TelemetryConfig:
         validate(self, "telemetry")
 
 
-def roles(site: str) -> tuple[str, ...]:
-    """The tensors of a site that can be counted; see `precision/probes.py`."""
-    if site.rsplit("/", 1)[-1] in PRODUCT_SITES:
-        return ("w", "x", "g", "dx", "dw")
-    return ("dx",) if site == "loss" else ("y", "dx")  # the loss hands on one number
-
-
-def counted_roles(config: TelemetryConfig, site: str, layers: int) -> list[str]:
-    """Those that are to be counted; of `blocks/0/mlp/up` those of that site in any block."""
-    inside = site.removeprefix(f"{BLOCKS}0/")
-    blocks = [f"{BLOCKS}{i}/{inside}" for i in range(layers)] if inside != site else [site]
+def counted_roles(config: TelemetryConfig, place: Place) -> list[str]:
+    """The tensors of a place that are to be counted, in any block or in all."""
     return [
         role
-        for role in roles(site)
-        if any(paths.matches(config.tensors, f"{block}/{role}") for block in blocks)
+        for role in place.site.roles
+        if any(paths.matches(config.tensors, f"{path}/{role}") for path in place.paths)
     ]
 
 
-def refuse_no_tensor(config: TelemetryConfig, sites: Iterable[str]) -> None:
+def refuse_no_tensor(config: TelemetryConfig, layout: Layout) -> None:
     """Raises ValueError if a model with these sites has no tensor that is to be counted."""
-    known = [f"{site}/{role}" for site in sites for role in roles(site)]
+    known = [f"{path}/{role}" for path in layout.paths for role in site_at(path).roles]
     if config.every and not any(paths.matches(config.tensors, path) for path in known):
         raise ValueError(
             f"telemetry.tensors is {config.tensors!r}, which names no tensor of this model; there "
@@ -98,6 +87,7 @@ def telemetry_row(
     tensors: Mapping[str, Census],
     updates: Mapping[str, UpdateCensus],
     sites: Mapping[str, SitePolicy],
+    layout: Layout,
 ) -> dict[str, Any]:
     """One row of `telemetry.jsonl`.
 
@@ -106,14 +96,16 @@ def telemetry_row(
       tensors: counts by site and role, stacked for blocks, as NumPy arrays.
       updates: counts by path of the parameter, stacked likewise.
       sites: the formats of every site of the model, in its order, which rows keep.
+      layout: the sites of the model.
     """
     by_site: dict[str, dict[str, Any]] = {site: {} for site in sites}
-    for path, census in _unstacked(tensors):
-        by_site[path.rsplit("/", 1)[0]][path] = _tensor(census, tensor_format(path, sites))
+    for path, census in _unstacked(tensors, layout):
+        number_format = tensor_format(path, sites, layout)
+        by_site[path.rpartition("/")[0]][path] = _tensor(census, number_format)
     return {
         "step": step,
         "tensors": {path: row for site in by_site.values() for path, row in site.items()},
-        "updates": {path: _update(census) for path, census in _unstacked(updates)},
+        "updates": {path: _update(census) for path, census in _unstacked(updates, layout)},
     }
 
 
@@ -131,19 +123,16 @@ def mechanisms(row: Mapping[str, Any]) -> dict[str, float]:
     return found | {"unchanged_weights": unchanged}
 
 
-def tensor_format(path: str, sites: Mapping[str, SitePolicy]) -> str:
+def tensor_format(path: str, sites: Mapping[str, SitePolicy], layout: Layout) -> str:
     """The format that the tensor of a role at a site is rounded to: `blocks/0/mlp/up/g`."""
-    site_path, role = path.rsplit("/", 1)
+    site_path, _, role = path.rpartition("/")
     site = sites[site_path]
-    if site_path.endswith(ACTIVATION_PRODUCTS) and role == "w":
-        role = "x"
-    operand = {"w": site.weights, "x": site.activations, "g": site.grads}.get(role)
+    operand = {"w": site.second, "x": site.activations, "g": site.grads}.get(role)
     if operand is not None:
         return str(operand.quantizer)
     if role == "y":
         return site.output.name
-    product = site_path.rsplit("/", 1)[-1] in PRODUCT_SITES
-    return (site.compute if product else input_format(site_path, sites)).name
+    return (layout.input_format(site_path, sites) or site.compute).name
 
 
 def draw_telemetry(rows: Sequence[Mapping[str, Any]], title: str, directory: Path) -> None:
@@ -155,15 +144,14 @@ def draw_telemetry(rows: Sequence[Mapping[str, Any]], title: str, directory: Pat
     draw_course(rows, directory / "telemetry_course.png", title)
 
 
-def _unstacked(stacked: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _unstacked(stacked: Mapping[str, Any], layout: Layout) -> Iterator[tuple[str, Any]]:
     """Counts by full path: those of blocks one block at a time."""
     for path, census in stacked.items():
-        if not path.startswith(BLOCKS):
+        if not layout.stack.holds(path):
             yield path, census
             continue
-        for index in range(len(census.size)):
-            inside = path.removeprefix(BLOCKS)
-            yield f"{BLOCKS}{index}/{inside}", type(census)(*(part[index] for part in census))
+        for index, member in enumerate(layout.stack.members(path)):
+            yield member, type(census)(*(part[index] for part in census))
 
 
 def _tensor(census: Census, format_name: str) -> dict[str, Any]:

@@ -65,10 +65,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lmjax.model import structure
+from lmjax.model import layout, structure
 from lmjax.precision import paths
 from lmjax.precision.formats import Format
 from lmjax.precision.policy import F32, SitePolicy, carrier
+from lmjax.precision.sites import Kind
 from lmjax.sharding import RULES
 from lmjax.train import Config
 
@@ -94,18 +95,29 @@ class Traffic:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter, and by how much each mesh axis divides it."""
+    """A parameter, and by how much each mesh axis divides it.
+
+    Attributes:
+      path: of the parameter.
+      size: number of values.
+      site: that it belongs to.
+      copies: number of blocks whose parameter it holds; 0 outside of blocks.
+      product: the site that multiplies by it, if any; of a tied table the head.
+      fsdp, tensor: by how much these mesh axes divide it.
+    """
 
     path: str
     size: int
     site: SitePolicy
+    copies: int
+    product: SitePolicy | None
     fsdp: int
     tensor: int
 
     @property
-    def multiplied(self) -> bool:
-        """Whether it is an operand of a product."""
-        return self.path.endswith("kernel") or self.path in ("embed/table", "head/kernel")
+    def is_table(self) -> bool:
+        """Whether it is the embedding of tokens."""
+        return self.site.site.name == "embed"
 
 
 def expected_traffic(config: Config, mesh: Mapping[str, int]) -> list[Traffic]:
@@ -144,7 +156,17 @@ def _weights(config: Config, mesh: Mapping[str, int]) -> Iterator[_Weight]:
         for axis, size in zip(named[path], leaf.shape, strict=True):
             for name in RULES.get(axis, ()):
                 cut[name] = mesh[name] if size % mesh[name] == 0 else 1
-        yield _Weight(path, leaf.size, sites[path], cut["fsdp"], cut["tensor"])
+        stack = layout(config.model).place_of_parameter(path).stack
+        copies = 0 if stack is None else stack.size
+        product = _product(config, path, leaf.ndim - bool(copies), sites[path])
+        yield _Weight(path, leaf.size, sites[path], copies, product, cut["fsdp"], cut["tensor"])
+
+
+def _product(config: Config, path: str, dimensions: int, site: SitePolicy) -> SitePolicy | None:
+    """The site that multiplies by a parameter with so many dimensions, if one does."""
+    if site.site.name == "embed":
+        return config.sites["head"] if config.model.tied else None
+    return site if site.site.is_product and dimensions == 2 else None
 
 
 def _in_order(config: Config, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
@@ -165,16 +187,11 @@ def _parameters(
     model = config.model
     loop = model.unroll < model.layers or model.remat != "none"
     for weight in weights:
-        if weight.multiplied and (model.tied or weight.path != "embed/table"):
-            dtype = carrier(_product_site(config, weight).compute)
-            times = 2 if loop and weight.path.startswith("blocks/") else 1
+        if weight.product is not None:
+            dtype = carrier(weight.product.compute)
+            times = 2 if loop and weight.copies else 1
             sent = times * _ring(weight.fsdp) * weight.size / weight.tensor * _bytes(dtype)
             yield Traffic("parameters", "all-gather", _hlo(dtype), ("fsdp",), sent)
-
-
-def _product_site(config: Config, weight: _Weight) -> SitePolicy:
-    """The site that multiplies by a weight: that of a tied table is the head."""
-    return config.sites["head"] if weight.path == "embed/table" else weight.site
 
 
 def _gradients(
@@ -185,22 +202,21 @@ def _gradients(
         if narrow:
             yield from _reduced_narrow(mesh, weight)
         else:
-            yield from _reduced(config, mesh, weight)
+            yield from _reduced(mesh, weight)
 
 
-def _reduced(config: Config, mesh: Mapping[str, int], weight: _Weight) -> Iterator[Traffic]:
+def _reduced(mesh: Mapping[str, int], weight: _Weight) -> Iterator[Traffic]:
     size = weight.size / weight.tensor
     cut = size / weight.fsdp
-    multiplied = weight.multiplied and (config.model.tied or weight.path != "embed/table")
-    if multiplied:
+    if weight.product is not None:
         sent = _ring(weight.fsdp) * size * 4
         yield Traffic("gradients", "reduce-scatter", "f32", ("fsdp",), sent)
         yield _all_reduced(mesh, ("data", "sequence"), cut)
     # Rows and biases are summed along one axis after another.
-    if weight.path == "embed/table":
+    if weight.is_table:
         yield _all_reduced(mesh, ("data",), cut)
         yield _all_reduced(mesh, ("sequence",), cut)
-    elif not multiplied:
+    elif weight.product is None:
         yield _all_reduced(mesh, ("data", "fsdp") if weight.fsdp == 1 else ("data",), cut)
         yield _all_reduced(mesh, ("sequence",), cut)
 
@@ -227,7 +243,7 @@ def _reduced_narrow(mesh: Mapping[str, int], weight: _Weight) -> Iterator[Traffi
 def _embedding(
     config: Config, mesh: Mapping[str, int], weights: list[_Weight]
 ) -> Iterator[Traffic]:
-    table = next(weight for weight in weights if weight.path == "embed/table")
+    table = next(weight for weight in weights if weight.is_table)
     tokens = tokens_on_device(config, mesh)
     rows = tokens * config.model.width
     stored, computed = carrier(table.site.params), carrier(table.site.compute)
@@ -244,12 +260,12 @@ def _activations(
 ) -> Iterator[Traffic]:
     rows = tokens_on_device(config, mesh) * config.model.width
     for weight in weights:
-        if not weight.multiplied or (weight.path == "embed/table" and not config.model.tied):
+        if weight.product is None:
             continue
-        times = config.model.layers if weight.path.startswith("blocks/") else 1
-        if weight.path.endswith("out/kernel") and config.model.remat == "full":
+        times = max(weight.copies, 1)
+        if weight.product.site.name == "out" and config.model.remat == "full":
             times *= 2
-        dtype = _summed_in(_product_site(config, weight).accum.format)
+        dtype = _summed_in(weight.product.accum.format)
         sent = times * 2 * _ring(weight.tensor) * rows * _bytes(dtype)
         yield Traffic("activations", "all-reduce", _hlo(dtype), ("tensor",), sent)
 
@@ -261,9 +277,9 @@ def _positions(
     heads = model.kv_head_count
     cut = mesh["tensor"] if heads % mesh["tensor"] == 0 else 1
     whole = tokens_on_device(config, mesh) * sequence * heads * model.head_size / cut
-    for index in range(model.layers):
-        for product in ("scores", "combine"):
-            site = config.sites[f"blocks/{index}/attention/{product}"]
+    products = [p for p in layout(model).places if p.site.kind is Kind.ACTIVATION_PRODUCT]
+    for product in products:
+        for site in (config.sites[path] for path in product.paths):
             computed, summed = carrier(site.compute), _summed_in(site.accum.format)
             gathered = 2 * _ring(sequence) * whole * _bytes(computed)
             yield Traffic("positions", "all-gather", _hlo(computed), ("sequence",), gathered)

@@ -34,7 +34,7 @@ from collections.abc import Mapping
 import jax
 
 from lmjax import sharding
-from lmjax.model import ModelConfig
+from lmjax.model import ModelConfig, layout
 from lmjax.plan.arithmetic import tokens_on_device
 from lmjax.precision.policy import carrier
 from lmjax.train import Config, abstract_state
@@ -57,7 +57,7 @@ def expected_memory(config: Config, devices: int) -> dict[str, float]:
     parameters = _on_device(state.params)
     values = sum(math.prod(_shard(leaf)) for leaf in jax.tree.leaves(state.params))
     tokens, width = tokens_on_device(config, sizes), config.model.width
-    compute = _bytes(config, "blocks/0/residual")
+    compute = _bytes(config, "residual")
     saved = config.model.layers * tokens * _saved_values(config, sizes) * compute
     head = _head_weights(config.model, sizes) * _bytes(config, "head")
     return {
@@ -119,7 +119,7 @@ def _head(config: Config, mesh: Mapping[str, int]) -> float:
 def _attention(config: Config, mesh: Mapping[str, int]) -> float:
     heads = config.model.heads / mesh["tensor"]
     scores = tokens_on_device(config, mesh) * heads * config.context
-    return scores * (3 * 4 + _bytes(config, "blocks/0/attention/combine"))
+    return scores * (3 * 4 + _bytes(config, "combine"))
 
 
 def _head_weights(model: ModelConfig, mesh: Mapping[str, int]) -> float:
@@ -131,5 +131,7 @@ def _columns(model: ModelConfig, mesh: Mapping[str, int]) -> float:
     return model.vocab_size / mesh["tensor"] if divisible else model.vocab_size
 
 
-def _bytes(config: Config, site: str) -> int:
-    return jax.numpy.dtype(carrier(config.sites[site].compute)).itemsize
+def _bytes(config: Config, name: str) -> int:
+    """Bytes of an element of the compute format of the first site of this name."""
+    path = layout(config.model).named(name)[0].paths[0]
+    return jax.numpy.dtype(carrier(config.sites[path].compute)).itemsize

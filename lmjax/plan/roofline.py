@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from lmjax.model import parameter_count
+from lmjax.model import layout, parameter_count, structure
 from lmjax.plan.arithmetic import tokens_on_device
 from lmjax.plan.chips import Chip
 from lmjax.plan.hlo import Collective
+from lmjax.precision import paths
 from lmjax.precision.native import multiplied
 from lmjax.precision.policy import SitePolicy, carrier
+from lmjax.precision.sites import Kind, Place
 from lmjax.train import Config
 
 ASSUMPTIONS: Final = (
@@ -126,27 +128,30 @@ def roofline(
 def _products(config: Config, mesh: Mapping[str, int]) -> Iterator[_Product]:
     model, sites = config.model, config.sites
     tokens, cut = tokens_on_device(config, mesh), mesh["tensor"]
-    heads, keys = model.heads * model.head_size, model.kv_head_count * model.head_size
-    shapes = {
-        "attention/query": (model.width, heads / cut),
-        "attention/key": (model.width, keys / cut),
-        "attention/value": (model.width, keys / cut),
-        "attention/out": (heads / cut, model.width),
-        "mlp/up": (model.width, model.mlp_size / cut),
-        "mlp/gate": (model.width, model.mlp_size / cut),
-        "mlp/down": (model.mlp_size / cut, model.width),
-    }
-    repeated = model.remat == "full"
-    for index in range(model.layers):
-        for path, (inward, outward) in shapes.items():
-            site = sites.get(f"blocks/{index}/{path}")
-            if site is not None:
-                yield _linear(site, tokens, inward, outward, repeated)
-        scores = tokens * model.heads / cut * config.context
-        for name in ("scores", "combine"):
-            site = sites[f"blocks/{index}/attention/{name}"]
-            yield _Product(site, 2 * scores * model.head_size, scores, model.remat != "none")
-    yield _linear(sites["head"], tokens, model.width, model.vocab_size / cut, False)
+    scores = tokens * model.heads / cut * config.context
+    for place in layout(model).places:
+        inside = place.stack is not None
+        for site in (sites[path] for path in place.paths):
+            if place.site.kind is Kind.ACTIVATION_PRODUCT:
+                yield _Product(site, 2 * scores * model.head_size, scores, model.remat != "none")
+            elif place.site.is_product:
+                inward, outward = _fans(config, place, cut)
+                yield _linear(site, tokens, inward, outward, inside and model.remat == "full")
+
+
+def _fans(config: Config, place: Place, cut: int) -> tuple[float, float]:
+    """How many terms a product sums, and how many sums it has for a token, on one device.
+
+    Of the two, `tensor` cuts that which is not the width of the residual stream.
+    """
+    if place.site.logits:
+        return config.model.width, config.model.vocab_size / cut
+    kernel = paths.flatten(structure(config.model)[1])[f"{place.path}/kernel"]
+    axes = paths.flatten(structure(config.model)[2], lambda node: isinstance(node, tuple))
+    names = axes[f"{place.path}/kernel"]
+    fans = dict(zip(names, kernel.shape, strict=True))
+    inward, outward = (fans[name] if name == "embed" else fans[name] / cut for name in names[-2:])
+    return inward, outward
 
 
 def _linear(
@@ -158,7 +163,7 @@ def _linear(
 
 def _rate(site: SitePolicy, chip: Chip) -> float:
     """FLOP/s of a product: by the narrowest format that holds both of its operands."""
-    operands = [multiplied(one, site.compute) for one in (site.weights, site.activations)]
+    operands = [multiplied(one, site.compute) for one in (site.second, site.activations)]
     if all(one.bits <= 8 for one in operands) and "fp8" in chip.flops:
         return chip.flops["fp8"]
     if site.compute.name == "f32" and site.matmul == "tf32":

@@ -46,7 +46,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,6 @@ from lmjax.precision.scaling import (
 from lmjax.precision.settings import Operand
 from lmjax.precision.summation import sum_of_products
 
-Role = Literal["weights", "activations"]
 Key = jax.Array | None
 Factors = Mapping[str, jax.Array]
 
@@ -78,7 +77,6 @@ def einsum(
     w: jax.Array,
     site: SitePolicy,
     *,
-    second: Role = "weights",
     key: Key = None,
     probe: Probe | None = None,
     unit: bool = False,
@@ -91,8 +89,8 @@ def einsum(
         the gradients are products of the same kind.
       x: activations, in any floating-point format; cast to the site's compute format.
       w: as x.
-      site: the formats.
-      second: what `w` holds, and so which of the site's quantizers it gets.
+      site: the formats, of a site that is declared a product. Its kind says what `w` holds, weights
+        or activations again, and so which of its quantizers `w` gets.
       key: random key for operands that are rounded stochastically and for the signs of rotations;
         without one, as in evaluation, operands are rounded to nearest and signs always the same.
       probe: factors of delayed scaling, without which operands are scaled by their own maximum; and
@@ -105,31 +103,37 @@ def einsum(
       The product, in the site's compute format.
 
     Raises:
-      ValueError: for a specification whose gradient is not a product of two operands.
+      ValueError: for a specification whose gradient is not a product of two operands, and at a site
+        that is not declared a product: a policy could not reach its operands.
     """
     _check(spec)
+    if not site.site.is_product:
+        raise ValueError(
+            f"einsum '{spec}' at {site.path or site.site.name}, which is declared "
+            f"{site.site.kind.value}; declare it a product in lmjax/precision/sites.py"
+        )
     factors, slots = ({}, {}) if probe is None else probe
-    plan, of_x, of_w = plan_of(spec), site.activations, getattr(site, second)
+    plan, of_x, of_w = plan_of(spec), site.activations, site.second
     view = functools.partial(_view, site=site, block=_block(of_x, of_w))
     view_x = functools.partial(view, operand=of_x, axis=plan.x_summed)
     view_w = functools.partial(view, operand=of_w, axis=plan.w_summed)
-    x = _watched(x, site, view_x, factors.get("x"), slots.get("x", {}))
-    w = _watched(w, site, view_w, factors.get("w"), slots.get("w", {}))
-    gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
-    return _einsum(spec, site, second, unit, x, w, key, factors, gradients)
+    with site.scope:
+        x = _watched(x, site, view_x, factors.get("x"), slots.get("x", {}))
+        w = _watched(w, site, view_w, factors.get("w"), slots.get("w", {}))
+        gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
+        return _einsum(spec, site, unit, x, w, key, factors, gradients)
 
 
-def hand_on(
-    y: jax.Array, site: SitePolicy, probe: Probe | None = None, *, second: Role = "weights"
-) -> jax.Array:
+def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.Array:
     """The result of a product in the site's output format.
 
-    `g` is measured of its cotangent, as the product dx quantizes it; `second` as `einsum` has it.
+    `g` is measured of its cotangent, as the product dx quantizes it.
     """
     factors, slots = ({}, {}) if probe is None else probe
-    block = _block(site.grads, getattr(site, f"backward_{second}"))
+    block = _block(site.grads, site.backward_second)
     view = functools.partial(_view, operand=site.grads, axis=-1, site=site, block=block)
-    return report_cotangent(site.to_output(y), slots.get("g", {}), view, factors.get("g"))
+    with site.scope:
+        return report_cotangent(site.to_output(y), slots.get("g", {}), view, factors.get("g"))
 
 
 def _watched(
@@ -173,11 +177,10 @@ def _block(*operands: Operand | None) -> int:
     return max(0 if operand is None else operand.rotation for operand in operands)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _einsum(
     spec: str,
     site: SitePolicy,
-    second: Role,
     unit: bool,
     x: jax.Array,
     w: jax.Array,
@@ -185,27 +188,25 @@ def _einsum(
     factors: Factors,
     slots: Slots,
 ) -> jax.Array:
-    return _primal(spec, site, second, unit, x, w, key, factors)
+    return _primal(spec, site, unit, x, w, key, factors)
 
 
 def _primal(
     spec: str,
     site: SitePolicy,
-    second: Role,
     unit: bool,
     x: jax.Array,
     w: jax.Array,
     key: Key,
     factors: Factors,
 ) -> jax.Array:
-    roles = ("x", site.activations), ("w", getattr(site, second))
+    roles = ("x", site.activations), ("w", site.second)
     return site.to_compute(_product(spec, site, unit, (x, w), roles, _fold(key, 0), factors))
 
 
 def _forward(
     spec: str,
     site: SitePolicy,
-    second: Role,
     unit: bool,
     x: jax.Array,
     w: jax.Array,
@@ -214,14 +215,13 @@ def _forward(
     slots: Slots,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Key, Factors, Slots]]:
     # Not through `_einsum`: a policy of rematerialisation must see the dot to save its result.
-    y = _primal(spec, site, second, unit, x, w, key, factors)
+    y = _primal(spec, site, unit, x, w, key, factors)
     return y, (x, w, key, factors, slots)
 
 
 def _backward(
     spec: str,
     site: SitePolicy,
-    second: Role,
     unit: bool,
     saved: tuple[jax.Array, jax.Array, Key, Factors, Slots],
     g: jax.Array,
@@ -229,19 +229,20 @@ def _backward(
     x, w, key, factors, slots = saved
     x_axes, w_axes, y_axes = axes_of(spec)
     of_g, of_x = ("g", site.grads), ("x", site.backward_activations)
-    of_w = ("w", getattr(site, f"backward_{second}"))
+    of_w = ("w", site.backward_second)
     dx_spec, dw_spec = f"{y_axes},{w_axes}->{x_axes}", f"{x_axes},{y_axes}->{w_axes}"
-    wide = {
-        "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
-        "dw": _product(dw_spec, site, unit, (x, g), (of_x, of_g), _fold(key, 2), factors),
-    }
-    dx, dw = site.to_compute(wide["dx"]), site.to_compute(wide["dw"])
-    rounded = {"dx": dx, "dw": dw}
-    measured = {
-        role: measure(asked, Rounded(wide[role], wide[role], rounded[role], site.compute))
-        for role, asked in slots.items()
-    }
-    return dx, dw, None, jax.tree.map(jnp.zeros_like, factors), measured
+    with site.scope:
+        wide = {
+            "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
+            "dw": _product(dw_spec, site, unit, (x, g), (of_x, of_g), _fold(key, 2), factors),
+        }
+        dx, dw = site.to_compute(wide["dx"]), site.to_compute(wide["dw"])
+        rounded = {"dx": dx, "dw": dw}
+        measured = {
+            role: measure(asked, Rounded(wide[role], wide[role], rounded[role], site.compute))
+            for role, asked in slots.items()
+        }
+        return dx, dw, None, jax.tree.map(jnp.zeros_like, factors), measured
 
 
 _einsum.defvjp(_forward, _backward)

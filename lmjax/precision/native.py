@@ -31,12 +31,7 @@ import numpy as np
 
 from lmjax.precision.contraction import platform, widened
 from lmjax.precision.formats import Format, parse_format
-from lmjax.precision.policy import (
-    ACTIVATION_PRODUCTS,
-    PRODUCT_SITES,
-    SitePolicy,
-    carrier,
-)
+from lmjax.precision.policy import SitePolicy, carrier
 from lmjax.precision.settings import Operand
 
 Dtypes = tuple[np.dtype[Any], np.dtype[Any]]
@@ -187,15 +182,15 @@ def products(
     """
     backend = backend or this_backend()
     return {
-        path: _of_site(site, path.rsplit("/", 1)[-1], tokens, backend)
+        path: _of_site(site, tokens, backend)
         for path, site in sites.items()
-        if path.rsplit("/", 1)[-1] in PRODUCT_SITES
+        if site.site.is_product
     }
 
 
-def _of_site(site: SitePolicy, kind: str, tokens: int, backend: Backend) -> dict[str, Arithmetic]:
+def _of_site(site: SitePolicy, tokens: int, backend: Backend) -> dict[str, Arithmetic]:
     x, xb, g = site.activations, site.backward_activations, site.grads
-    w, wb = (x, xb) if kind in ACTIVATION_PRODUCTS else (site.weights, site.backward_weights)
+    w, wb = site.second, site.backward_second
     return {
         "y": _arithmetic(backend, site, x, w, 1),
         "dx": _arithmetic(backend, site, g, wb, 1),

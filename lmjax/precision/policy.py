@@ -7,11 +7,10 @@ A rule reaches a site in one of two ways. It *names* the site when its pattern m
 own path; it *contains* the site when the pattern matches a path above it, and then sets what the
 sites within follow by default. The difference matters twice:
 
-- the sites of `WIDE_SITES` compute in at least f32: neither the base nor a rule on a container
+- sites that are declared *wide* compute in at least f32: neither the base nor a rule on a container
   narrows them, only a rule that names them (`**/softmax: c=bf16`, or `blocks/0/**: c=bf16`);
-- only the products of `LINEAR_SITES` take `w`, `x`, `g`, `wb` and `xb` over from the base or a
-  container; any other keeps its operands in the compute format unless a rule that names it says
-  otherwise.
+- products that are declared *unquantized* keep their operands in the compute format unless a rule
+  that names them sets `w`, `x`, `g`, `wb` or `xb`; the others inherit these keys too.
 
 The base `o` belongs to the logits alone, as in jmp; inside the model a site hands on its own
 compute format unless a rule that names it sets `o`.
@@ -19,14 +18,15 @@ compute format unless a rule that names it sets `o`.
 A policy may change with the step. It then has phases, each a policy of its own, and what a site
 resolves to is a question about one phase: `policy.at(step).resolve(path)`.
 
-Knows formats, quantizers, settings and jmp; which sites a model has it learns from the paths it is
-given.
+`sites.py` declares what each site is. Knows that, formats, quantizers, settings and jmp; which
+sites a model has it learns from the paths it is given.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -39,38 +39,12 @@ from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.rounding import quantize
 from lmjax.precision.settings import Accumulator, Operand, Stored, Update
-
-WIDE_SITES = {
-    "norm": "a mean of squares overflows f16 and loses small differences in bf16",
-    "query_norm": "as norm, over one head",
-    "key_norm": "as norm, over one head",
-    "softmax": "exponentials of differences, summed over the whole context",
-    "rope": "an angle is a position times a frequency: bf16 has no odd integers above 256",
-    "activation": "a chain of elementwise operations is rounded once, at its end",
-    "loss": "a logarithm of a sum over the vocabulary, averaged over the batch",
-}
-"""Sites, by the last component of their path, that compute in at least f32, and why."""
-
-LINEAR_SITES = ("query", "key", "value", "out", "up", "gate", "down")
-"""Products, by the last component of their path, whose operands the base may quantize.
-
-Not among them: `scores` (both operands are activations, and the softmax amplifies their errors),
-`combine` (attention weights span many binades within one row) and `head` (errors of the logits go
-straight into the loss)."""
-
-PRODUCT_SITES = (*LINEAR_SITES, "scores", "combine", "head")
-"""Every site that is a matrix product, by the last component of its path."""
-
-ACTIVATION_PRODUCTS = ("scores", "combine")
-"""Products of two activations: `x` says how both operands are quantized."""
+from lmjax.precision.sites import Kind, Site, site_at
 
 OPERANDS = ("w", "x", "g", "wb", "xb")
 """Keys of the grammar that quantize operands of products."""
 
 _BACKWARD = {"w": "wb", "x": "xb"}
-
-OUTPUT_SITE = "head"
-"""The site whose output is the model's output: the base `o` applies to it."""
 
 NATIVE = ("f64", "f32", "bf16", "f16")
 """Formats that JAX computes in everywhere; all others are emulated in f32."""
@@ -102,6 +76,7 @@ class SitePolicy:
     """What the tensors of one site are; hashable, so a static argument of compiled functions.
 
     Attributes:
+      site: what it is declared to be.
       params: format that parameters are stored in.
       compute: format of everything the site computes with.
       output: format of what it hands on.
@@ -117,8 +92,11 @@ class SitePolicy:
       mu, nu: how the optimizer stores the first and second moment of its parameters.
       cache: how decoding keeps its second operand from token to token: keys at `scores`, values at
         `combine`, after they were cast to the compute format; None leaves them in it.
+      path: where it is, which names its equations in compiled programs (`scope`); sites that differ
+        in nothing else are equal.
     """
 
+    site: Site
     params: Format
     compute: Format
     output: Format
@@ -134,6 +112,23 @@ class SitePolicy:
     mu: Quantizer = STORED_AS_F32
     nu: Quantizer = STORED_AS_F32
     cache: Quantizer | None = None
+    path: str = field(default="", compare=False)
+
+    @property
+    def scope(self) -> AbstractContextManager[Any]:
+        """Names what is traced inside after the site, in jaxprs, compiled programs and profiles."""
+        return jax.named_scope(self.path or self.site.name)
+
+    @property
+    def second(self) -> Operand | None:
+        """How the second operand of its product is quantized: weights, or activations again."""
+        return self.weights if self.site.kind is Kind.WEIGHT_PRODUCT else self.activations
+
+    @property
+    def backward_second(self) -> Operand | None:
+        """The same in the backward products."""
+        weights = self.site.kind is Kind.WEIGHT_PRODUCT
+        return self.backward_weights if weights else self.backward_activations
 
     @property
     def jmp(self) -> jmp.Policy:
@@ -264,22 +259,23 @@ class Policy:
           The site's formats after the base and every rule that reaches it, in order.
 
         Raises:
-          ValueError: the policy has phases; what a site is depends on the step.
+          ValueError: no site of that name is declared; or the policy has phases, and what a site is
+            depends on the step.
         """
         self._refuse_phases()
-        kind = path.rsplit("/", 1)[-1]
-        settings = _inherited(self.base, kind)
-        if path != OUTPUT_SITE:
+        site = site_at(path)
+        settings = _inherited(self.base, site)
+        if not site.logits:
             settings.pop("o", None)
         for rule in self.rules:
             named, contained = _reach(rule.pattern, path, depth)
             if named:
                 settings |= rule.settings
             elif contained:
-                inherited = _inherited(rule.settings, kind)
+                inherited = _inherited(rule.settings, site)
                 inherited.pop("o", None)
                 settings |= inherited
-        return _site_policy(settings)
+        return _site_policy(settings, site, path)
 
     def resolve_all(
         self, site_paths: Sequence[str], depth: int | None = None
@@ -319,17 +315,17 @@ def settings_string(settings: Settings) -> str:
     return ",".join(f"{key}={value}" for key, value in settings.items())
 
 
-def _inherited(settings: Settings, kind: str) -> dict[str, Any]:
-    """What a site of this kind takes over from the base or from a rule on a container."""
+def _inherited(settings: Settings, site: Site) -> dict[str, Any]:
+    """What a site takes over from the base or from a rule on a container."""
     inherited = dict(settings)
-    if kind in WIDE_SITES and "c" in inherited and inherited["c"].bits <= 32:
+    if site.wide and "c" in inherited and inherited["c"].bits <= 32:
         inherited["c"] = F32
-    if kind not in LINEAR_SITES:
+    if not site.takes_operands:
         inherited = {key: value for key, value in inherited.items() if key not in OPERANDS}
     return inherited
 
 
-def _site_policy(settings: Settings) -> SitePolicy:
+def _site_policy(settings: Settings, site: Site, path: str) -> SitePolicy:
     again = {backward: settings[key] for key, backward in _BACKWARD.items() if key in settings}
     settings = again | dict(settings)
     stored, compute = settings["p"], settings["c"]
@@ -339,8 +335,9 @@ def _site_policy(settings: Settings) -> SitePolicy:
         "nu": "nu", "kv": "cache",
     }  # fmt: skip
     rest = {field: settings[key] for key, field in names.items() if key in settings}
-    site = SitePolicy(stored.format, compute, settings.get("o", compute), stored.update)
-    return replace(site, **rest)
+    output = settings.get("o", compute)
+    resolved = SitePolicy(site, stored.format, compute, output, stored.update, path=path)
+    return replace(resolved, **rest)
 
 
 def _reach(pattern: str, path: str, depth: int | None) -> tuple[bool, bool]:

@@ -16,7 +16,7 @@ from lmjax import checks
 from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.data import DataConfig
 from lmjax.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
-from lmjax.model import ModelConfig, Sites, param_sites, resolve_sites
+from lmjax.model import ModelConfig, Sites, layout, param_sites, resolve_sites
 from lmjax.numerics.telemetry import TelemetryConfig, refuse_no_tensor
 from lmjax.optimizer import OptimizerConfig
 from lmjax.precision.formats import Format
@@ -163,8 +163,9 @@ class Config:
                 "micro-batches; choose numbers that divide"
             )
         self._refuse_disorder()
+        refuse_no_tensor(self.telemetry, layout(self.model))
         for start, policy in parse_policy(self.precision).phases:
-            refuse_no_tensor(self.telemetry, resolve_sites(self.model, policy))
+            resolve_sites(self.model, policy)
             if start >= self.steps:
                 raise ValueError(
                     f"the policy's phase from step {start} on would never run, for the run ends "

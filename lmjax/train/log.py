@@ -9,6 +9,7 @@ import time
 
 import jax
 
+from lmjax.model import layout
 from lmjax.numerics.telemetry import mechanisms, telemetry_row
 from lmjax.train.config import Config
 from lmjax.train.errors import NonFiniteGradients
@@ -81,7 +82,8 @@ class StepLog:
             "step_seconds": elapsed / steps,
         }
         if tensors is not None:
-            counts = telemetry_row(step, tensors, updates, self.config.after(step).sites)
+            sites, places = self.config.after(step).sites, layout(self.config.model)
+            counts = telemetry_row(step, tensors, updates, sites, places)
             self.writer.write_telemetry(counts)
             row |= mechanisms(counts)
         self.writer.write(row)

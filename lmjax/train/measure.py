@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax import loss_scale
-from lmjax.model import site_tree
+from lmjax.model import layout, site_tree
 from lmjax.numerics.telemetry import counted_roles
 from lmjax.precision import paths
-from lmjax.precision.policy import ACTIVATION_PRODUCTS, PRODUCT_SITES, SitePolicy
 from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.scaling import DelayedScale, init_delayed_scale, update_delayed_scale
+from lmjax.precision.sites import Place, Stack
 from lmjax.train.config import Config
 
 Tree = dict[str, Any]
@@ -33,8 +32,8 @@ Tree = dict[str, Any]
 def initial_scaling(config: Config) -> Tree:
     """A fresh `DelayedScale` for every operand whose scaling is delayed."""
 
-    def one(path: str) -> dict[str, DelayedScale] | None:
-        quantizers = _delayed(config, path)
+    def one(place: Place) -> dict[str, DelayedScale] | None:
+        quantizers = _delayed(config, place)
         return {role: init_delayed_scale(q) for role, q in quantizers.items()} or None
 
     return site_tree(config.model, one)
@@ -55,7 +54,7 @@ def carried_scaling(scaling: Tree, old: Config, new: Config) -> Tree:
     return paths.unflatten(fresh | same)
 
 
-def factors(scaling: Tree, scale: jax.Array) -> Tree:
+def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
     """The scale factor of every operand with delayed scaling, for a step at this loss scale.
 
     Histories hold maxima of unscaled cotangents, so that a change of the loss scale does not make
@@ -63,7 +62,7 @@ def factors(scaling: Tree, scale: jax.Array) -> Tree:
     """
     return paths.unflatten(
         {
-            path: delayed.scale * _cotangent_scale(path, scale)
+            path: delayed.scale * _cotangent_scale(path, scale, stack)
             for path, delayed in paths.flatten(scaling, _is_delayed).items()
         }
     )
@@ -74,16 +73,15 @@ def slots(config: Config, telemetry: bool) -> Tree:
     predictive = config.loss_scale.kind == "predictive"
     counting = FullCensus if config.telemetry.exact else Census
 
-    def one(path: str) -> dict[str, dict[str, Any]] | None:
-        product = path.rsplit("/", 1)[-1] in PRODUCT_SITES
+    def one(place: Place) -> dict[str, dict[str, Any]] | None:
         asked: dict[str, dict[str, Any]] = {}
-        for role in _delayed(config, path):
+        for role in _delayed(config, place):
             asked.setdefault(role, {})["delayed"] = Maximum.empty()
         if predictive:
-            for role in ("dx", "dw") if product else ("dx",):
+            for role in place.site.gradients:
                 asked.setdefault(role, {})["loss_scale"] = Spread.empty()
         if telemetry:
-            for role in counted_roles(config.telemetry, path, config.model.layers):
+            for role in counted_roles(config.telemetry, place):
                 asked.setdefault(role, {})["telemetry"] = counting.empty()
         return asked or None
 
@@ -92,23 +90,23 @@ def slots(config: Config, telemetry: bool) -> Tree:
 
 def updated_scaling(config: Config, scaling: Tree, measured: Tree, scale: jax.Array) -> Tree:
     """The histories after a step, with the maxima it measured."""
-    maxima = _asked_by("delayed", measured)
+    maxima, stack = _asked_by("delayed", measured), layout(config.model).stack
     updated = {}
     for path, delayed in paths.flatten(scaling, _is_delayed).items():
         quantizer = _quantizer(config, path)
-        maximum = maxima[path].maximum / _cotangent_scale(path, scale)
+        maximum = maxima[path].maximum / _cotangent_scale(path, scale, stack)
         update = lambda state, amax, q=quantizer: update_delayed_scale(state, amax, q)
         updated[path] = (jax.vmap(update) if maximum.ndim else update)(delayed, maximum)
     return paths.unflatten(updated)
 
 
-def cotangent_spread(measured: Tree, scale: jax.Array) -> Spread | None:
+def cotangent_spread(measured: Tree, scale: jax.Array, stack: Stack) -> Spread | None:
     """How the cotangents of a step spread: one `Spread` with the shape of `scale` in front."""
     asked = _asked_by("loss_scale", measured)
     if not asked:
         return None
-    inside = [spread for path, spread in asked.items() if path.startswith(loss_scale.STACKED)]
-    outside = [spread for path, spread in asked.items() if not path.startswith(loss_scale.STACKED)]
+    inside = [spread for path, spread in asked.items() if stack.holds(path)]
+    outside = [spread for path, spread in asked.items() if not stack.holds(path)]
     blocks, rest = _joined(inside), _joined(outside)
     everything = Spread(*(jnp.concatenate([b, r[None]]) for b, r in zip(blocks, rest, strict=True)))
     if scale.ndim:
@@ -134,47 +132,38 @@ def _asked_by(who: str, measured: Tree) -> dict[str, Any]:
     return {path.removesuffix(end): slot for path, slot in flat.items() if path.endswith(end)}
 
 
-def _delayed(config: Config, path: str) -> dict[str, Quantizer]:
+def _delayed(config: Config, place: Place) -> dict[str, Quantizer]:
     """The delayed quantizers of a site, by role; inside blocks, all blocks must agree."""
     found: dict[str, Quantizer] = {}
-    kind = path.rsplit("/", 1)[-1]
-    if kind not in PRODUCT_SITES:
+    if not place.site.is_product:
         return found
-    for site in _sites(config, path):
-        of_w = site.activations if kind in ACTIVATION_PRODUCTS else site.weights
-        for role, operand in {"w": of_w, "x": site.activations, "g": site.grads}.items():
+    sites = config.sites
+    for site in (sites[path] for path in place.paths):
+        for role, operand in {"w": site.second, "x": site.activations, "g": site.grads}.items():
             if operand is None or not operand.quantizer.history:
                 continue
             if found.setdefault(role, operand.quantizer) != operand.quantizer:
                 raise ValueError(
-                    f"the histories of all blocks are one array, but {role} of "
-                    f"{path.replace('/0/', '/*/', 1)} is {found[role]} in one block and "
-                    f"{operand.quantizer} in another; give every block the same"
+                    f"the histories of all blocks are one array, but {role} of {place} is "
+                    f"{found[role]} in one block and {operand.quantizer} in another; give every "
+                    "block the same"
                 )
     return found
 
 
 def _quantizer(config: Config, path: str) -> Quantizer:
     """The delayed quantizer of an operand, by its path in `TrainState.scaling`."""
-    site, role = path.rsplit("/", 1)
-    return _delayed(config, site.replace("blocks/", "blocks/0/", 1))[role]
+    site, _, role = path.rpartition("/")
+    return _delayed(config, layout(config.model).place(site))[role]
 
 
-def _sites(config: Config, path: str) -> list[SitePolicy]:
-    sites = config.sites
-    if not path.startswith("blocks/0/"):
-        return [sites[path]]
-    inside = path.removeprefix("blocks/0/")
-    return [sites[f"blocks/{index}/{inside}"] for index in range(config.model.layers)]
-
-
-def _cotangent_scale(path: str, scale: jax.Array) -> jax.Array:
+def _cotangent_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:
     """What the loss scale multiplies the operand at `path` by: cotangents alone feel it."""
     if not path.endswith("/g"):
         return jnp.ones((), jnp.float32)
     if not scale.ndim:
         return scale
-    return scale[:-1] if path.startswith(loss_scale.STACKED) else scale[-1]
+    return scale[:-1] if stack.holds(path) else scale[-1]
 
 
 def _is_delayed(node: Any) -> bool:

@@ -16,6 +16,7 @@ from lmjax.loss_scale import LossScaleState
 from lmjax.model import (
     Params,
     initial_params,
+    layout,
     learning_rate_factors,
     parameter_count,
     structure,
@@ -62,7 +63,7 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
         config.loss_scale,
         config.steps,
         config.param_sites,
-        config.model.layers,
+        layout(config.model).stack,
         learning_rate_factors(config.model),
         gradient_norm(config),
     )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax import loss_scale, sharding
-from lmjax.model import Context, apply, token_losses
+from lmjax.model import Context, apply, layout, token_losses
 from lmjax.optimizer import learning_rate_schedule
 from lmjax.precision import exact, probes
 from lmjax.precision.exact import at_least_f32
@@ -67,7 +67,7 @@ def make_train_step(
 
 def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainStep:
     """The step before compilation; see `make_train_step`."""
-    sites = config.param_sites
+    sites, stack = config.param_sites, layout(config.model).stack
     optimizer = optimizer_of(config)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
     slots = measure.slots(config, telemetry)
@@ -76,7 +76,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step on `int32[batch_size, context]` inputs and targets."""
         scale = loss_scale.current(state.opt_state)
-        factors = measure.factors(state.scaling, scale)
+        factors = measure.factors(state.scaling, scale, stack)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def micro_step(total: Any, part: Any) -> tuple[Any, jax.Array]:
@@ -85,7 +85,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
             (scaled, measured), loss = gradient(
                 state.params, micro_batch, key, scale, slots, factors
             )
-            gradients = loss_scale.unscale(scaled, scale)
+            gradients = loss_scale.unscale(scaled, scale, stack)
             summed = jax.tree.map(lambda t, g: t + g / config.micro_batches, total[0], gradients)
             return (summed, probes.combine(total[1], measured)), loss
 
@@ -94,7 +94,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         )
         if config.deterministic_reductions:  # else fsdp would cut the sum of squares of the norm
             gradients = sharding.whole(mesh, gradients)
-        cotangents = measure.cotangent_spread(measured, scale)
+        cotangents = measure.cotangent_spread(measured, scale, stack)
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, state.params, cotangents=cotangents
         )
@@ -117,9 +117,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         )
         if telemetry:
             metrics["telemetry"] = measure.census(measured)
-            metrics["updates"] = update_census(
-                state.params, params, updates, sites, loss_scale.STACKED
-            )
+            metrics["updates"] = update_census(state.params, params, updates, sites, stack)
         new_state = TrainState(state.step + 1, params, opt_state, residuals, scaling, state.key)
         return new_state, metrics
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lmjax import sharding
-from lmjax.model import site_tree
+from lmjax.model import layout, site_tree
 from lmjax.numerics.telemetry import (
     TelemetryConfig,
     counted_roles,
@@ -33,12 +33,13 @@ def one_census(x: np.ndarray, policy_format) -> Census:
 
 
 def test_a_row_holds_shares_by_site_block_by_block(tiny):
-    sites = tiny("mixed_f16").sites
+    config = tiny("mixed_f16")
+    sites = config.sites
     f16 = sites["head"].compute
     x = np.asarray([[0, 2.0**-26, 2.0**-20, 3.0], [0, 1.0, 1e5, 1.5]], np.float32)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(one_census(r, f16) for r in x))
     tensors = {"blocks/mlp/up/dx": stacked, "head/x": one_census(x[1], f16)}
-    row = telemetry_row(7, tensors, {}, sites)
+    row = telemetry_row(7, tensors, {}, sites, layout(config.model))
     assert list(row["tensors"]) == ["blocks/0/mlp/up/dx", "blocks/1/mlp/up/dx", "head/x"]
     first, second = (row["tensors"][f"blocks/{index}/mlp/up/dx"] for index in (0, 1))
     assert first == {
@@ -54,8 +55,8 @@ def test_a_row_says_what_became_of_updates(tiny):
     old = {"w": jnp.asarray([1.0, 1.0, 1.0, 0.0], jnp.bfloat16)}
     updates = {"w": jnp.asarray([2.0**-9, 2.0**-7, 0.0, 2.0**-9], jnp.float32)}
     new = {"w": (old["w"].astype(jnp.float32) + updates["w"]).astype(jnp.bfloat16)}
-    census = jax.device_get(update_census(old, new, updates, sites, "blocks/"))
-    row = telemetry_row(1, {}, census, {})["updates"]["w"]
+    census = jax.device_get(update_census(old, new, updates, sites))
+    row = telemetry_row(1, {}, census, {}, layout(tiny().model))["updates"]["w"]
     # bf16 has 7 bits: half a unit in the last place of 1 is 2^-8, which 2^-9 does not reach.
     assert (row["size"], row["unchanged"], row["lost"]) == (4, 0.5, 0.25)
     squares = np.sqrt((2 * 2.0**-18 + 2.0**-14) / 3)
@@ -83,7 +84,8 @@ def test_rows_name_the_formats_that_the_step_rounds_to(family, tiny, draw_params
     seen: dict[str, set[str]] = {}
     roles = ("w", "x", "g", "dx", "dw", "y")
     slots = site_tree(
-        config.model, lambda site: {r: {"who": noting(f"{site}/{r}", seen)} for r in roles}
+        config.model,
+        lambda place: {r: {"who": noting(f"{place.paths[0]}/{r}", seen)} for r in roles},
     )
     loss = make_scaled_loss(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     jax.eval_shape(
@@ -91,7 +93,8 @@ def test_rows_name_the_formats_that_the_step_rounds_to(family, tiny, draw_params
         jnp.ones((), jnp.float32), slots,
     )  # fmt: skip
     assert len(seen) > 40
-    named = {path: {tensor_format(path, config.sites).partition("@")[0]} for path in seen}
+    places = layout(config.model)
+    named = {path: {tensor_format(path, config.sites, places).partition("@")[0]} for path in seen}
     assert named == seen
     assert {"e4m3", "e5m2", "bf16", "f16", "f32"} == set().union(*seen.values())
 
@@ -115,13 +118,14 @@ def test_the_heat_map_puts_a_tensor_where_its_exponents_are(tmp_path: Path, monk
 
 def test_a_pattern_says_which_tensors_are_counted(tiny):
     def roles(pattern: str, site: str) -> list[str]:
-        return counted_roles(TelemetryConfig(1, tensors=pattern), site, layers=2)
+        place = layout(tiny().model).place(site)
+        return counted_roles(TelemetryConfig(1, tensors=pattern), place)
 
-    assert roles("**", "blocks/0/mlp/up") == ["w", "x", "g", "dx", "dw"]
-    assert roles("**/dw", "blocks/0/mlp/up") == ["dw"]
-    assert roles("**/dw", "blocks/0/mlp/norm") == []
-    assert roles("blocks/1/mlp/*/x", "blocks/0/mlp/up") == ["x"], "blocks are counted alike"
-    assert roles("blocks/2/**", "blocks/0/mlp/up") == []
+    assert roles("**", "blocks/mlp/up") == ["w", "x", "g", "dx", "dw"]
+    assert roles("**/dw", "blocks/mlp/up") == ["dw"]
+    assert roles("**/dw", "blocks/mlp/norm") == []
+    assert roles("blocks/1/mlp/*/x", "blocks/mlp/up") == ["x"], "blocks are counted alike"
+    assert roles("blocks/2/**", "blocks/mlp/up") == []
     assert roles("head/*", "head") == ["w", "x", "g", "dx", "dw"]
     slots = measure.slots(tiny(telemetry=TelemetryConfig(1, tensors="**/dw")), telemetry=True)
     counted = paths.flatten(slots, is_slot)

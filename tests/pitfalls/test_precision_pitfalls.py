@@ -20,7 +20,7 @@ NO_SCALE = LossScaleConfig("none")
 
 def stored_as(text: str) -> dict:
     """The formats of a tree with one parameter, `w`."""
-    return {"w": parse_policy(text).resolve("embed")}
+    return {"w": parse_policy(text).resolve("head")}
 
 
 def test_jmp_output_follows_compute():
@@ -133,7 +133,7 @@ def test_xla_drops_roundings_by_default():
 
 def test_xla_keeps_f16_subnormals():
     """`reduce_precision(5, 10)` flushes 3e-7 to zero, which would fake a loss-scaling effect."""
-    site = parse_policy("p=f32,c=f16").resolve("embed")
+    site = parse_policy("p=f32,c=f16").resolve("head")
     small = jnp.full((4,), 3e-7, jnp.float32)
     rounded = exact.jit(lambda x: site.to_compute(x).astype(jnp.float32))(small)
     np.testing.assert_array_equal(rounded, np.float32(np.float16(3e-7)))
@@ -142,7 +142,7 @@ def test_xla_keeps_f16_subnormals():
 
 def test_f32_products_are_not_tf32_or_bf16():
     """Without a precision an f32 product is TF32 on GPUs and bf16 on TPUs."""
-    site = parse_policy("f32").resolve("embed")
+    site = parse_policy("f32").resolve("head")
     x, w = jnp.ones((1, 2, 3), jnp.float32), jnp.ones((3, 4), jnp.float32)
     text = str(jax.make_jaxpr(lambda x, w: einsum("btk,kn->btn", x, w, site))(x, w))
     assert "HIGHEST" in text

@@ -44,7 +44,7 @@ def reference(spec: str, dtype: type, x: np.ndarray, w: np.ndarray, g: np.ndarra
 
 
 def product_and_gradients(spec: str, name: str, x, w, g):
-    site = parse_policy(name).resolve("embed")
+    site = parse_policy(name).resolve("head")
     y, pullback = jax.vjp(
         functools.partial(einsum, spec, site=site), jnp.asarray(x), jnp.asarray(w)
     )
@@ -87,7 +87,7 @@ def test_all_three_products_have_narrow_operands_and_a_wide_sum(spec: str, name:
 def test_products_are_summed_in_f32():
     # In a bf16 accumulator 256 + 1 is 256 again.
     ones = jnp.ones((1, 1, 4096), jnp.bfloat16)
-    site = parse_policy("bf16").resolve("embed")
+    site = parse_policy("bf16").resolve("head")
     assert einsum("btk,kn->btn", ones, jnp.ones((4096, 1), jnp.bfloat16), site)[0, 0, 0] == 4096.0
 
 
@@ -96,7 +96,7 @@ def test_operands_are_rounded_to_the_compute_format():
     x = jnp.full((1, 1, 1), 1.0 + 2.0**-10, jnp.float32)
     w = jnp.full((1, 1), 2.0**10, jnp.float32)
     product = lambda name: float(
-        einsum("btk,kn->btn", x, w, parse_policy(name).resolve("embed"))[0, 0, 0]
+        einsum("btk,kn->btn", x, w, parse_policy(name).resolve("head"))[0, 0, 0]
     )
     assert product("p=f32,c=bf16") == 2.0**10
     assert product("f32") == 2.0**10 + 1.0
@@ -108,7 +108,7 @@ def test_operands_are_rounded_to_the_compute_format():
 def test_specs_whose_gradient_is_no_product_are_refused(spec: str):
     inputs, _, _ = spec.partition("->")
     x, w = (jnp.ones((2,) * len(axes), jnp.float32) for axes in inputs.split(","))
-    site = parse_policy("f32").resolve("embed")
+    site = parse_policy("f32").resolve("head")
     if spec == "bk,bk->":  # every index stands in the other operand: a scalar product is fine
         assert einsum(spec, x, w, site) == 4.0
         return

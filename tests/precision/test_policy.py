@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lmjax.precision import sites
 from lmjax.precision.grammar import parse_policy
-from lmjax.precision.policy import WIDE_SITES, PolicyError
+from lmjax.precision.policy import PolicyError
 
 SITES = [
     "embed",
@@ -21,7 +22,7 @@ SITES = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(WIDE_SITES))
+@pytest.mark.parametrize("name", [site.name for site in sites.SITES.values() if site.wide])
 def test_wide_sites_compute_in_f32_unless_a_rule_names_them(name: str):
     path = f"blocks/0/attention/{name}"
     compute = lambda text: parse_policy(text).resolve(path).compute.name

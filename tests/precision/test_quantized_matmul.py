@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from lmjax.precision import contraction
+from lmjax.precision import sites as declared
 from lmjax.precision.grammar import PRESETS, parse_policy
 from lmjax.precision.matmul import einsum
 from lmjax.precision.policy import OPERANDS, SitePolicy
@@ -39,7 +40,7 @@ def linear(text: str) -> SitePolicy:
 
 def distinct_presets() -> dict[str, SitePolicy]:
     """One preset for each way to multiply; how parameters are stored does not matter here."""
-    f32 = parse_policy("f32").resolve("embed").params
+    f32 = parse_policy("f32").resolve("head").params
     found: dict[SitePolicy, str] = {}
     for name in ("f32", *PRESETS):
         found.setdefault(replace(linear(name), params=f32, output=f32), name)
@@ -153,8 +154,9 @@ def reference(spec: str, site: SitePolicy, x: Any, w: Any, g: Any) -> list[np.nd
 def product_and_gradients(
     spec: str, site: SitePolicy, x: Any, w: Any, g: Any, key: Any = None
 ) -> tuple[jax.Array, ...]:
-    second = SPECS.get(spec, "weights")
-    product = functools.partial(einsum, spec, site=site, second=second, key=key)
+    of_two_activations = SPECS.get(spec, "weights") == "activations"
+    site = replace(site, site=declared.SITES["scores" if of_two_activations else "up"])
+    product = functools.partial(einsum, spec, site=site, key=key)
     y, pullback = jax.vjp(product, jnp.asarray(x), jnp.asarray(w))
     return (y, *pullback(jnp.asarray(g).astype(y.dtype)))
 

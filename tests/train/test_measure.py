@@ -11,6 +11,7 @@ import pytest
 
 from lmjax import loss_scale, sharding
 from lmjax.loss_scale import LossScaleConfig
+from lmjax.model import layout
 from lmjax.numerics.telemetry import TelemetryConfig
 from lmjax.precision import paths
 from lmjax.precision.probes import Census, Fate, FullCensus, is_slot
@@ -192,7 +193,7 @@ def test_scales_of_blocks_change_no_gradient_that_fits(tiny, draw_state, draw_ba
     @compile_fast
     def gradients(scale: jax.Array) -> Any:
         scaled, _ = jax.grad(loss, has_aux=True)(state.params, batch, jax.random.key(0), scale)
-        return loss_scale.unscale(scaled, scale)
+        return loss_scale.unscale(scaled, scale, layout(config.model).stack)
 
     plain = gradients(jnp.ones(3, jnp.float32))
     scaled = gradients(jnp.asarray([2.0**5, 2.0**-3, 2.0**7], jnp.float32))

@@ -1,0 +1,54 @@
+"""Which sites a decoder has, and where: the one place that says so.
+
+Knows the config and how sites are declared.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from lmjax.model.config import ModelConfig
+from lmjax.precision.sites import Layout, Place, Source, Stack, site_at
+
+BLOCKS = "blocks"
+RESIDUAL = f"{BLOCKS}/residual"
+
+
+@functools.cache
+def layout(config: ModelConfig) -> Layout:
+    """The sites of a model, in the order of computation."""
+    stack = Stack(BLOCKS, config.layers)
+    outside = lambda path, source=None: Place(path, site_at(path), None, source)
+    before = [outside("embed", Source("embed", "params"))]
+    if config.positions == "learned":
+        before.append(outside("positions", Source("positions", "params")))
+    after = [
+        outside("norm", Source(RESIDUAL)),
+        outside("head"),
+        outside("loss", Source("head")),
+    ]
+    blocks = [Place(path, site_at(path), stack, source) for path, source in _inside(config)]
+    return Layout((*before, *blocks, *after), stack)
+
+
+def _inside(config: ModelConfig) -> list[tuple[str, Source | None]]:
+    """The sites inside a block, and where those that are no products read."""
+    names = ["residual", "attention/norm", "attention/query", "attention/key", "attention/value"]
+    names += ["attention/query_norm", "attention/key_norm"] if config.qk_norm else []
+    names += ["attention/rope"] if config.positions == "rope" else []
+    names += [f"attention/{name}" for name in ("scores", "softmax", "combine", "out")]
+    names += ["mlp/norm", "mlp/up", *(["mlp/gate"] if config.activation == "swiglu" else [])]
+    names += ["mlp/activation", "mlp/down"]
+    stream = Source(RESIDUAL, "compute")
+    rotated = "query_norm" if config.qk_norm else "query"
+    sources = {
+        "residual": Source(RESIDUAL),
+        "attention/norm": stream,
+        "attention/query_norm": Source(f"{BLOCKS}/attention/query"),
+        "attention/key_norm": Source(f"{BLOCKS}/attention/key"),
+        "attention/rope": Source(f"{BLOCKS}/attention/{rotated}"),
+        "attention/softmax": Source(f"{BLOCKS}/attention/scores"),
+        "mlp/norm": stream,
+        "mlp/activation": Source(f"{BLOCKS}/mlp/up"),
+    }
+    return [(f"{BLOCKS}/{name}", sources.get(name)) for name in names]
