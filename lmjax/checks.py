@@ -187,6 +187,12 @@ def fields(config: type) -> list[str]:
     return [name for name, _ in _walk(config)]
 
 
+def choices(config: type) -> dict[str, tuple[str, ...]]:
+    """The values that fields with a closed list of them may have, by dotted name."""
+    literals = ((name, _unannotated(hint)) for name, hint in _walk(config))
+    return {n: typing.get_args(hint) for n, hint in literals if typing.get_origin(hint) is Literal}
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the closest known word, or nothing."""
     close = difflib.get_close_matches(word, list(known), 1, 0.6)

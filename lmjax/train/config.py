@@ -67,7 +67,7 @@ class CheckpointConfig:
         housekeeping("a resumed run is the uninterrupted one, saved wherever"),
     ] = 500
     """Steps between checkpoints; one more is written at the end and when the run is stopped."""
-    keep: Annotated[int, at_least(1), housekeeping("as `every`")] = 2
+    keep: Annotated[int, at_least(1), housekeeping("a run reads only its newest checkpoint")] = 2
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class Config:
         FaultsConfig, housekeeping("it matters only to a run that could not go on without it")
     ] = field(default_factory=FaultsConfig)
     telemetry: Annotated[
-        TelemetryConfig, housekeeping("a watched step computes what an unwatched one does")
+        TelemetryConfig, housekeeping("a watched step differs at most in the rounding of sums")
     ] = field(default_factory=TelemetryConfig)
     mesh: Annotated[
         MeshConfig, housekeeping("where a run is computed changes the order of sums and no more")

@@ -1,6 +1,7 @@
 """The files of a run directory other than metrics and checkpoints.
 
 config.json       the fully resolved config: what the run computes
+history.jsonl     which fields of it a later launch has changed, and at which step
 environment.json  versions, devices, XLA flags, git revision, which products are native: where and
                   how it was computed
 result.json       once the planned steps are done
@@ -31,13 +32,14 @@ from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
 from lmjax.train.agreement import failing_together, is_first, whole
-from lmjax.train.config import VERSION, Config, differences, from_json, to_json
+from lmjax.train.config import VERSION, Config, all_differences, differences, from_json, to_json
 from lmjax.train.errors import InputError
 from lmjax.train.locks import LocksUnavailable, holder, lock
 from lmjax.train.metrics import partial, replace_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy", "lmjax")
 LOCK = ".lock"
+HISTORY = "history.jsonl"
 
 CASTABLE = ("precision", "loss_scale.kind", "loss_scale.format")
 """Fields in which a run may differ from its directory if it may cast: the policy, and what is
@@ -116,12 +118,25 @@ def open_run(workdir: Path, config: Config, *, may_take_over: bool = True) -> No
             _write_config(workdir, config)
 
 
-def record_cast(workdir: Path, config: Config, step: int) -> None:
-    """Records that the run has another precision from a step on; the config until then is kept."""
-    path = workdir / "config.json"
-    if is_first() and differences(read_config(workdir), config):
+def record_changes(workdir: Path, config: Config, step: int) -> None:
+    """Records in which fields a launch differs from the one before, after so many steps.
+
+    `config.json` holds the newest config, `history.jsonl` what each field was before. Where the run
+    was cast to another precision, the config until then is kept whole.
+    """
+    if not is_first():
+        return
+    path, old = workdir / "config.json", read_config(workdir)
+    if not (changed := all_differences(old, config)):
+        return
+    if differences(old, config):
         replace_text(workdir / f"config.until-{step}.json", path.read_text(encoding="utf-8"))
-        _write_config(workdir, config)
+    fields = {name: {"was": was, "is": now} for name, (was, now) in changed.items()}
+    history = workdir / HISTORY
+    rows = history.read_text(encoding="utf-8") if history.exists() else ""
+    row = strict_json.dumps({"step": step, "changed": fields})
+    replace_text(history, f"{rows}{row}\n")
+    _write_config(workdir, config)
 
 
 def _write_config(workdir: Path, config: Config) -> None:

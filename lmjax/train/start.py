@@ -22,7 +22,7 @@ from lmjax.train.config import Config
 from lmjax.train.errors import InputError
 from lmjax.train.log import Clock
 from lmjax.train.rewind import Positions
-from lmjax.train.run_directory import record_cast
+from lmjax.train.run_directory import record_changes
 from lmjax.train.state import TrainState, abstract_state, create_state
 
 
@@ -139,6 +139,7 @@ def start_run(
     run = partial(Run, config, corpus, mesh, workdir, checkpoints, note, data)
     latest = checkpoints.newest_intact()
     if latest is None:
+        record_changes(workdir, config, 0)
         with stages.stage("drawing the initial parameters"):
             state = create_state(config.at(0), mesh)
         return run(state, Clock(0.0), Positions(config), [])
@@ -153,7 +154,8 @@ def start_run(
             f"{workdir} was trained on another text: the files or the tokenizer behind "
             f"{config.data.dataset} have changed; restore them or choose another --workdir"
         )
-    record_cast(workdir, config, latest)
+    if latest < config.steps:
+        record_changes(workdir, config, latest)
     data.set_state(position)
     seconds, rewinds = counters["train_seconds"], counters.get("rewinds", [])
     return run(state, Clock(seconds), Positions(config), rewinds)

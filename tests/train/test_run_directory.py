@@ -29,7 +29,7 @@ from lmjax.train.run_directory import (
     open_run,
     parameters_sha256,
     read_config,
-    record_cast,
+    record_changes,
     record_environment,
 )
 
@@ -283,8 +283,8 @@ def test_another_precision_is_another_run_unless_it_may_cast(config: Any, tmp_pa
     cast = dataclasses.replace(other, restore=RestoreConfig(allow_cast=True))
     open_run(tmp_path, cast)
     assert read_config(tmp_path) == config, "recorded once the checkpoint could be read"
-    record_cast(tmp_path, cast, 30)
-    record_cast(tmp_path, cast, 40)
+    record_changes(tmp_path, cast, 30)
+    record_changes(tmp_path, cast, 40)
     assert read_config(tmp_path) == cast
     assert from_json(json.loads((tmp_path / "config.until-30.json").read_text())) == config
     assert not (tmp_path / "config.until-40.json").exists()
