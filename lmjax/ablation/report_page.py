@@ -165,7 +165,7 @@ def _numbers(report: Report) -> Table:
     header += [] if alone else ["bootstrap (BCa)", "p, different", "p, equivalent"]
     rows: list[Row] = []
     for arm in report.arms:
-        c, first = arm.comparison, (_named(arm), values_of(arm))
+        c, first = arm.comparison, (_named(arm), values_of(arm, report.ablation.metric))
         if c is None:
             rows.append([*first, "control", *[""] * (len(header) - 2)])
             continue

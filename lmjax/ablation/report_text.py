@@ -70,18 +70,19 @@ def interval_note(report: Report) -> str:
 def verdicts(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of verdicts: a row for each arm, the control first."""
     header = ["arm", title_of(report.ablation.metric), "difference", "verdict"]
-    return header, [_verdict_row(arm) for arm in report.arms]
+    return header, [_verdict_row(arm, report.ablation.metric) for arm in report.arms]
 
 
-def values_of(arm: Arm) -> str:
+def values_of(arm: Arm, metric: str) -> str:
     """The metric of the finished runs of an arm."""
-    return span([run.cell.value for run in arm.runs if run.cell.status == "finished"])
+    return span([run.cell.value for run in arm.runs if run.cell.status == "finished"], metric)
 
 
-def _verdict_row(arm: Arm) -> list[str]:
+def _verdict_row(arm: Arm, metric: str) -> list[str]:
+    values = values_of(arm, metric)
     if arm.comparison is None:
-        return [arm.name, values_of(arm), "", "control"]
-    return [arm.name, values_of(arm), difference(arm.comparison), arm.comparison.verdict.text]
+        return [arm.name, values, "", "control"]
+    return [arm.name, values, difference(arm.comparison), arm.comparison.verdict.text]
 
 
 def cells_table(report: Report, directory: Path) -> list[str]:

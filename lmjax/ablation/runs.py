@@ -18,6 +18,7 @@ from lmjax.ablation.grid import Ablation, Cell, cell_key, read_state
 from lmjax.filenames import printable
 from lmjax.train import Config, InputError, read_config
 from lmjax.train.config import differences, identity
+from lmjax.train.metrics import read_rows
 from lmjax.train.run_directory import CASTABLE
 
 LONGEST_NAME = 100
@@ -59,7 +60,7 @@ def ablation_of(directories: Sequence[Path]) -> tuple[Ablation, list[Cell]]:
             raise InputError(
                 f"{cells[arm, config.seed].directory} and {directory} hold the same run; name one"
             )
-        cells[arm, config.seed] = _cell(arm, config.seed, directory, ablation.metric)
+        cells[arm, config.seed] = _cell(arm, config, directory, ablation.metric)
     return ablation, list(cells.values())
 
 
@@ -105,6 +106,30 @@ def _tell_apart(names: Collection[str]) -> bool:
     return fit and len(set(names)) == len(names)
 
 
-def _cell(arm: str, seed: int, directory: Path, metric: str) -> Cell:
+def _cell(arm: str, config: Config, directory: Path, metric: str) -> Cell:
     state = read_state(directory, metric)
-    return Cell(arm, seed, directory, state.status, state.value, state.reason)
+    if state.status == "missing" and (reason := _diverged(directory, config)):
+        return Cell(arm, config.seed, directory, "failed", state.value, reason)
+    return Cell(arm, config.seed, directory, state.status, state.value, state.reason)
+
+
+def _diverged(directory: Path, config: Config) -> str:
+    """Why a run without a result has failed, as its rows tell; empty if it may go on.
+
+    A run by itself leaves no other trace of that than the steps that it skipped to the end, which
+    are counted here from one row to another, and so up to `log_every` too few.
+    """
+    rows = [row for row in read_rows(directory / "metrics.jsonl") if "skipped_steps" in row]
+    if not rows or config.faults.non_finite == "skip":
+        return ""
+    last, begun = rows[-1], {"step": 0, "skipped_steps": 0}
+    skipped = 0
+    for row in reversed([begun, *rows[:-1]]):
+        steps = last["step"] - row["step"]
+        if last["skipped_steps"] - row["skipped_steps"] < steps:
+            break
+        skipped = steps
+    limit = min(config.loss_scale.max_consecutive_skips, config.steps)
+    if not skipped or skipped + config.log_every <= limit:
+        return ""
+    return f"the gradients of the last {skipped} steps up to step {last['step']} were not finite"

@@ -7,6 +7,7 @@ Knows nothing else of lmjax.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -62,7 +63,8 @@ def span(values: Sequence[float], name: str = "") -> str:
     there = [float(value) for value in values if not math.isnan(value)]
     if not there:
         return ""
-    low, high, mean = (written(f(there), name) for f in (min, max, _mean))
+    write = significant if name.endswith("loss") else functools.partial(written, name=name)
+    low, high, mean = (write(f(there)) for f in (min, max, _mean))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 

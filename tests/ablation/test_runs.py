@@ -22,9 +22,9 @@ BF16 = dataclasses.replace(BASE, precision="mixed_bf16")
 F32_ARM, BF16_ARM = (f"precision {config.resolved().precision}" for config in (BASE, BF16))
 
 
-def trained(directory: Path, config: Config, eval_loss: float | None = 2.0) -> Path:
+def trained(directory: Path, config: Config, eval_loss: float | None = 2.0, **columns: Any) -> Path:
     """The directory of a run with that config; without `eval_loss` it has not ended."""
-    write_run(directory, {5: 2.5, 10: 2.1}, eval_loss=eval_loss)
+    write_run(directory, {5: 2.5, 10: 2.1}, eval_loss=eval_loss, **columns)
     text = json.dumps(to_json(config.resolved()))
     (directory / "config.json").write_text(text, encoding="utf-8")
     return directory
@@ -99,6 +99,28 @@ def test_a_run_that_has_not_ended_is_missing_and_no_error(tmp_path: Path) -> Non
         [trained(tmp_path / "a", BASE), trained(tmp_path / "b", BF16, eval_loss=None)]
     )
     assert [cell.status for cell in cells] == ["finished", "missing"]
+
+
+@pytest.mark.parametrize(
+    ("skipped", "status"),
+    [
+        (lambda step: step, "failed"),  # every step
+        (lambda step: max(0, step - 6), "missing"),  # the last 4, of a limit of 10 with rows of 5
+        (lambda step: 1, "missing"),
+    ],
+)
+def test_a_run_that_diverged_is_shown_as_such(skipped: Any, status: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, log_every=5)
+    good = trained(tmp_path / "good", config)
+    other = dataclasses.replace(BF16, log_every=5)
+    bad = trained(tmp_path / "bad", other, None, skipped_steps=skipped)
+    _, cells = ablation_of([good, bad])
+    assert [cell.status for cell in cells] == ["finished", status]
+    if status == "failed":
+        assert cells[1].reason == "the gradients of the last 10 steps up to step 10 were not finite"
+        assert lmjax(good, bad) == cli.DONE
+        page = (tmp_path / "report.html").read_text("utf-8")
+        assert "failed on 1 of 1 seed: the gradients of the last 10 steps" in page
 
 
 def test_arms_are_named_by_what_tells_them_apart(tmp_path: Path) -> None:
