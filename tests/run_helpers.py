@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMINGS = ("tokens_per_second", "step_seconds")
+TIMINGS = ("tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes")
 NAMES = (
     *(
         "b[1]",

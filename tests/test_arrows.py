@@ -15,6 +15,7 @@ ARROWS = {
     "stages": set(),
     "interrupts": {"stages"},
     "opening": {"interrupts", "stages"},
+    "chips": set(),
     "precision": set(),
     "filenames": set(),
     "data": {"filenames", "stages"},
@@ -31,10 +32,10 @@ ARROWS = {
     },
     "train": {
         "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
-        "numerics", "filenames", "stages", "interrupts",
+        "numerics", "filenames", "stages", "interrupts", "chips",
     },
     "plan": {
-        "train", "model", "sharding", "precision", "stages",
+        "train", "model", "sharding", "precision", "stages", "chips",
     },
     "inference": {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding",

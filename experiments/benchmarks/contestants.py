@@ -23,9 +23,10 @@ import numpy as np
 
 from experiments.benchmarks.peers import plain_jnp
 from lmjax import sharding, strict_json
-from lmjax.model import ModelConfig, structure
+from lmjax.model import ModelConfig
 from lmjax.optimizer import OptimizerConfig
 from lmjax.train import Config, create_state, make_train_step
+from lmjax.train.utilisation import flops_per_token
 
 FORMATS = {"f32": jnp.float32, "mixed_bf16": jnp.bfloat16, "mixed_f16": jnp.float16}
 """The compute formats of the policies that have a peer in plain jnp."""
@@ -55,11 +56,8 @@ class Shape:
 
     @property
     def flops_per_token(self) -> int:
-        """6 N + 12 x layers x width x length; N leaves the table of positions out."""
-        params = dict(structure(self.model)[1])
-        params.pop("positions", None)
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        return 6 * count + 12 * self.model.layers * self.model.width * self.context
+        """6 N + 12 x layers x width x length; see `lmjax/train/utilisation.py`."""
+        return flops_per_token(self.model, self.context)
 
 
 def _shape(

@@ -1,7 +1,7 @@
 """Planning a run on devices that need not exist: `make_plan` and `roofline` are the way in."""
 
+from lmjax.chips import CHIPS, Chip
 from lmjax.plan.arithmetic import Traffic, expected_traffic
-from lmjax.plan.chips import CHIPS, Chip
 from lmjax.plan.hlo import Collective, collectives
 from lmjax.plan.memory import CPU_ONLY, expected_memory
 from lmjax.plan.plan import Cut, Plan, cuts, make_plan, scaled

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from lmjax.chips import Chip
 from lmjax.model import layout, parameter_count, structure
 from lmjax.plan.arithmetic import tokens_on_device
-from lmjax.plan.chips import Chip
 from lmjax.plan.hlo import Collective
 from lmjax.precision import paths
 from lmjax.precision.native import multiplied

@@ -15,6 +15,7 @@ from lmjax.train.config import Config
 from lmjax.train.errors import NonFiniteGradients
 from lmjax.train.metrics import MetricsWriter
 from lmjax.train.progress import Reporter
+from lmjax.train.utilisation import Peak, flops_per_token, peak_memory_bytes
 
 
 class Clock:
@@ -39,12 +40,18 @@ class Clock:
 
 
 class StepLog:
-    """Writes the rows of the logged steps, one step late."""
+    """Writes the rows of the logged steps, one step late.
+
+    Attributes:
+      peak: what the devices can do in the phase that is running; None: not known.
+    """
 
     def __init__(
         self, writer: MetricsWriter, report: Reporter, config: Config, clock: Clock, first: int
     ):
         self.writer, self.report, self.config, self.clock = writer, report, config, clock
+        self.peak: Peak | None = None
+        self._flops_per_token = flops_per_token(config.model, config.context)
         self._waiting: tuple[int, dict[str, jax.Array]] | None = None
         self._logged_step, self._logged_seconds = first, clock.seconds
 
@@ -75,11 +82,13 @@ class StepLog:
         elapsed, steps = seconds - self._logged_seconds, step - self._logged_step
         self._logged_step, self._logged_seconds = step, seconds
         skips = values.pop("consecutive_skips")
+        tokens_per_second = steps * self.config.batch_size * self.config.context / elapsed
         row = {
             "step": step,
             **values,
-            "tokens_per_second": steps * self.config.batch_size * self.config.context / elapsed,
+            "tokens_per_second": tokens_per_second,
             "step_seconds": elapsed / steps,
+            **self._use(tokens_per_second),
         }
         if tensors is not None:
             sites, places = self.config.after(step).sites, layout(self.config.model)
@@ -99,3 +108,11 @@ class StepLog:
                 step,
                 skips,
             )
+
+    def _use(self, tokens_per_second: float) -> dict[str, float]:
+        """`mfu` and `peak_memory_bytes`, as far as they are known."""
+        memory = peak_memory_bytes()
+        use: dict[str, float] = {} if memory is None else {"peak_memory_bytes": memory}
+        if self.peak is None:
+            return use
+        return {"mfu": tokens_per_second * self._flops_per_token / self.peak.flops, **use}

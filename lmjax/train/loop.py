@@ -23,7 +23,7 @@ from lmjax.train.advice import warnings
 from lmjax.train.agreement import AgreedStop, from_first, is_first, refuse_unequal
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
-from lmjax.train.errors import InputError, NonFiniteGradients
+from lmjax.train.errors import InputError, NonFiniteGradients, TrainingFailed
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog
@@ -45,6 +45,7 @@ from lmjax.train.signals import StopRequest
 from lmjax.train.start import Run, checked_input, start_run
 from lmjax.train.state import change_phase
 from lmjax.train.step import Batch
+from lmjax.train.utilisation import peak_of
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,13 @@ def train(
         run = start_run(config, corpus, mesh, workdir, checkpoints, note)
         record_start(run)
         last = min(config.steps, run.step + stop_after) if stop_after else config.steps
-        while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
-            pass
+        try:
+            while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
+                pass
+        except TrainingFailed:
+            if is_first():  # how it diverged is what one wants to see
+                draw(run)
+            raise
         if finished:
             stop.promise = "finishing the evaluation; all steps are done and saved"
         result = _finish(run, programs) if finished else None
@@ -151,6 +157,8 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
     run.note(_introduction(run))
     with stages.stage("compiling the train step"):
         steps = _enter_phase(run, batch, programs)
+    with stages.stage("measuring what products take"):
+        peak = peak_of(config.at(first), run.mesh)
     agreed = AgreedStop(stop, run.mesh)
     boundaries = {start for start, _ in config.phases if start > first}
     with (
@@ -158,18 +166,22 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
         Reporter(first, config.steps, enabled=progress) as report,
         stop.acknowledged_by(report.note),
     ):
+        if peak is not None:
+            report.note(f"MFU is the share of {peak} that model FLOP take")
         if config.at(first) != config.after(first):
             report.note(_phase_note(config, first))
         for warning in warnings(config):
             report.note(f"warning: {warning}")
         run.clock.resume()
         log = StepLog(writer, report, config, run.clock, first)
+        log.peak = peak
         for step in range(first + 1, last + 1):
             if step - 1 in boundaries:
                 log.flush()
                 pause(run)
                 with report.stage("compiling the train step"):
                     steps = _enter_phase(run, batch, programs)
+                log.peak = peak_of(config.at(step - 1), run.mesh)
                 report.note(_phase_note(config, step - 1))
                 run.clock.resume()
             train_step = steps.watched if config.is_watched(step) else steps.train

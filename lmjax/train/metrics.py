@@ -260,6 +260,12 @@ def _draw_loss(panel: Any, rows: list[Row]) -> None:
             ha="right",
             color="#b5412b",
         )
+    lost = [row["step"] for row in rows if isinstance(row.get("loss"), str)]
+    if lost:  # at the foot of the panel, where a run diverged
+        foot = panel.get_xaxis_transform()
+        panel.plot(
+            lost, [0.02] * len(lost), "x", color="#b5412b", transform=foot, label="not finite"
+        )
     panel.set_ylabel("loss (nats per token)")
     panel.legend(frameon=False)
 

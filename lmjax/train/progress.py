@@ -106,6 +106,10 @@ class Reporter:
     def metrics(self, row: dict[str, Any]) -> None:
         """Shows the metrics of a logged step."""
         text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in row:
+            text += f"  MFU {row['mfu']:.1%}"
+        if "peak_memory_bytes" in row:
+            text += f"  {row['peak_memory_bytes'] / 2**30:.2f} GiB"
         if row["loss_scale"] != 1.0 or row["skipped_steps"]:
             text += f"  scale {_power_of_two(row['loss_scale'])}"
         if row["skipped_steps"]:

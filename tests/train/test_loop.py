@@ -22,6 +22,8 @@ LOGGED = {
     "skipped_steps",
     "tokens_per_second",
     "step_seconds",
+    "mfu",
+    "peak_memory_bytes",
 }
 
 
@@ -111,6 +113,7 @@ def test_a_short_run_that_skipped_every_step_is_no_success(
         train(tiny(home, steps=6), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "result.json").exists()
     assert json.loads(json.dumps(rows(tmp_path / "run")))[-1]["skipped_steps"] == 6
+    assert (tmp_path / "run" / "curves.png").exists(), "a run that diverged still draws its curves"
 
 
 def _overflow(workdir: Path) -> None:

@@ -161,6 +161,7 @@ def test_curves_show_what_is_there(tmp_path: Path) -> None:
         "evaluated": [*plain, {"step": 25, "eval_loss": 3.0}, {"step": 49, "eval_loss": 2.0}],
         "scaled": [row | {"loss_scale": 2.0 ** (row["step"] // 8)} for row in plain],
         "not finite": [*plain, {"step": 50, "loss": "nan", "eval_loss": "inf"}],
+        "diverged at once": [{"step": step, "loss": "nan", "loss_scale": 2.0} for step in steps],
     }.items():
         draw_curves(rows, "title", tmp_path / f"{name}.png")
         pictures[name] = matplotlib.image.imread(tmp_path / f"{name}.png")[:, :, :3]
@@ -175,3 +176,5 @@ def test_curves_show_what_is_there(tmp_path: Path) -> None:
     assert red(pictures["evaluated"]) > 5 * red(pictures["plain"]) > 0
     assert pictures["scaled"].shape[0] > pictures["plain"].shape[0]
     assert blue(pictures["not finite"]) > 200
+    marks = {name: red(pictures[name]) for name in ("plain", "not finite", "diverged at once")}
+    assert marks["diverged at once"] > marks["not finite"] > marks["plain"] == 0

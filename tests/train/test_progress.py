@@ -49,6 +49,12 @@ def test_lines_with_loss_and_speed_where_there_is_no_terminal(
     assert "scale" not in err
 
 
+def test_utilisation_and_memory_where_they_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with Reporter(0, 100) as report:
+        report.metrics(ROW | {"mfu": 0.4137, "peak_memory_bytes": 3 * 2**29})
+    assert "12,346 tokens/s  MFU 41.4%  1.50 GiB" in capsys.readouterr().err
+
+
 def test_loss_scale_and_skipped_steps_when_there_are_any(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -1,0 +1,176 @@
+"""How much of what a machine can do a run does: model FLOP utilisation, and its peak memory.
+
+Model FLOP per token are 6 N + 12 x layers x width x length, not halved for causality (Chowdhery et
+al. 2022, appendix B), whatever is computed again. N counts the parameters that are multiplied:
+without the table of positions, and without that of tokens unless it is the head too. The width is
+that of all heads.
+
+They are divided by the peak of the products' format, taken at the first block's `mlp/up`: of known chips by
+their data sheets (`lmjax/chips.py`); of other machines, CPUs above all, the rate of a square
+product measured here, once for each machine, format and version of JAX. It is the rate of all
+threads that a process has, however many devices it pretends to have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from lmjax import strict_json
+from lmjax.chips import peak_flops
+from lmjax.model import ModelConfig, structure
+from lmjax.precision import exact
+from lmjax.precision.formats import parse_format
+from lmjax.precision.native import this_backend
+from lmjax.precision.policy import carrier
+from lmjax.sharding import Mesh
+from lmjax.train.config import Config
+
+ROWS: Final = {"cpu": 512}
+"""Of the measured product; elsewhere `ROWS_ELSEWHERE`."""
+
+ROWS_ELSEWHERE: Final = 4096
+REPETITIONS: Final = 7
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What the devices of a run can do at most.
+
+    Attributes:
+      flops: floating-point operations a second of products, all devices together.
+      format: of the operands.
+      source: where the rate comes from: a chip, or a measurement.
+    """
+
+    flops: float
+    format: str
+    source: str
+
+    def __str__(self) -> str:
+        """In words, such as `210 GFLOP/s of f16 products (measured)`."""
+        return f"{_rate(self.flops)} of {self.format} products ({self.source})"
+
+
+def flops_per_token(model: ModelConfig, context: int) -> int:
+    """Model FLOP of training on one token; see the head of this file."""
+    params = dict(structure(model)[1])
+    params.pop("positions", None)
+    if not model.tied:
+        params.pop("embed", None)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return 6 * count + 12 * model.layers * model.heads * model.head_size * context
+
+
+def peak_of(config: Config, mesh: Mesh) -> Peak | None:
+    """The peak of the devices of a mesh in the format of a config's products.
+
+    Args:
+      config: resolved, and of one phase; says the format, and where measurements are kept.
+      mesh: the devices.
+
+    Returns:
+      The peak; None if nothing says it, and it cannot be measured.
+    """
+    name = product_format(config)
+    device = mesh.devices.flat[0]
+    known = peak_flops(device.device_kind, name)
+    if known is not None:
+        return Peak(known.flops * mesh.size, known.format, f"{known.chip} x {mesh.size}")
+    parts = mesh.size if device.platform != "cpu" else jax.process_count()
+    dtype = "f32" if name in ("tf32", "fp8") else name
+    try:
+        rate = _remembered(config.data.cache_path, device, dtype, lambda: measured(device, dtype))
+    except Exception:  # utilisation is a column of a log; no run ends for it
+        return None
+    return Peak(rate * parts, dtype, "measured")
+
+
+def product_format(config: Config) -> str:
+    """The format that a config's products are computed in: `f32`, `tf32`, `bf16`, `fp8`, ..."""
+    products = config.products()
+    path = next((path for path in products if path.endswith("/mlp/up")), next(iter(products)))
+    site, product = config.sites[path], products[path]["y"]
+    if set(product.operands) == {"tf32"} and this_backend().platform == "gpu":
+        return "tf32"
+    if product.native and site.weights is not None and site.activations is not None:
+        return "fp8"  # or int8, whose rate is the same
+    if not product.native:
+        return product.multiplied
+    return parse_format(jnp.dtype(carrier(site.compute)).name).name
+
+
+def measured(device: jax.Device, name: str) -> float:
+    """FLOP/s of a square product on a device, the faster of two ways; takes well under a second.
+
+    Args:
+      device: where.
+      name: format of the operands; the other way is the same operands widened to f32 before.
+    """
+    rows = ROWS.get(device.platform, ROWS_ELSEWHERE)
+    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "f64": jnp.float64}[name]
+    multiply = exact.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    best = float("inf")
+    for way in {dtype, jnp.float32}:
+        operand = jax.device_put(jnp.full((rows, rows), 0.5, way), device)
+        multiply(operand).block_until_ready()  # compiles
+        for _ in range(REPETITIONS):
+            start = time.perf_counter()
+            multiply(operand).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+            if best > 0.05:
+                break
+    return 2 * rows**3 / best
+
+
+def _remembered(cache: Path, device: jax.Device, name: str, measure: Callable[[], float]) -> float:
+    """A rate from the cache, or else measured and kept there if it can be written."""
+    threads = os.environ.get("PJRT_NPROC") or str(os.cpu_count())
+    what = (platform.node(), platform.processor(), device.device_kind, threads, name)
+    key = hashlib.sha256("\0".join((*what, jax.__version__)).encode()).hexdigest()[:16]
+    path = cache / "peaks" / f"{key}.json"
+    try:
+        return float(strict_json.loads(path.read_text(encoding="utf-8"))["flops_per_second"])
+    except (OSError, ValueError, KeyError, TypeError):
+        rate = measure()
+    record = {"machine": what, "jax": jax.__version__, "flops_per_second": rate}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(strict_json.dumps(record) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return rate
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory that one device of this process has held; on CPU, the whole process."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in _local()]
+    known = [peak for peak in peaks if peak]
+    if known:
+        return max(known)
+    if _local()[0].platform != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # getrusage(2): kilobytes
+
+
+def _local() -> list[Any]:
+    return jax.local_devices()
+
+
+def _rate(flops: float) -> str:
+    unit, size = ("TFLOP/s", 1e12) if flops >= 1e12 else ("GFLOP/s", 1e9)
+    return f"{flops / size:.4g} {unit}"
