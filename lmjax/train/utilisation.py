@@ -5,10 +5,10 @@ al. 2022, appendix B), whatever is computed again. N counts the parameters that 
 without the table of positions, and without that of tokens unless it is the head too. The width is
 that of all heads.
 
-They are divided by the peak of the products' format, taken at the first block's `mlp/up`: of known chips by
-their data sheets (`lmjax/chips.py`); of other machines, CPUs above all, the rate of a square
-product measured here, once for each machine, format and version of JAX. It is the rate of all
-threads that a process has, however many devices it pretends to have.
+They are divided by the peak of the products' format, taken at `mlp/up` of the first block: of known
+chips by their data sheets (`lmjax/chips.py`); of other machines, CPUs above all, the rate of a
+square product measured here, once for each machine, format and version of JAX. It is the rate of
+all threads that a process has, however many devices it pretends to have.
 """
 
 from __future__ import annotations
