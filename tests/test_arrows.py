@@ -34,8 +34,9 @@ ARROWS = {
         "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding", "precision",
         "numerics", "filenames", "stages", "interrupts", "chips",
     },
+    "hlo": {"precision"},
     "plan": {
-        "train", "model", "sharding", "precision", "stages", "chips",
+        "hlo", "train", "model", "sharding", "precision", "stages", "chips",
     },
     "inference": {
         "train", "model", "data", "optimizer", "storage", "loss_scale", "forecast", "sharding",

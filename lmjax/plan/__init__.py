@@ -1,8 +1,8 @@
 """Planning a run on devices that need not exist: `make_plan` and `roofline` are the way in."""
 
 from lmjax.chips import CHIPS, Chip
+from lmjax.hlo.collectives import Collective, collectives
 from lmjax.plan.arithmetic import Traffic, expected_traffic
-from lmjax.plan.hlo import Collective, collectives
 from lmjax.plan.memory import CPU_ONLY, expected_memory
 from lmjax.plan.plan import Cut, Plan, cuts, make_plan, scaled
 from lmjax.plan.program import PlanError, Program, partitioned

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmjax.chips import Chip
+from lmjax.hlo.collectives import Collective
 from lmjax.model import layout, parameter_count, structure
 from lmjax.plan.arithmetic import tokens_on_device
-from lmjax.plan.hlo import Collective
 from lmjax.precision import paths
 from lmjax.precision.native import multiplied
 from lmjax.precision.policy import SitePolicy, carrier

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lmjax.hlo.collectives import Collective
 from lmjax.plan.arithmetic import Traffic
-from lmjax.plan.hlo import Collective
 
 PURPOSES = ("parameters", "gradients", "embedding", "activations", "positions", "other")
 _SCALAR = 8

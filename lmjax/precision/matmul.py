@@ -231,18 +231,17 @@ def _backward(
     of_g, of_x = ("g", site.grads), ("x", site.backward_activations)
     of_w = ("w", site.backward_second)
     dx_spec, dw_spec = f"{y_axes},{w_axes}->{x_axes}", f"{x_axes},{y_axes}->{w_axes}"
-    with site.scope:
-        wide = {
-            "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
-            "dw": _product(dw_spec, site, unit, (x, g), (of_x, of_g), _fold(key, 2), factors),
-        }
-        dx, dw = site.to_compute(wide["dx"]), site.to_compute(wide["dw"])
-        rounded = {"dx": dx, "dw": dw}
-        measured = {
-            role: measure(asked, Rounded(wide[role], wide[role], rounded[role], site.compute))
-            for role, asked in slots.items()
-        }
-        return dx, dw, None, jax.tree.map(jnp.zeros_like, factors), measured
+    wide = {
+        "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
+        "dw": _product(dw_spec, site, unit, (x, g), (of_x, of_g), _fold(key, 2), factors),
+    }
+    dx, dw = site.to_compute(wide["dx"]), site.to_compute(wide["dw"])
+    rounded = {"dx": dx, "dw": dw}
+    measured = {
+        role: measure(asked, Rounded(wide[role], wide[role], rounded[role], site.compute))
+        for role, asked in slots.items()
+    }
+    return dx, dw, None, jax.tree.map(jnp.zeros_like, factors), measured
 
 
 _einsum.defvjp(_forward, _backward)

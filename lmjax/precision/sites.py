@@ -173,6 +173,10 @@ class Stack:
         """A stacked path without the name of the stack: `blocks/mlp/up` to `mlp/up`."""
         return path.removeprefix(f"{self.name}/")
 
+    def path(self, within: str) -> str:
+        """The stacked path of what stands at a path within: `mlp/up` to `blocks/mlp/up`."""
+        return f"{self.name}/{within}"
+
     def member(self, index: int | str, path: str = "") -> str:
         """The path of one member, or of what stands at a stacked path in it.
 
@@ -251,6 +255,10 @@ class Layout:
         first = next((i for i, place in enumerate(self.places) if place.stack), len(self.places))
         outside = [place.path for place in self.places if not place.stack]
         return (*outside[:first], *blocks, *outside[first:])
+
+    def has(self, path: str) -> bool:
+        """Whether there is a place at a stacked path."""
+        return path in self._by_path
 
     def place(self, path: str) -> Place:
         """The place at a stacked path, such as `blocks/mlp/up`."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import lmjax
-from lmjax.plan.hlo import Collective, collectives
-from lmjax.plan.replica_groups import devices_of, spanned
+from lmjax.hlo.collectives import Collective, collectives
+from lmjax.hlo.replica_groups import devices_of, spanned
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -95,7 +95,7 @@ ENTRY %main (a: bf16[4,16], b: (s32[], f32[8,4])) -> (bf16[8,16], f32[4,4], bf16
 
 
 def test_a_module_is_read_as_it_runs():
-    gather, inner, scattered, permuted = collectives(MODULE, MESH)
+    gather, scattered, permuted, inner = collectives(MODULE, MESH)
     assert gather == Collective(
         "all-gather", "bf16", 8 * 16 * 2, 2, ("fsdp",), 1, "jit(step)/dot_general"
     )

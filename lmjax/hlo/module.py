@@ -1,0 +1,192 @@
+"""HLO text, read: computations, their instructions, and how often each of them runs.
+
+Text is what XLA offers for reading: `compiled.as_text()`, or what it dumps after a pass.
+
+Knows the format of HLO text alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+_BITS: Final = {"pred": 8, "c64": 64, "c128": 128}
+_TYPE = r"\((?:[^()]|\([^()]*\))*\)|[\w\[\],{}:*()]+"
+_INSTRUCTION = re.compile(
+    rf"^\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<type>{_TYPE}) (?P<op>[a-z][\w\-]*)"
+    r"\((?P<operands>[^()]*)\)(?P<rest>.*)$"
+)
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+      name: without `%`.
+      op: opcode, such as `dot` or `all-reduce-start`.
+      type: of its result: `f32[8,4]{1,0}`, or a tuple of such.
+      operands: names of instructions; of constants and parameters the text between the brackets.
+      rest: what follows the operands: attributes and metadata.
+      root: whether it is the result of its computation.
+    """
+
+    name: str
+    op: str
+    type: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def source(self) -> str:
+        """The operation it was made for, as JAX names it; empty if it does not say."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str | None:
+        """The value of an attribute that is a word or a list of numbers."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+|\{{[\d,]*\}})", self.rest)
+        return found[1] if found else None
+
+
+Computation = dict[str, Instruction]
+"""Instructions by name, in the order of the text."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """The computations of a program by name, and which of them is the whole of it."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+
+def executed(module: Module) -> Iterator[tuple[Computation, int]]:
+    """Every computation that a run executes, without its dead code, and how often it runs.
+
+    What fusions, calls, branches and loops run is followed; functions that a reduction or a sort
+    applies to pairs of elements are not.
+
+    Raises:
+      ValueError: a loop whose number of runs the text does not say.
+    """
+    yield from _executed(module.computations, module.entry, 1)
+
+
+def _executed(
+    computations: Mapping[str, Computation], name: str, times: int
+) -> Iterator[tuple[Computation, int]]:
+    running = _live(computations[name])
+    yield running, times
+    for one in running.values():
+        if one.op == "while":
+            body = str(one.attribute("body"))
+            yield from _executed(computations, body, times * _runs(one, computations))
+        else:
+            for called in _called(one):
+                yield from _executed(computations, called, times)
+
+
+def parse(text: str) -> Module:
+    """Reads the text of a module.
+
+    Raises:
+      ValueError: it has no entry.
+    """
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    entry = ""
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = computations.setdefault(header["name"], {})
+            entry = header["name"] if header["entry"] else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found:
+            operands = tuple(re.findall(r"%([\w.\-]+)", found["operands"]))
+            if found["op"] in ("constant", "parameter"):
+                operands = (found["operands"],)
+            current[found["name"]] = Instruction(
+                found["name"], found["op"], found["type"], operands, found["rest"],
+                bool(found["root"]),
+            )  # fmt: skip
+    if not entry:
+        raise ValueError("not an HLO module: it has no ENTRY computation")
+    return Module(computations, entry)
+
+
+def _called(one: Instruction) -> list[str]:
+    """Computations that an instruction runs once; of a conditional all, whichever is taken."""
+    if one.op == "conditional":
+        branches = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
+        names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
+        both = (one.attribute("true_computation"), one.attribute("false_computation"))
+        return names + [name for name in both if name]
+    called = {"call": "to_apply", "fusion": "calls", "async-start": "calls"}.get(one.op)
+    name = one.attribute(called) if called else None
+    return [name] if name else []
+
+
+def _live(computation: Computation) -> Computation:
+    """Those instructions that the result depends on, in their order."""
+    reached: set[str] = set()
+    waiting = [one.name for one in computation.values() if one.root]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached and name in computation:
+            reached.add(name)
+            waiting += computation[name].operands
+    return {name: one for name, one in computation.items() if name in reached}
+
+
+def users_of(computation: Computation) -> dict[str, list[Instruction]]:
+    """The instructions that use each instruction, by its name."""
+    users: dict[str, list[Instruction]] = {}
+    for one in computation.values():
+        for operand in one.operands:
+            users.setdefault(operand, []).append(one)
+    return users
+
+
+def _runs(loop: Instruction, computations: Mapping[str, Computation]) -> int:
+    """How often a loop runs: as XLA says, or as its condition `i < constant` does, i from 0 on."""
+    known = re.search(r'known_trip_count"?:\s*\{"n":"(\d+)"\}', loop.rest)
+    if known:
+        return int(known[1])
+    condition = computations[str(loop.attribute("condition"))]
+    root = next(one for one in condition.values() if one.root)
+    if root.op == "compare" and "direction=LT" in root.rest and len(root.operands) == 2:
+        limit = condition.get(root.operands[1])
+        if limit is not None and limit.op == "constant" and limit.operands[0].isdigit():
+            return int(limit.operands[0])
+    raise ValueError(f"the program does not say how often the loop {loop.name} runs")
+
+
+def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Element type and shape of every array of a type: `[("f32", (8, 4))]`."""
+    return [
+        (dtype, tuple(map(int, filter(None, shape.split(",")))))
+        for dtype, shape in _ARRAY.findall(type_)
+    ]
+
+
+def elements(type_: str) -> int:
+    """Number of elements of all arrays of a type."""
+    return sum(math.prod(shape) for _, shape in shapes(type_))
+
+
+def bits(dtype: str) -> int:
+    """Bits of an element: the number in the name of its type, as in `bf16`, `s32` or `f8e4m3fn`."""
+    if dtype in _BITS:
+        return _BITS[dtype]
+    digits = re.match(r"[a-z]+(\d+)", dtype)
+    if digits is None:
+        raise ValueError(f"unknown element type {dtype!r} in the program")
+    return int(digits[1])

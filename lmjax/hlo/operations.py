@@ -1,0 +1,108 @@
+"""The floating-point operations of a compiled program, and what they were made for.
+
+Counted as papers count them: a product of matrices has two for each of its multiplications, any
+other elementwise operation one for each element of its result, a reduction one for each element it
+reads. Conversions, comparisons and selections are not arithmetic. Loops count as often as they run.
+
+Knows the format of HLO text alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from lmjax.hlo.module import Computation, Instruction, executed, parse, shapes
+
+_ROOTS: Final = ("power", "sqrt", "rsqrt", "cbrt")
+_EXPONENTIALS: Final = ("exponential", "exponential-minus-one", "log", "log-plus-one")
+_CURVES: Final = ("logistic", "erf", "tanh", "tan", "sine", "cosine", "atan2")
+_PAIRS: Final = ("add", "subtract", "multiply", "divide", "remainder", "maximum", "minimum")
+_ELEMENTWISE: Final = frozenset((*_PAIRS, *_ROOTS, *_EXPONENTIALS, *_CURVES))
+_REDUCTIONS: Final = frozenset(
+    ("reduce", "reduce-window", "scatter", "select-and-scatter", "all-reduce", "reduce-scatter")
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The floating-point arithmetic of one instruction.
+
+    Attributes:
+      op: its opcode, such as `dot`.
+      dtype: of its result, as HLO calls it.
+      operands: element types of its operands.
+      flops: in all runs of the instruction.
+      source: the operation it was made for, as JAX names it; empty if the text does not say.
+    """
+
+    op: str
+    dtype: str
+    operands: tuple[str, ...]
+    flops: float
+    source: str
+
+
+def operations(text: str) -> list[Operation]:
+    """Every instruction with floating-point arithmetic that a run of a program executes.
+
+    Args:
+      text: of a module.
+
+    Raises:
+      ValueError: the text has no entry, or a loop whose number of runs it does not say.
+    """
+    return [
+        operation
+        for running, times in executed(parse(text))
+        for one in running.values()
+        for operation in _operation(one, running, times)
+    ]
+
+
+def _operation(one: Instruction, running: Computation, times: int) -> Iterator[Operation]:
+    flops = _flops(one, running)
+    results = shapes(one.type)
+    if not flops or not results or not _is_float(results[0][0]):
+        return
+    operands = tuple(
+        dtype for name in one.operands if name in running for dtype, _ in shapes(running[name].type)
+    )
+    yield Operation(one.op, results[0][0], operands, flops * times, one.source)
+
+
+def _flops(one: Instruction, running: Computation) -> float:
+    """Of a single run."""
+    results = shapes(one.type)
+    size = sum(math.prod(shape) for _, shape in results)
+    op = one.op.removesuffix("-start")
+    if op in _ELEMENTWISE:
+        return size
+    if op == "dot":
+        contracted = one.attribute("lhs_contracting_dims") or "{}"
+        ((_, lhs),) = shapes(running[one.operands[0]].type)
+        return 2 * size * math.prod(lhs[int(axis)] for axis in re.findall(r"\d+", contracted))
+    if op == "convolution":
+        return 2 * size * _terms_of_convolution(one, running)
+    if op == "scatter":
+        return sum(math.prod(s) for _, s in shapes(running[one.operands[-1]].type))
+    if op in _REDUCTIONS:
+        read = one.operands[: max(len(one.operands) // 2, 1)]
+        return sum(math.prod(s) for name in read for _, s in shapes(running[name].type))
+    return 0
+
+
+def _terms_of_convolution(one: Instruction, running: Computation) -> float:
+    """How many products each element of a convolution's result sums: those of one kernel."""
+    ((_, kernel),) = shapes(running[one.operands[1]].type)
+    labels = re.search(r"dim_labels=\w+_(\w+)->", one.rest)
+    if labels is None:
+        raise ValueError(f"the program does not say how the convolution {one.name} is laid out")
+    return math.prod(kernel) / kernel[labels[1].index("o")]
+
+
+def _is_float(dtype: str) -> bool:
+    return dtype.startswith(("f", "bf"))

@@ -1,0 +1,58 @@
+"""Which part of a model or of a step an instruction belongs to, by the name that JAX gave it.
+
+Entering a site opens a `jax.named_scope` with its path (`SitePolicy.scope`), and the parts of a
+step around the model open scopes of their own. JAX puts these names into the `op_name` of each
+compiled instruction, between the names of its transformations:
+
+    jit(step)/jvp()/while/body/closed_call/blocks/0-3/mlp/up/dot_general          forwards
+    jit(step)/transpose(jvp())/while/body/closed_call/blocks/0-3/mlp/up/mul       backwards
+
+Knows how JAX writes names, and layouts of sites.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from lmjax.precision.sites import Layout
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where an instruction belongs.
+
+    Attributes:
+      path: of a place of the layout, as parameters have it, or the name of a part of the step.
+      members: which members of a stack share the instruction, in words: `0-3`; empty outside.
+      backward: whether it is part of the backward pass.
+    """
+
+    path: str
+    members: str = ""
+    backward: bool = False
+
+
+def scope_of(op_name: str, layout: Layout, parts: Collection[str]) -> Scope | None:
+    """The innermost site or part of a step that an `op_name` names, or None.
+
+    Args:
+      op_name: as HLO metadata has it.
+      layout: the sites of the model.
+      parts: names of scopes that are no sites.
+    """
+    backward = "transpose(" in op_name
+    # Names of functions that JAX compiled apart may look like sites; transformations wrap scopes.
+    plain = re.sub(r"\b(p?jit|custom_\w+_call)\([^()]*\)", "", op_name)
+    words = [word for word in re.split(r"[/()]", plain) if word]
+    for start in range(len(words) - 1, -1, -1):
+        inside = layout.stack.name in words[:start]
+        if words[start] in parts or (layout.has(words[start]) and not inside):
+            return Scope(words[start], "", backward)
+        if words[start] == layout.stack.name and start + 2 < len(words):
+            for end in range(len(words), start + 2, -1):
+                path = layout.stack.path("/".join(words[start + 2 : end]))
+                if layout.has(path):
+                    return Scope(path, words[start + 1], backward)
+    return None
