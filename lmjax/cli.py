@@ -27,7 +27,7 @@ from rich.table import Table
 
 from lmjax import distributed, interrupts, opening, stages, strict_json
 from lmjax.checks import at_least, validate
-from lmjax.data import DataError
+from lmjax.data import CacheFailed, DataError
 from lmjax.distributed import DistributedConfig
 from lmjax.filenames import expanded, printable
 from lmjax.inference import NonFiniteError, load_model
@@ -198,7 +198,7 @@ def _guarded(call: Callable[[], int]) -> int:
     except (InputError, DataError) as error:
         _say_error(error)
         return BAD_INPUT
-    except (TrainingFailed, CheckpointError, PlanError, NonFiniteError) as error:
+    except (TrainingFailed, CheckpointError, PlanError, NonFiniteError, CacheFailed) as error:
         _say_error(error)
         return FAILED
     except (StorageFailed, OutOfMemory) as error:

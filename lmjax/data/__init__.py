@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from lmjax.data.config import DataConfig
 from lmjax.data.corpus import TokenizedCorpus, prepare, tokenized_corpus
-from lmjax.data.errors import DataError
+from lmjax.data.errors import CacheFailed, DataError
 from lmjax.data.pipeline import train_iterator, validation_batches
 from lmjax.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
+    "CacheFailed",
     "DataConfig",
     "DataError",
     "TokenizedCorpus",

@@ -39,6 +39,7 @@ from lmjax.data.store import (
     seal,
     sealed_content,
     sole_builder,
+    storage_explained,
 )
 from lmjax.data.tokenizers import (
     ByteTokenizer,
@@ -83,12 +84,25 @@ def tokenized_corpus(config: DataConfig, *, window: int, progress: bool = True) 
       progress: show progress on stderr: a bar on a terminal or in a notebook, else one line.
 
     Raises:
-      DataError: the input is missing or unusable, or a split is shorter than one window. Nothing
-        is left on disk then.
+      DataError: the input is missing or unusable, or a split is shorter than one window, or the
+        cache cannot be used. Nothing is left on disk then.
+      CacheFailed: the cache could not be written. Nothing is left on disk then either.
     """
     origin = _find_origin(config)
     content = origin.fingerprint()
     directory = config.cache_path / "tokens" / _key(config, content)
+    with storage_explained(config.cache_path):
+        return _opened_or_built(config, origin, directory, content, window, progress)
+
+
+def _opened_or_built(
+    config: DataConfig,
+    origin: Source | PreparedDataset,
+    directory: Path,
+    content: str,
+    window: int,
+    progress: bool,
+) -> TokenizedCorpus:
     # Another process may discard or publish the same entry at any moment; one more try settles it.
     for _ in range(3):
         if directory.is_dir():

@@ -138,7 +138,13 @@ def find_prepared(config: DataConfig, name: TfdsName) -> PreparedDataset:
         choices = ", ".join(sorted(path.name for path in configs))
         raise DataError(f"tfds:{name} is prepared in several configs ({choices}): name one")
     directory = max(found, key=lambda path: tuple(map(int, path.name.split("."))))
-    info = strict_json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
+    try:
+        info = strict_json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))
+        strict_json.loads((directory / "features.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"tfds:{name} in {directory} cannot be read ({error}): delete it and run {prepare}"
+        ) from error
     file_format = info.get("fileFormat", "tfrecord")
     if file_format != "array_record":
         raise DataError(

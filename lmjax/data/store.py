@@ -1,6 +1,6 @@
 """Directories that appear whole or not at all, and whose damage is noticed.
 
-Imports nothing but the standard library and JSON. It promises, kill -9 and power loss included:
+Imports JSON and the room's errors. It promises, kill -9 and power loss included:
 
 - A directory published here was complete, and on disk, before it got its name.
 - What a killed builder left behind is never opened, and the next builder removes it.
@@ -10,6 +10,7 @@ Imports nothing but the standard library and JSON. It promises, kill -9 and powe
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lmjax import strict_json
+from lmjax.data.errors import CacheFailed, DataError
 
 try:
     import fcntl
@@ -29,6 +31,7 @@ _TEMPORARY = ".building-"
 _META = "meta.json"
 _BLOCK = 1 << 16
 _SAMPLED_BLOCKS = 16
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -78,6 +81,38 @@ def sole_builder(target: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
             os.close(lock)
         _remove_if_empty(made)
+
+
+@contextlib.contextmanager
+def storage_explained(folder: Path) -> Iterator[None]:
+    """A block that uses the cache in `folder`: what the operating system refuses becomes a line.
+
+    Raises:
+      DataError: the folder cannot be used: no permission, not a directory, read-only.
+      CacheFailed: the disk is full or broken.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        number = _error_number(error)
+        # A disk that gives back something else than was written has no number.
+        if number is None and not isinstance(error, OSError):
+            raise
+        reason = os.strerror(number) if number else str(error)
+        advice = "choose another folder with --data.cache-dir or LMJAX_CACHE"
+        if number in (None, *_FULL):
+            raise CacheFailed(
+                f"cannot write the cache {folder}: {reason}; free space there, or {advice}"
+            ) from error
+        raise DataError(f"cannot use the cache {folder}: {reason}; {advice}") from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """What the operating system said, also where array_record tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    words = str(error)
+    return next((n for n in (*_FULL, errno.EROFS, errno.EACCES) if os.strerror(n) in words), None)
 
 
 def discard(directory: Path) -> None:

@@ -271,11 +271,13 @@ def gpt2_files(folder: str) -> tuple[Path, Path]:
         )
     paths = (found / "encoder.json", found / "vocab.bpe")
     for path in paths:
-        if not path.is_file():
+        try:
+            path.open("rb").close()
+        except OSError as error:
             raise DataError(
-                f"tokenizer gpt2: {path} does not exist: name a folder that holds encoder.json "
-                "and vocab.bpe with --data.tokenizer-files"
-            )
+                f"tokenizer gpt2: cannot read {path} ({error.strerror}): name a folder that holds "
+                "encoder.json and vocab.bpe with --data.tokenizer-files"
+            ) from error
     return paths
 
 

@@ -69,7 +69,7 @@ def refuse_unequal(what: str, text: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    digests = _from_all(hashlib.sha256(text.encode()).hexdigest())
+    digests = _from_all(hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest())
     others = [index for index, other in enumerate(digests) if other != digests[0]]
     if others:
         raise InputError(
@@ -81,7 +81,7 @@ def refuse_unequal(what: str, text: str) -> None:
 def _from_all(text: str) -> list[str]:
     """A text of each process, cut at `MESSAGE_BYTES`, in the order of processes."""
     mine = np.zeros(MESSAGE_BYTES, np.uint8)
-    data = text.encode()[:MESSAGE_BYTES]
+    data = text.encode(errors="backslashreplace")[:MESSAGE_BYTES]
     mine[: len(data)] = np.frombuffer(data, np.uint8)
     rows = multihost_utils.process_allgather(mine)
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]

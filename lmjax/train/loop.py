@@ -27,6 +27,7 @@ from lmjax.train.errors import InputError, NonFiniteGradients, TrainingFailed
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog
+from lmjax.train.object_store import as_url
 from lmjax.train.programs import PhasePrograms, Programs
 from lmjax.train.progress import Reporter, say
 from lmjax.train.records import (
@@ -38,7 +39,7 @@ from lmjax.train.records import (
     save,
     writer_of,
 )
-from lmjax.train.remote import staged
+from lmjax.train.remote import local_path, staged
 from lmjax.train.rewind import rewind
 from lmjax.train.run_directory import hold_run
 from lmjax.train.signals import StopRequest
@@ -99,7 +100,8 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise InputError(f"stop_after is {stop_after}; it must be at least 1")
     progress = progress and is_first()
-    config, corpus, mesh = checked_input(config, progress)
+    here = None if as_url(workdir) else local_path(workdir)
+    config, corpus, mesh = checked_input(config, progress, here)
     refuse_unequal("flags", f"stop_after={stop_after}")
     with stages.stage("checking how the backend rounds"):
         exact.check_canary(jax.default_backend())

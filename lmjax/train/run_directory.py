@@ -15,6 +15,7 @@ rewound/          see rewind.py
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import os
@@ -28,6 +29,7 @@ import jax
 import numpy as np
 
 from lmjax import strict_json
+from lmjax.filenames import plain
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
@@ -73,6 +75,24 @@ def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iter
                 )
             _refuse_unfit(workdir, config)
         yield
+
+
+def refuse_unusable(workdir: Path, config: Config) -> None:
+    """Refuses a directory that holds something else or, as far as can be seen, cannot be written.
+
+    Raises:
+      InputError: it cannot be used; nothing was written.
+    """
+    with _unwritable_is_bad_input(workdir):
+        _refuse_unfit(workdir, config)
+        place = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            read_only = os.name == "posix" and os.statvfs(place).f_flag & os.ST_RDONLY
+            number = errno.EROFS if read_only else errno.EACCES
+            raise OSError(number, os.strerror(number))
+        plain(workdir)
 
 
 def _lock_run(
@@ -150,7 +170,8 @@ def _unwritable_is_bad_input(workdir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"cannot write the run directory {workdir}: {error.strerror}; choose another --workdir"
+            f"cannot write the run directory {workdir}: {error.strerror or error}; choose another "
+            "--workdir"
         ) from error
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import jax
 
 from lmjax import sharding, stages
-from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
-from lmjax.train.agreement import failing_together, refuse_unequal
+from lmjax.data import CacheFailed, TokenizedCorpus, tokenized_corpus, train_iterator
+from lmjax.train.agreement import failing_together, is_first, refuse_unequal
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.config import Config
-from lmjax.train.errors import InputError
+from lmjax.train.errors import InputError, StorageFailed
 from lmjax.train.log import Clock
 from lmjax.train.rewind import Positions
-from lmjax.train.run_directory import record_changes
+from lmjax.train.run_directory import record_changes, refuse_unusable
 from lmjax.train.state import TrainState, abstract_state, create_state
 
 
@@ -62,14 +62,18 @@ class Run:
         return int(self.state.step)
 
 
-def checked_input(config: Config, progress: bool) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
+def checked_input(
+    config: Config, progress: bool, workdir: Path | None = None
+) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
     """The resolved config, its corpus and its mesh; refuses what does not fit together.
+
+    What is cheap is checked first: the config, the run directory if it is here, the mesh.
 
     Where several processes train together, what one of them refuses all do, and so they do if they
     are about to compute different things.
     """
     with failing_together():
-        config, corpus, mesh = _checked_here(config, progress)
+        config, corpus, mesh = _checked_here(config, progress, workdir)
     # Each may have its cache where it likes.
     config_of_all = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=""))
     refuse_unequal("flags", repr(config_of_all))
@@ -77,9 +81,14 @@ def checked_input(config: Config, progress: bool) -> tuple[Config, TokenizedCorp
     return config, corpus, mesh
 
 
-def _checked_here(config: Config, progress: bool) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
+def _checked_here(
+    config: Config, progress: bool, workdir: Path | None
+) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
     try:
         config = config.resolved()
+        if workdir is not None and is_first():
+            # Before text is tokenized for hours.
+            refuse_unusable(workdir, config)
         _refuse_f64_without_x64(config)
         with stages.stage("starting JAX"):
             mesh = sharding.make_mesh(config.mesh)
@@ -91,6 +100,8 @@ def _checked_here(config: Config, progress: bool) -> tuple[Config, TokenizedCorp
             corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     except ValueError as error:
         raise InputError(str(error)) from error
+    except CacheFailed as error:
+        raise StorageFailed(str(error)) from error
     if corpus.tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} tokens, but "
