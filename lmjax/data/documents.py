@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from lmjax import strict_json
 from lmjax.data.config import DataConfig, TfdsName
 from lmjax.data.errors import DataError
+from lmjax.data.network import refuse_unreachable
 from lmjax.data.sources import Document, Source
 from lmjax.data.store import (
     discard,
@@ -28,11 +29,13 @@ from lmjax.data.store import (
     remove_leftovers,
     seal,
     sealed_content,
+    storage_explained,
 )
-from lmjax.filenames import expanded, plain
+from lmjax.filenames import expanded, plain, printable
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VALIDATION_SPLITS = ("validation", "test")
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class TextSplits:
 
     train: Collection[str]
     validation: Collection[str]
+    held_out: str
+    """Which documents `validation` has, and who chose them: a phrase to show."""
 
 
 # --- Our own corpora ---
@@ -70,7 +75,10 @@ def stored_source(
             seal(directory, {"dataset": source.name})
         (dataset,) = directory.glob(f"{source.name}/*/dataset_info.json")
         documents = _StoredDocuments(_open_split(dataset.parent, SPLIT), "text")
-        yield split_documents(documents, validation_fraction)
+        if source.held_out:
+            yield _named_split(documents, source)
+        else:
+            yield split_documents(documents, validation_fraction)
 
 
 # --- Datasets that TFDS prepared before ---
@@ -108,7 +116,8 @@ class PreparedDataset:
         for validation in _VALIDATION_SPLITS:
             if validation in names and validation != train:
                 held_out = _StoredDocuments(_open_split(self.directory, validation), feature)
-                return TextSplits(_Selection(documents), _Selection(held_out))
+                chosen = f"{_count(held_out)}, the dataset's own split {validation}"
+                return TextSplits(_Selection(documents), _Selection(held_out), chosen)
         return split_documents(documents, validation_fraction)
 
     def _check_feature(self, feature: str) -> None:
@@ -158,15 +167,27 @@ def download_and_prepare(name: TfdsName) -> None:
     """Has TFDS download and store `name` as array_record: minutes to hours, on request only.
 
     Raises:
-      DataError: TFDS does not know the name, or its builder needs TensorFlow.
+      DataError: TFDS does not know the name, its builder needs TensorFlow, or what it is to
+        download cannot be reached.
+      CacheFailed: the disk is full.
     """
     import tensorflow_datasets as tfds
 
+    with storage_explained(tfds_folder(), "TFDS_DATA_DIR"):
+        _download_and_prepare(name, tfds)
+
+
+def _download_and_prepare(name: TfdsName, tfds: Any) -> None:
     try:
         builder = tfds.builder(str(name), data_dir=os.fspath(plain(tfds_folder())))
+        refuse_unreachable(str(name), builder.url_infos)
         builder.download_and_prepare(file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise DataError(f"TFDS knows no dataset {name}: check the name and version") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise DataError(f"tfds:{name} cannot be downloaded: {error}") from error
     except ImportError as error:
         raise DataError(
             f"tfds:{name} cannot be built without the module {error.name}, which lmjax does not "
@@ -247,14 +268,42 @@ def split_documents(documents: Documents, validation_fraction: float) -> TextSpl
     """
     if len(documents) == 1:
         head, tail = _cut_tail(documents[0]["text"], validation_fraction)
-        return TextSplits([head], [tail])
+        return TextSplits(
+            [head], [tail], f"the last {validation_fraction:.0%} of the only document"
+        )
     sizes, hashes = [], []
     for document in map(documents.__getitem__, range(len(documents))):
         sizes.append(len(document["text"].encode("utf-8")))
         hashes.append(hashlib.sha256(document["id"].encode("utf-8")).digest())
     held_out = choose_held_out(sizes, hashes, validation_fraction)
     kept = [index for index in range(len(documents)) if index not in held_out]
-    return TextSplits(_Selection(documents, kept), _Selection(documents, sorted(held_out)))
+    names = _listed([documents[index]["id"] for index in sorted(held_out)[: _MOST_NAMED + 1]])
+    share = sum(sizes[index] for index in held_out) / sum(sizes)
+    chosen = (
+        f"{len(held_out)} of {_count(documents)}, {share:.1%} of the text, chosen by a hash of "
+        f"their names: {names}"
+    )
+    return TextSplits(_Selection(documents, kept), _Selection(documents, sorted(held_out)), chosen)
+
+
+def _named_split(documents: Documents, source: Source) -> TextSplits:
+    """The split that was asked for: the last documents of a source are those to hold out."""
+    kept = len(documents) - len(source.held_out)
+    indices = range(len(documents))
+    names = _listed([file.id for file in source.held_out])
+    chosen = f"{len(source.held_out)} of {_count(documents)}, the validation files: {names}"
+    return TextSplits(
+        _Selection(documents, indices[:kept]), _Selection(documents, indices[kept:]), chosen
+    )
+
+
+def _count(documents: Documents) -> str:
+    return f"{len(documents):,} document{'' if len(documents) == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(map(printable, names[:_MOST_NAMED]))
+    return shown if len(names) <= _MOST_NAMED else f"{shown}, ..."
 
 
 def choose_held_out(sizes: Sequence[int], hashes: Sequence[bytes], fraction: float) -> set[int]:

@@ -76,10 +76,12 @@ class Source:
     files: tuple[SourceFile, ...]
     sections: re.Pattern[str] | None = None
     """Cuts each file into its documents; None: a file is one document."""
+    held_out: tuple[SourceFile, ...] = ()
+    """Files beside those, each a document for validation; none: documents are held out by size."""
 
     def documents(self) -> Iterator[Document]:
-        """Every document, in order of files and of the text in them."""
-        for file in self.files:
+        """Every document, in order of files and of the text in them; those held out come last."""
+        for file in (*self.files, *self.held_out):
             if self.sections is None:
                 yield Document(id=file.id, text=file.read())
                 continue
@@ -96,6 +98,10 @@ class Source:
         pattern = self.sections.pattern if self.sections else ""
         _update(digest, self.name, BUILDER_VERSION, pattern)
         for file in self.files:
+            _update(digest, file.id, file.read())
+        if self.held_out:
+            _update(digest, "held out")
+        for file in self.held_out:
             _update(digest, file.id, file.read())
         return digest.hexdigest()
 
@@ -118,7 +124,17 @@ def find_source(config: DataConfig) -> Source:
         return _shakespeare()
     if config.dataset == "state_of_the_union":
         return _state_of_the_union()
-    return Source("text_files", _matching(config.files))
+    training = _matching("--data.files", config.files)
+    held_out = _matching("--data.validation-files", config.validation_files)
+    common = set(training) & set(held_out)
+    if common:
+        raise DataError(
+            f"{min(common)} is named by --data.files and by --data.validation-files: what is held "
+            "out cannot be trained on; name it in one of them"
+        )
+    folder = os.path.commonpath([os.path.dirname(path) for path in (*training, *held_out)])
+    of = lambda paths: tuple(SourceFile(_id(path, folder), Path(path)) for path in paths)
+    return Source("text_files", of(training), held_out=of(held_out))
 
 
 def _shakespeare() -> Source:
@@ -152,16 +168,16 @@ def _text_files_in(folder: Path) -> tuple[SourceFile, ...]:
     return tuple(SourceFile(path.stem, path) for path in sorted(folder.glob("*.txt")))
 
 
-def _no_file(pattern: str, typed: str, matches: Sequence[str]) -> str:
+def _no_file(flag: str, pattern: str, typed: str, matches: Sequence[str]) -> str:
     if os.path.isdir(typed):
-        return f"--data.files {pattern!r} is a directory: write {os.path.join(pattern, '*.txt')!r}"
+        return f"{flag} {pattern!r} is a directory: write {os.path.join(pattern, '*.txt')!r}"
     if matches and not any(map(os.path.isdir, matches)):
-        return f"--data.files {pattern!r} names no file that can be read: check what it links to"
-    return f"--data.files {pattern!r} matches no file: check the path, quote the *"
+        return f"{flag} {pattern!r} names no file that can be read: check what it links to"
+    return f"{flag} {pattern!r} matches no file: check the path, quote the *"
 
 
-def _matching(patterns: Sequence[str]) -> tuple[SourceFile, ...]:
-    """The files that the globs match, each once, under ids relative to their common folder."""
+def _matching(flag: str, patterns: Sequence[str]) -> list[str]:
+    """The files that paths or globs name, absolute, each once."""
     found: set[str] = set()
     for pattern in patterns:
         typed = os.path.expanduser(pattern)
@@ -169,13 +185,12 @@ def _matching(patterns: Sequence[str]) -> tuple[SourceFile, ...]:
         matches = [typed] if os.path.lexists(typed) else glob.glob(typed, recursive=True)
         files = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
         if not files:
-            raise DataError(_no_file(pattern, typed, matches))
+            raise DataError(_no_file(flag, pattern, typed, matches))
         found.update(files)
-    common = Path(os.path.commonpath([os.path.dirname(path) for path in found]))
-    paths = (Path(path) for path in sorted(found))
-    return tuple(SourceFile(_id(path.relative_to(common)), path) for path in paths)
+    return sorted(found)
 
 
-def _id(path: Path) -> str:
-    """The path as text; bytes that are not UTF-8 are written as escapes."""
-    return path.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+def _id(path: str, folder: str) -> str:
+    """The path below a folder as text; bytes that are not UTF-8 are written as escapes."""
+    relative = Path(path).relative_to(folder).as_posix()
+    return relative.encode("utf-8", "backslashreplace").decode("utf-8")

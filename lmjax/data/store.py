@@ -84,8 +84,14 @@ def sole_builder(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def storage_explained(folder: Path) -> Iterator[None]:
+def storage_explained(
+    folder: Path, chosen_by: str = "--data.cache-dir or LMJAX_CACHE"
+) -> Iterator[None]:
     """A block that uses the cache in `folder`: what the operating system refuses becomes a line.
+
+    Args:
+      folder: where.
+      chosen_by: what the user can set to choose another folder.
 
     Raises:
       DataError: the folder cannot be used: no permission, not a directory, read-only.
@@ -99,7 +105,7 @@ def storage_explained(folder: Path) -> Iterator[None]:
         if number is None and not isinstance(error, OSError):
             raise
         reason = os.strerror(number) if number else str(error)
-        advice = "choose another folder with --data.cache-dir or LMJAX_CACHE"
+        advice = f"choose another folder with {chosen_by}"
         if number in (None, *_FULL):
             raise CacheFailed(
                 f"cannot write the cache {folder}: {reason}; free space there, or {advice}"

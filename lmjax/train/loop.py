@@ -157,6 +157,8 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
         return first >= config.steps
     batch = _next_batch(run, first + 1)
     run.note(_introduction(run))
+    if not run.step:
+        run.note(_held_out_note(run))
     with stages.stage("compiling the train step"):
         steps = _enter_phase(run, batch, programs)
     with stages.stage("measuring what products take"):
@@ -240,6 +242,18 @@ def _introduction(run: Run) -> str:
         f"{start}: {parameter_count(run.config.model):,} parameters, {len(run.corpus.train):,} "
         f"training tokens, {len(devices)} x {devices[0].device_kind}; policy "
         f"{run.config.precision}, loss scale {run.config.loss_scale.kind}"
+    )
+
+
+def _held_out_note(run: Run) -> str:
+    """Which text the held-out loss is of, and how to choose another."""
+    data, corpus = run.config.data, run.corpus
+    files = ["--data.validation-files"] if data.dataset == "text_files" else []
+    fraction = [] if data.validation_files else ["--data.validation-fraction"]
+    text = corpus.held_out or f"{corpus.validation_documents:,} documents"
+    return (
+        f"held out: {text} ({corpus.validation.size:,} tokens); "
+        f"choose with {' or '.join(files + fraction)}"
     )
 
 

@@ -1,0 +1,60 @@
+"""Whether there is a network, asked before a library does: TFDS retries for minutes without one.
+
+Imports the room's errors.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from lmjax.data.errors import DataError
+
+SECONDS = 10.0
+"""How long all hosts together have for an answer."""
+_MOST_HOSTS = 4
+
+
+def refuse_unreachable(name: str, urls: Iterable[str]) -> None:
+    """Raises `DataError` if no host of a dataset's files answers; proxies are used as usual.
+
+    Args:
+      name: of the dataset.
+      urls: what is to be downloaded; without any nothing is asked.
+    """
+    by_host = {urlsplit(url).netloc: url for url in urls}
+    asked = dict(list(by_host.items())[:_MOST_HOSTS])
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for url in asked.values():
+        # Looking up a name knows no time limit, so it is left behind when the time is up.
+        threading.Thread(target=_ask, args=(url, answers), daemon=True).start()
+    reasons = []
+    try:
+        for _ in asked:
+            reason = answers.get(timeout=SECONDS)
+            if reason is None:
+                return
+            reasons.append(reason)
+    except queue.Empty:
+        reasons.append(f"no answer in {SECONDS:.0f} s")
+    if asked:
+        raise DataError(
+            f"tfds:{name} is downloaded from {', '.join(asked)}, which cannot be reached "
+            f"({reasons[0]}): check the network, or prepare it elsewhere and copy the folder"
+        )
+
+
+def _ask(url: str, answers: queue.SimpleQueue[str | None]) -> None:
+    """Puts None if anything answers, else why not."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS).close()
+    except urllib.error.HTTPError:
+        answers.put(None)  # a refusal is an answer
+    except Exception as error:
+        answers.put(" ".join(str(getattr(error, "reason", error)).split()))
+    else:
+        answers.put(None)
