@@ -40,6 +40,7 @@ from lmjax.train.decoration import decoration
 from lmjax.train.errors import CheckpointError, OutOfMemory, StorageFailed
 from lmjax.train.exhaustion import explained, is_exhaustion
 from lmjax.train.memory import keep_freed_memory
+from lmjax.wording import counted
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 
@@ -120,7 +121,7 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
                 write_text(f"A sample:\n{text}\n")
     loss = float(outcome.result["eval_loss"])
     console.print(
-        f"held-out loss {loss:.4f} nats per token after {outcome.step} steps "
+        f"held-out loss {loss:.4f} nats per token after {counted(outcome.step, 'step')} "
         f"({outcome.result['train_seconds']:.1f} s of training); everything is in "
         f"{launch.workdir}",
         markup=False,

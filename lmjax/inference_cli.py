@@ -16,6 +16,7 @@ from lmjax.inference import load_model
 from lmjax.inference import score as score_text
 from lmjax.inference import stream as stream_text
 from lmjax.train.config import Seed
+from lmjax.wording import counted
 
 
 def generate(
@@ -103,7 +104,7 @@ def score(run: RunDirectory, /, text: str, precision: str | None = None, json: b
     rows = ((repr(p.text), str(p.tokens), f"{p.log_probability:.4f}") for p in result.pieces)
     print_table(("text", "tokens", "log P (nats)"), rows)
     print(
-        f"log P = {result.total:.4f} nats over {len(result.tokens)} tokens, "
+        f"log P = {result.total:.4f} nats over {counted(len(result.tokens), 'token')}, "
         f"P = {result.probability}; "
         f"{-result.total / len(result.tokens):.4f} nats per token, "
         f"{result.bits_per_byte:.4f} bits per byte"
@@ -127,6 +128,6 @@ def evaluate(run: RunDirectory, /, precision: str | None = None, json: bool = Fa
         print(
             f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
             f"{result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
-            f"({result.tokens} tokens)"
+            f"({counted(result.tokens, 'token')})"
         )
     return DONE

@@ -16,6 +16,7 @@ from lmjax.cli import print_json, print_table
 from lmjax.plan import Plan, Roofline
 from lmjax.sharding import MeshSize
 from lmjax.train import Config
+from lmjax.wording import counted
 
 WEAK_SCALING = (8, 64, 256)
 """Numbers of chips that the roofline page compares."""
@@ -74,7 +75,7 @@ def show_plan(config: Config, devices: int, *, json: bool) -> None:
         print_json(_plan_json(made, arrays))
         return
     sizes = " x ".join(f"{name}={size}" for name, size in made.mesh.items())
-    print(f"{devices} devices, {sizes}; policy {made.config.precision}\n")
+    print(f"{counted(devices, 'device')}, {sizes}; policy {made.config.precision}\n")
     _print_arrays(arrays)
     print()
     _print_traffic(made)

@@ -26,12 +26,12 @@ from lmjax.ablation.report import write_report
 from lmjax.ablation.runner import AblationError, run_each
 from lmjax.ablation.runner import Outcome as Ended
 from lmjax.ablation.setting import read_environment
-from lmjax.ablation.words import counted
 from lmjax.ablation_cli import parse_seeds
 from lmjax.cli import print_json, print_table
 from lmjax.train import InputError, TrainingFailed
 from lmjax.train.metrics import replace_text
 from lmjax.train.run_directory import environment
+from lmjax.wording import counted
 
 CLAIMS = "experiments.ablations"
 RECORD, TABLE = "claim.json", "claims.md"

@@ -49,7 +49,7 @@ ARROWS = {
 }  # fmt: skip
 """What each room of lmjax may import from the others; a room that is not listed may import all."""
 
-BELOW_ALL = {"checks", "strict_json"}
+BELOW_ALL = {"checks", "strict_json", "wording"}
 """What every room may import, and which import none."""
 
 CONFINED = {

@@ -32,8 +32,9 @@ import numpy as np
 
 from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation.statistics import ALPHA, Estimate, Interval, gap_test, smallest_detectable
-from lmjax.ablation.words import counted, percent, seeds_in_words, signed, size
+from lmjax.ablation.words import percent, seeds_in_words, signed, size
 from lmjax.train.metrics import read_rows
+from lmjax.wording import counted
 
 Outcome = Literal["confirmed", "refuted", "undecided"]
 

@@ -18,9 +18,10 @@ from lmjax.ablation.curves import column
 from lmjax.ablation.setting import footprint, read_environment
 from lmjax.ablation.statistics import Monitoring
 from lmjax.ablation.verdict import Comparison, Criteria, compare_arms, difference
-from lmjax.ablation.words import FEWEST_SEEDS, counted, seeds_in_words
+from lmjax.ablation.words import FEWEST_SEEDS, seeds_in_words
 from lmjax.train.config import differences, to_json
 from lmjax.train.metrics import read_rows
+from lmjax.wording import counted
 
 if TYPE_CHECKING:
     from lmjax.ablation.grid import Ablation, Cell

@@ -9,15 +9,8 @@ from pathlib import Path
 
 from lmjax.ablation.report_data import Arm, Report, Run, link
 from lmjax.ablation.verdict import difference
-from lmjax.ablation.words import (
-    counted,
-    markdown_link,
-    markdown_table,
-    percent,
-    significant,
-    span,
-    title_of,
-)
+from lmjax.ablation.words import markdown_link, markdown_table, percent, significant, span, title_of
+from lmjax.wording import counted
 
 
 def markdown(report: Report, directory: Path) -> str:

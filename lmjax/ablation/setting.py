@@ -14,9 +14,10 @@ import jax
 
 from lmjax import strict_json
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation.words import counted, millions
+from lmjax.ablation.words import millions
 from lmjax.train.config import Config
 from lmjax.train.state import initial_state
+from lmjax.wording import counted
 
 Environment = Mapping[str, Any]
 """What `environment.json` says."""

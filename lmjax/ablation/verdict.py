@@ -35,14 +35,8 @@ from lmjax.ablation.statistics import (
     seeds_needed,
     smallest_detectable,
 )
-from lmjax.ablation.words import (
-    FEWEST_SEEDS,
-    counted,
-    plus_minus,
-    seeds_in_words,
-    signed,
-    size,
-)
+from lmjax.ablation.words import FEWEST_SEEDS, plus_minus, seeds_in_words, signed, size
+from lmjax.wording import counted
 
 Kind = Literal["worse", "better", "equivalent", "undecided", "failed"]
 Values = Mapping[str, Mapping[int, float]]

@@ -2,7 +2,7 @@
 
 Values have four significant digits; a difference has as many as its interval leaves certain.
 
-Knows nothing else of lmjax.
+Knows `wording.py`; nothing of runs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from lmjax.wording import counted
+
 FEWEST_SEEDS = 3
 """With fewer, nothing in the data speaks for or against the normality that every interval assumes,
 and the sd behind it is little more than a guess. What they show is marked as provisional."""
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 seed`, `3 seeds`; the noun takes a plain s."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def seeds_in_words(number: int) -> str:

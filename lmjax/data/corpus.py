@@ -49,6 +49,7 @@ from lmjax.data.tokenizers import (
     load_tokenizer,
     train_bpe,
 )
+from lmjax.wording import counted
 
 # Part of every key: raise it when the meaning of a cache entry changes.
 FORMAT_VERSION = 1
@@ -217,7 +218,7 @@ def _build(
     dtype = token_dtype(tokenizer.vocab_size)
     tokenizer.save(directory / "tokenizer.json")
     total = len(texts.train) + len(texts.validation)
-    label = f"tokenising {config.dataset} ({config.tokenizer}, {total} documents)"
+    label = f"tokenising {config.dataset} ({config.tokenizer}, {counted(total, 'document')})"
     with progress_over(label, total, enabled=progress) as advance:
         train = _write(tokenizer, texts.train, directory / "train.bin", dtype, advance)
         held_out = _write(tokenizer, texts.validation, directory / "validation.bin", dtype, advance)

@@ -20,6 +20,7 @@ from pathlib import Path
 from lmjax import sharding, stages, strict_json
 from lmjax.train import Config
 from lmjax.train.config import to_json
+from lmjax.wording import counted
 
 CHILD = "lmjax.plan.child"
 DUMPED = "*jit_step*after_spmd-partitioning.before*.txt"
@@ -83,7 +84,7 @@ def partitioned(config: Config, devices: int) -> Program:
             "mesh.fsdp); raise --batch-size, lower --micro-batches, or raise --mesh.tensor"
         )
     with tempfile.TemporaryDirectory() as folder:
-        with stages.stage(f"compiling the train step for {devices} devices"):
+        with stages.stage(f"compiling the train step for {counted(devices, 'device')}"):
             done = subprocess.run(
                 [sys.executable, "-m", CHILD, folder, str(devices)],
                 input=strict_json.dumps(to_json(config)),

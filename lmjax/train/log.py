@@ -16,6 +16,7 @@ from lmjax.train.errors import NonFiniteGradients
 from lmjax.train.metrics import MetricsWriter
 from lmjax.train.progress import Reporter
 from lmjax.train.utilisation import Peak, flops_per_token, peak_memory_bytes
+from lmjax.wording import counted
 
 
 class Clock:
@@ -101,9 +102,10 @@ class StepLog:
         limit = min(self.config.loss_scale.max_consecutive_skips, self.config.steps)
         if skips >= limit and self.config.faults.non_finite != "skip":
             raise NonFiniteGradients(
-                f"the gradients of the last {skips} steps up to step {step} were not finite, at "
-                f"loss scale {values['loss_scale']:g}; nothing was learned from them. Lower the "
-                "learning rate, give the parameters or the compute format more exponent bits, or "
+                f"the gradients of the last {counted(skips, 'step')} up to step {step} were not "
+                f"finite, at loss scale {values['loss_scale']:g}; nothing was learned from "
+                "them. Lower the learning rate, give the parameters or the compute format more "
+                "exponent bits, or "
                 "go on from the checkpoint before with --faults.non-finite rewind",
                 step,
                 skips,

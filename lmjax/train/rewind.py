@@ -20,6 +20,7 @@ from lmjax.train.agreement import is_first
 from lmjax.train.config import Config
 from lmjax.train.errors import NonFiniteGradients, TrainingFailed
 from lmjax.train.state import abstract_state
+from lmjax.wording import counted
 
 if TYPE_CHECKING:
     from lmjax.train.start import Run
@@ -83,8 +84,8 @@ def rewind(run: Run, failure: NonFiniteGradients) -> None:
     run.positions.clear()
     run.rewinds.append(step)
     run.note(
-        f"rewound to step {step}: the gradients of the {failure.skips} steps up to {failure.step} "
-        f"were not finite; their text is left out and recorded in {batches}"
+        f"rewound to step {step}: the gradients of the {counted(failure.skips, 'step')} up to "
+        f"{failure.step} were not finite; their text is left out and recorded in {batches}"
     )
 
 

@@ -1,0 +1,8 @@
+"""Words that messages of all rooms share. Knows nothing else of lmjax."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 seed`, `3 seeds`, `12,000 tokens`; for nouns whose plural is a plain s."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
