@@ -14,8 +14,10 @@ training step uses it three times:
 
 Every kind takes the same path: with `none` the scale is the constant 1. A step whose gradients are
 not all finite is skipped whatever the kind: parameters, moments, counts and the schedule stay what
-they were, and a dynamic scale is lowered. A predictive scale is told in step 3 how the cotangents
-spread (`cotangents=...`, see `forecast.py`).
+they were, and a dynamic scale is lowered. Under a dynamic or predictive scale, cotangents beyond
+the range of a format without infinities become NaN instead of being clamped, so that they count as
+an overflow (`precision/rounding.py` states the rule). A predictive scale is told in step 3 how the
+cotangents spread (`cotangents=...`, see `forecast.py`).
 
 There may be a scale for each block of the model (`per_block`). Then the scale is a vector: one
 number a block, and last that of everything outside of the blocks, which the loss is multiplied by;
@@ -55,8 +57,8 @@ class LossScaleConfig:
     """How the loss is scaled. Every number is a power of two, so that scaling is exact."""
 
     kind: Kind = "auto"
-    """none, static, dynamic, predictive; auto: dynamic where the policy uses f16, unless the model
-    is unit scaled, else none."""
+    """none, static, dynamic, predictive; auto: dynamic where parameters, compute or cotangents
+    without a factor have fewer than 8 exponent bits, unless the model is unit scaled, else none."""
     initial: Scale = 2.0**15
     """The scale of the first step, and of every step when static."""
     per_block: bool = False
@@ -275,7 +277,7 @@ def finite_by_scale(gradients: Any, scale: jax.Array, stack: Stack | None = None
 
 
 def resolve_kind(kind: Kind, exponent_bits: int) -> Kind:
-    """What `auto` stands for, given the fewest exponent bits that parameters or compute have.
+    """What `auto` stands for, given the fewest exponent bits of parameters, compute and cotangents.
 
     bf16 shares the 8 exponent bits of f32 and needs no scaling; f16 has 5.
     """

@@ -23,9 +23,9 @@ import optax
 from lmjax.precision import paths
 from lmjax.precision.bits import floor_log2, join, split, unsigned, widen
 from lmjax.precision.exact import at_least_f32
-from lmjax.precision.policy import NATIVE, SitePolicy, carrier
+from lmjax.precision.policy import SitePolicy, carrier
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import Overflow, ldexp, quantize
+from lmjax.precision.rounding import ldexp, quantize
 from lmjax.precision.scaling import Quantized
 from lmjax.precision.sites import Stack
 from lmjax.precision.stored import decode, encode
@@ -131,12 +131,8 @@ def update_census(
 def _stored(value: jax.Array, site: SitePolicy, key: jax.Array | None) -> jax.Array:
     if site.update == "sr" and key is not None:
         # Too large a value becomes what rounding to nearest would make of it.
-        value = quantize(value, site.params, "stochastic", key, _overflow(site))
+        value = quantize(value, site.params, "stochastic", key, "clamp")
     return site.to_params(value)
-
-
-def _overflow(site: SitePolicy) -> Overflow:
-    return "native" if site.params.name in NATIVE else "saturate"
 
 
 def convert_params(
@@ -200,7 +196,7 @@ def _rounded_sum(total: jax.Array, rest: jax.Array, site: SitePolicy) -> jax.Arr
         odd = jnp.where((rest > 0) == (total > 0), magnitude + one, magnitude - one)
         inexact = (rest != 0) & jnp.isfinite(rest) & (magnitude & one == 0)
         total = join(sign, jnp.where(inexact, odd, magnitude), total.dtype)
-    return site.to_params(quantize(total, site.params, overflow=_overflow(site)))
+    return site.to_params(quantize(total, site.params, overflow="clamp"))
 
 
 def with_stored_moments(
@@ -269,5 +265,5 @@ def _map_tree(change: Callable[..., Any], tree: Any, moment: str, *sites: ParamS
 
 
 def _encode(moment: jax.Array, quantizer: Quantizer) -> Any:
-    # Too large a moment becomes infinite and is seen, where saturating would hide it.
-    return encode(moment, quantizer, overflow="native")
+    # A moment beyond the format is a failure to be seen, which a clamp would hide.
+    return encode(moment, quantizer, overflow="fail")

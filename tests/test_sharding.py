@@ -203,6 +203,40 @@ def reduced(policy: str) -> dict:
     }
 
 
+def overflowing() -> dict:
+    """Steps on eight devices that raise the loss scale until gradients overflow, again and again.
+
+    The parts overflow before their sum, which has another format.
+    """
+    from lmjax.loss_scale import LossScaleConfig
+    from lmjax.train import Config, create_state, make_train_step
+
+    config = Config(
+        precision="p=f32,c=f16,o=f32,r=tf32",
+        context=16,
+        batch_size=8,
+        mesh=MeshConfig(data=8),
+        model=ModelConfig(vocab_size=64, width=16, layers=1, heads=2),
+        loss_scale=LossScaleConfig(initial=2.0**20, growth_interval=1),
+    ).resolved()
+    mesh = sharding.make_mesh(config.mesh)
+    tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64, jnp.int32)
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh, (8, 16)))
+    state, step = create_state(config, mesh), make_train_step(config, mesh)
+    skipped, norms = [0], []
+    for _ in range(24):
+        state, metrics = step(state, batch)
+        skipped.append(int(metrics["skipped_steps"]))
+        norms.append(float(metrics["grad_norm"]))
+    applied = [not jump for jump in np.diff(skipped)]
+    return {
+        "skipped": skipped[-1],
+        "applied": sum(applied),
+        "largest": max(norm for norm, was in zip(norms, applied, strict=True) if was),
+    }
+
+
 def on_eight_devices(*arguments: str) -> list:
     """What this file prints when it is run with eight devices."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -240,7 +274,7 @@ def assert_identical(one: dict, *others: dict) -> None:
 
 
 def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says():
-    runs, ordered, reductions = on_eight_devices()
+    runs, ordered, reductions, overflow = on_eight_devices()
     assert_equal(*runs)
     assert_identical(*ordered)
     assert ordered[0]["losses"] == pytest.approx(runs[0]["losses"], rel=1e-5)
@@ -252,6 +286,8 @@ def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says()
     assert all(error < 7 * 2.0**-8 for error in everywhere["error"].values())
     for path, narrow in only_mlp["bf16"].items():
         assert narrow == ("mlp/up" in path or "mlp/down" in path), path
+    assert min(overflow["skipped"], overflow["applied"]) > 4
+    assert overflow["largest"] < 100, "no step was taken whose gradients had overflowed"
 
 
 @pytest.mark.long
@@ -317,7 +353,7 @@ def main(family: str = "", precision: str = "", micro_batches: str = "1") -> lis
     runs = [trained({}, 1), *(trained(MESHES[index], 8) for index in (2, 5))]
     ordered = [trained(*ORDERED_MESHES[i], deterministic_reductions=8) for i in (0, -1)]
     reductions = [reduced("f32,r=bf16"), reduced("f32; **/mlp/*: r=bf16; **/norm: r=f32")]
-    return [runs, ordered, reductions]
+    return [runs, ordered, reductions, overflowing()]
 
 
 if __name__ == "__main__":

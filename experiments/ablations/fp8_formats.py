@@ -33,6 +33,8 @@ COLLAPSE = Margin.at_least(
     0.3, "it is about half of the 0.54 and 0.57 nats that two seeds of a similar model had shown"
 )
 RAW = "mixed_bf16,w=e4m3,x=e4m3,g=e5m2"
+UNSCALED = {"kind": "none"}
+"""What raw cotangents would get by default is a dynamic scale: the repair, not the defect."""
 
 
 def ablation(base: Config | None = None) -> Ablation:
@@ -47,11 +49,11 @@ def ablation(base: Config | None = None) -> Ablation:
         arms={
             "bf16": recipes.change(base, precision="mixed_bf16"),
             "scaled": recipes.change(base, precision="fp8"),
-            "raw": recipes.change(base, precision=RAW),
+            "raw": recipes.change(base, precision=RAW, loss_scale=UNSCALED),
             "raw_loss_scale": recipes.change(base, precision=RAW, loss_scale=static),
             "bf16_at_2-6": recipes.change(base, precision="mixed_bf16", **small),
             "scaled_at_2-6": recipes.change(base, precision="fp8", **small),
-            "raw_at_2-6": recipes.change(base, precision=RAW, **small),
+            "raw_at_2-6": recipes.change(base, precision=RAW, loss_scale=UNSCALED, **small),
         },
         varies=(
             "precision",

@@ -216,7 +216,7 @@ class Format:
             self.has_infinity
             and self.mantissa_bits >= other.mantissa_bits
             and self.smallest_subnormal <= other.smallest_subnormal
-            and self.largest_finite >= other.largest_finite
+            and self.largest_finite >= max(other.largest_finite, -other.smallest_finite)
         )
 
 

@@ -57,6 +57,7 @@ from lmjax.precision.native import multiplies_elements, product_dtypes, this_bac
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe, Rounded, Slots, measure, report, report_cotangent
 from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.rounding import Rounding, quantize
 from lmjax.precision.scaling import (
     Axis,
     apply_factor,
@@ -227,6 +228,7 @@ def _backward(
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, Factors, Slots]:
     x, w, key, factors, slots = saved
+    g = site.to_cotangent(g)
     x_axes, w_axes, y_axes = axes_of(spec)
     of_g, of_x = ("g", site.grads), ("x", site.backward_activations)
     of_w = ("w", site.backward_second)
@@ -235,7 +237,7 @@ def _backward(
         "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
         "dw": _product(dw_spec, site, unit, (x, g), (of_x, of_g), _fold(key, 2), factors),
     }
-    dx, dw = site.to_compute(wide["dx"]), site.to_compute(wide["dw"])
+    dx, dw = site.to_cotangent(wide["dx"]), site.to_cotangent(wide["dw"])
     rounded = {"dx": dx, "dw": dw}
     measured = {
         role: measure(asked, Rounded(wide[role], wide[role], rounded[role], site.compute))
@@ -263,8 +265,8 @@ def _product(
     block = _block(of_x, of_w)
     if block and plan.x_summed:
         pair, factors = _rotated(pair, plan, site, random_signs(block, _fold(key, 2))), {}
-    x = _ready(pair[0], of_x, plan.x_summed, site, _fold(key, 0), factors.get(x_role))
-    w = _ready(pair[1], of_w, plan.w_summed, site, _fold(key, 1), factors.get(w_role))
+    x = _ready(x_role, pair[0], of_x, plan.x_summed, site, _fold(key, 0), factors.get(x_role))
+    w = _ready(w_role, pair[1], of_w, plan.w_summed, site, _fold(key, 1), factors.get(w_role))
     dtypes = product_dtypes(this_backend(), site, of_x, of_w, _terms(pair[0], plan))
     x_dtype, w_dtype = dtypes or (x.values.dtype, w.values.dtype)
     product = sum_of_products(spec, x.values.astype(x_dtype), w.values.astype(w_dtype), site)
@@ -307,6 +309,7 @@ class _Ready(NamedTuple):
 
 
 def _ready(
+    role: str,
     x: jax.Array,
     operand: Operand | None,
     summed: tuple[int, ...],
@@ -319,13 +322,13 @@ def _ready(
     stochastic = operand.rounding == "stochastic" and key is not None
     factor = factor if operand.quantizer.history else None
     quantizer = _current(operand.quantizer, factor)
-    how: dict[str, Any] = {
-        "axis": summed,
-        "rounding": "stochastic" if stochastic else "nearest_even",
-        "key": key if stochastic else None,
-        "scale": factor,
-    }
-    if quantizer.groups == "none" or not multiplies_elements(operand, site.compute):
+    rounding: Rounding = "stochastic" if stochastic else "nearest_even"
+    key = key if stochastic else None
+    if quantizer.groups == "none":
+        overflow = site.cotangents if role == "g" else "clamp"
+        return _Ready(quantize(x, quantizer.format, rounding, key, overflow))
+    how: dict[str, Any] = {"axis": summed, "rounding": rounding, "key": key, "scale": factor}
+    if not multiplies_elements(operand, site.compute):
         return _Ready(fake_quantize(x, quantizer, **how))
     quantized = quantize_with_scale(x, quantizer, **how)
     return _Ready(quantized.values.astype(x.dtype), (quantized.factor, quantizer))

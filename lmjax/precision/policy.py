@@ -37,7 +37,7 @@ import jmp
 from lmjax.precision import paths
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import quantize
+from lmjax.precision.rounding import Overflow, emulate, quantize
 from lmjax.precision.settings import Accumulator, Operand, Stored, Update
 from lmjax.precision.sites import Kind, Site, site_at
 
@@ -92,6 +92,9 @@ class SitePolicy:
       mu, nu: how the optimizer stores the first and second moment of its parameters.
       cache: how decoding keeps its second operand from token to token: keys at `scores`, values at
         `combine`, after they were cast to the compute format; None leaves them in it.
+      cotangents: what becomes of cotangents beyond a format without infinities, as `quantize` takes
+        it: `clamp`, or `fail` while the loss scale adapts. Not a key of the grammar; the config of
+        a run sets it.
       path: where it is, which names its equations in compiled programs (`scope`); sites that differ
         in nothing else are equal.
     """
@@ -112,6 +115,7 @@ class SitePolicy:
     mu: Quantizer = STORED_AS_F32
     nu: Quantizer = STORED_AS_F32
     cache: Quantizer | None = None
+    cotangents: Overflow = "clamp"
     path: str = field(default="", compare=False)
 
     @property
@@ -141,15 +145,36 @@ class SitePolicy:
 
     def to_params(self, tree: Any) -> Any:
         """The floating-point leaves of a pytree, rounded to the stored format."""
-        return _rounded(self.jmp.cast_to_param(tree), self.params)
+        return self._emulated(self.jmp.cast_to_param(tree), self.params)
 
     def to_compute(self, tree: Any) -> Any:
-        """The floating-point leaves of a pytree, rounded to the compute format."""
-        return _rounded(self.jmp.cast_to_compute(tree), self.compute)
+        """The floating-point leaves of a pytree, rounded to the compute format.
+
+        Their cotangents arrive in that format too, as they do in a dtype of JAX.
+        """
+        return self._emulated(self.jmp.cast_to_compute(tree), self.compute)
 
     def to_output(self, tree: Any) -> Any:
-        """The floating-point leaves of a pytree, rounded to the output format."""
-        return _rounded(self.jmp.cast_to_output(tree), self.output)
+        """The floating-point leaves of a pytree, rounded to the output format, as `to_compute`."""
+        return self._emulated(self.jmp.cast_to_output(tree), self.output)
+
+    def to_cotangent(self, g: jax.Array) -> jax.Array:
+        """A cotangent, rounded to the compute format."""
+        g = self.jmp.cast_to_compute(g)
+        if self.compute.name in NATIVE:
+            return g
+        return quantize(g, self.compute, overflow=self.cotangents)
+
+    def _emulated(self, tree: Any, number_format: Format) -> Any:
+        """Leaves that are already in the carrier's dtype, rounded to an emulated format."""
+        if number_format.name in NATIVE:
+            return tree
+
+        def one(leaf: Any) -> Any:
+            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            return emulate(leaf, number_format, self.cotangents) if floating else leaf
+
+        return jax.tree.map(one, tree)
 
     @property
     def stochastic(self) -> bool:
@@ -187,17 +212,6 @@ def carrier(number_format: Format) -> Any:
     native = number_format if number_format.name in NATIVE else F32
     assert native.dtype is not None
     return native.dtype.type  # jmp prints scalar types but not np.dtype instances
-
-
-def _rounded(tree: Any, number_format: Format) -> Any:
-    """Leaves that are already in the carrier's dtype, rounded to an emulated format."""
-    if number_format.name in NATIVE:
-        return tree
-
-    def one(leaf: Any) -> Any:
-        return quantize(leaf, number_format) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return jax.tree.map(one, tree)
 
 
 Settings = Mapping[str, Any]

@@ -7,6 +7,24 @@ flushes subnormals, and arithmetic on CPU takes float32 subnormals for zero. Not
 integers that way, so the same bits come out eagerly, under jit, vmap and scan, whether or not the
 hardware has the format.
 
+Overflow, infinity and NaN follow one rule wherever a policy gives a tensor a format. `overflow`
+says which part of it applies:
+
+1. A format with infinities (f16, e5m2, tf32, any made-up eXmY) behaves like the same format in
+   hardware: what rounds to more than its largest value becomes infinity, and infinity and NaN stay.
+2. A format without infinities (e4m3, e2m1, intN) turns infinity into NaN and keeps NaN. If it has
+   no pattern for NaN, the array that holds its values does. A finite number beyond its range
+
+   - is clamped to its largest value where saturation is what the format means: parameters, compute
+     and output formats, operands, keys and values (`clamp`);
+   - becomes NaN where a clamp would hide a failure: accumulators, gradients reduced over devices,
+     optimizer moments, and all cotangents while the loss scale is dynamic or predictive, so that
+     the step is skipped and the scale lowered (`fail`).
+3. With scale factors (`scaling.py`) the largest element of a group fits by construction, and an
+   element that is not finite makes its group NaN. Only a delayed or coarsely rounded factor can
+   leave elements beyond the range. They are clamped: the factor follows the loss scale, so lowering
+   the scale would not help.
+
 Knows jax, numpy, `formats` and `bits`.
 """
 
@@ -25,7 +43,7 @@ from lmjax.precision.bits import join, pattern, split, unsigned
 from lmjax.precision.formats import Encoding, Format, as_format, parse_format
 
 Rounding = Literal["nearest_even", "toward_zero", "stochastic"]
-Overflow = Literal["saturate", "native"]
+Overflow = Literal["saturate", "native", "clamp", "fail"]
 
 _CARRIERS: Final = {f.dtype: f for f in map(parse_format, ("bf16", "f16", "f32", "f64"))}
 _NOISE_BITS: Final = 32
@@ -48,16 +66,21 @@ def quantize(
       truncates. `stochastic` takes the upper neighbour with the probability that makes the expected
       result `x`, to within 2**-32 of the distance between the neighbours, in subnormals too; values
       of the format stay as they are.
-    - *Overflow.* `saturate` clamps everything, infinities included, to the largest finite value
-      (that the carrier holds as well: 65280 for f16 in bf16). `native` does what the format does:
-      infinity if it has one, else NaN if it has one, else clamping; the boundary is that of the
-      rounding, and `toward_zero` overflows only at infinity. A result that `format` holds but the
-      carrier does not (bf16's 65536 in f16) becomes infinity.
+    - *Overflow.* The boundary is that of the rounding; `toward_zero` overflows only at infinity. In
+      a format with infinities, `native`, `clamp` and `fail` all give infinity. In one without,
+      `clamp` gives the largest finite value for finite numbers and NaN for infinities, `fail` gives
+      NaN for both, and `native` does what ml_dtypes does: NaN if the format has it, else the
+      largest finite value. `saturate` clamps infinities too, in every format; of the tensors of a
+      policy only elements with a factor are rounded that way, after theirs have become NaN.
+      Clamping is to the largest finite value that the carrier holds as well (65280 for f16 in
+      bf16). A result that `format` holds but the carrier does not (bf16's 65536 in f16) becomes
+      infinity.
     - *NaN* stays NaN, even where the format has none: a quantizer must not hide a failure.
     - *Zero* loses its sign where the format has no negative zero.
     - *e8m0* has neither zero nor sign: positive values below its smallest become its smallest, zero
-      does so under `saturate` and is NaN under `native`, negative values are NaN. (ml_dtypes 0.6
-      and XLA round everything between 2**-127 and 2**-126 up; here it goes to the nearest.)
+      does so under `saturate` and `clamp` and is NaN under `native` and `fail`, negative values are
+      NaN. (ml_dtypes 0.6 and XLA round everything between 2**-127 and 2**-126 up; here it goes to
+      the nearest.)
 
     The derivative with respect to `x` is the identity, as that of `astype` is.
 
@@ -85,6 +108,34 @@ def quantize(
     if rounding == "stochastic" and key is not None:
         noise = jax.random.bits(key, x.shape, jnp.uint32)
     return _quantize(x, noise, format, rounding, overflow)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def emulate(x: jax.Array, format: Format, cotangents: Overflow) -> jax.Array:
+    """`x` to nearest as an array of `format` would hold it, and its cotangent likewise.
+
+    JAX gives a cotangent the dtype of its primal. A format without a dtype to compute in gets the
+    same here: the cotangent is rounded to it as well.
+
+    Args:
+      x: array of a carrier dtype.
+      format: the format that the carrier stands in for.
+      cotangents: what happens to a cotangent beyond it, see `quantize`.
+    """
+    return quantize(x, format, overflow="clamp")
+
+
+def _emulate_forward(x: jax.Array, format: Format, cotangents: Overflow) -> tuple[jax.Array, None]:
+    return emulate(x, format, cotangents), None
+
+
+def _emulate_backward(
+    format: Format, cotangents: Overflow, _: None, g: jax.Array
+) -> tuple[jax.Array]:
+    return (quantize(g, format, overflow=cotangents),)
+
+
+emulate.defvjp(_emulate_forward, _emulate_backward)
 
 
 def to_native(
@@ -134,15 +185,18 @@ def _quantize(
     work, sign, magnitude = split(x)
     round_to_grid = _round if format.signed else _round_scale
     rounded = round_to_grid(magnitude, noise, format, work, rounding)
-    if overflow == "saturate" or not format.has_nan:
+    infinity = pattern(np.inf, work)
+    if _clamps(format, overflow):
         result = jnp.minimum(rounded, _limit(sign, format, _CARRIERS[x.dtype], work))
+        if overflow == "clamp":
+            result = jnp.where(magnitude == infinity, pattern(np.nan, work), result)
     else:
-        result = _overflow(rounded, magnitude, format, work, rounding)
-    result = jnp.where(magnitude > pattern(np.inf, work), magnitude, result)
+        result = _overflow(rounded, magnitude, sign, format, work, rounding)
+    result = jnp.where(magnitude > infinity, magnitude, result)
 
     if not format.signed:
         outside = (sign > 0) & (magnitude > 0)
-        if overflow == "native":
+        if overflow in ("native", "fail"):
             outside |= magnitude == 0
         sign, result = jnp.zeros_like(sign), jnp.where(outside, pattern(np.nan, work), result)
     elif not format.has_negative_zero:
@@ -240,11 +294,31 @@ def _limit(sign: jax.Array, format: Format, carrier: Format, work: Format) -> ja
     return jnp.where(sign > 0, pattern(negative, work), pattern(positive, work))
 
 
+def _clamps(format: Format, overflow: Overflow) -> bool:
+    """Whether finite numbers beyond the format become its largest value."""
+    match overflow:
+        case "saturate":
+            return True
+        case "clamp":
+            return not format.has_infinity
+        case "native":
+            return not format.has_nan
+        case "fail":
+            return False
+
+
 def _overflow(
-    rounded: jax.Array, magnitude: jax.Array, format: Format, work: Format, rounding: Rounding
+    rounded: jax.Array,
+    magnitude: jax.Array,
+    sign: jax.Array,
+    format: Format,
+    work: Format,
+    rounding: Rounding,
 ) -> jax.Array:
-    """Puts infinity, or else NaN, where the format ends."""
-    largest = pattern(format.largest_finite, work)
+    """Puts infinity, or NaN where there is none, where the format ends."""
+    largest: Any = pattern(format.largest_finite, work)
+    if format.is_integer:
+        largest = jnp.where(sign > 0, pattern(-format.smallest_finite, work), largest)
     over = rounded > largest
     if rounding == "toward_zero":
         over = magnitude == pattern(np.inf, work)

@@ -72,7 +72,7 @@ def elements(
     Arguments and errors are those of `quantize_with_scale`.
     """
     if quantizer.groups == "none":
-        return x, quantize(x, quantizer.format)
+        return x, quantize(x, quantizer.format, overflow="clamp")
     quantized = quantize_with_scale(x, quantizer, axis=axis, scale=scale)
     grouping = _Grouping.of(x, quantizer, axis)
     factor = grouping.spread(quantized.factor)
@@ -181,7 +181,7 @@ def fake_quantize(
     `quantize_with_scale`; a quantizer without factors is a plain `quantize`.
     """
     if quantizer.groups == "none":
-        return quantize(x, quantizer.format, rounding, key)
+        return quantize(x, quantizer.format, rounding, key, "clamp")
     return _fake_quantize(x, key, scale, quantizer, axis, rounding)
 
 

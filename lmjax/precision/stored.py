@@ -1,9 +1,12 @@
 """Tensors kept in narrow formats between computations: optimizer moments, keys and values.
 
 Stored is not emulated: elements and factors are held in their formats' own dtypes where JAX has
-them, and in the narrowest one that holds them where not. Of dtypes below a byte no use is made:
-arrays of them come back from a checkpoint in a layout that compiled programs refuse. What is read
-back is, bit for bit, what `fake_quantize` gives.
+them, and in the narrowest one that holds them where not. Dtypes below a byte are not used: arrays
+of them come back from a checkpoint in a layout that compiled programs refuse. What is read back is,
+bit for bit, what `fake_quantize` gives.
+
+A failure stays visible. A factor carries the NaN of its group; elements without a factor are held
+in a dtype that has a NaN, so `int8` takes two bytes where `int8@channel` takes one.
 
 Knows jax, formats, quantizers and their arithmetic.
 """
@@ -31,7 +34,7 @@ _FLOATS: Final = tuple(map(parse_format, ("e3m4", "e5m2", "f16", "bf16", "f32", 
 
 
 def encode(
-    x: jax.Array, quantizer: Quantizer, *, axis: int = -1, overflow: Overflow = "saturate"
+    x: jax.Array, quantizer: Quantizer, *, axis: int = -1, overflow: Overflow = "clamp"
 ) -> Stored:
     """A tensor as it is stored, to nearest.
 
@@ -44,9 +47,10 @@ def encode(
     Returns:
       Elements of the shape of `x`, and factors; the dtype of each is the `holder` of its format.
     """
-    element = holder(quantizer.format)
     if quantizer.groups == "none":
+        element = holder(quantizer.format, nan=True)
         return quantize(x, quantizer.format, overflow=overflow).astype(element)
+    element = holder(quantizer.format)
     stored = quantize_with_scale(x, quantizer, axis=axis)
     zero_point = stored.zero_point
     return stored._replace(
@@ -65,11 +69,17 @@ def decode(stored: Stored, quantizer: Quantizer, *, axis: int = -1) -> jax.Array
 
 
 @functools.cache
-def holder(number_format: Format) -> np.dtype[Any]:
-    """The format's own dtype, or the narrowest one of whole bytes that has all its values."""
-    if number_format.dtype is not None and number_format.bits >= _BYTE:
+def holder(number_format: Format, *, nan: bool = False) -> np.dtype[Any]:
+    """The format's own dtype, or the narrowest one of whole bytes that has all its values.
+
+    Args:
+      number_format: what is to be held.
+      nan: whether it must hold NaN too, which no integer dtype does.
+    """
+    suits = not (nan and number_format.is_integer)
+    if suits and number_format.dtype is not None and number_format.bits >= _BYTE:
         return number_format.dtype
-    whole = number_format.is_integer and number_format.smallest_subnormal == 1
+    whole = suits and number_format.is_integer and number_format.smallest_subnormal == 1
     for wider in _INTEGERS if whole else _FLOATS:
         fits = wider.bits >= number_format.bits if whole else wider.contains(number_format)
         if fits and wider.dtype is not None:

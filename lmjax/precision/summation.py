@@ -27,12 +27,12 @@ def sum_of_products(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> 
       site: the accumulator, and the precision of products of f32 operands.
     """
     if site.matmul == "tf32" and x.dtype == jnp.float32:
-        x, w = quantize(x, "tf32"), quantize(w, "tf32")
+        x, w = quantize(x, "tf32", overflow="clamp"), quantize(w, "tf32", overflow="clamp")
     if site.accum.chunk:
         return _chunked(plan_of(spec), x, w, site.accum)
     total = _contract(spec, x, w, site)
     if site.accum.format.bits < 32:
-        total = quantize(total, site.accum.format, overflow="native")
+        total = quantize(total, site.accum.format, overflow="fail")
     return total
 
 
@@ -75,7 +75,7 @@ def _chunked(plan: Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax.
     w = jnp.pad(w, ((0, 0), (0, padding), (0, 0))).reshape(w.shape[0], chunks, size, w.shape[2])
 
     def rounded(value: jax.Array) -> jax.Array:
-        return quantize(value, accum.format, overflow="native")
+        return quantize(value, accum.format, overflow="fail")
 
     def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         part = jnp.einsum("bmk,bkn->bmn", *chunk, precision=jax.lax.Precision.HIGHEST)

@@ -236,7 +236,11 @@ class Config:
     @property
     def sites(self) -> Sites:
         """The formats of every site of the model under this policy, which must have one phase."""
-        return resolve_sites(self.model, parse_policy(self.precision))
+        sites = resolve_sites(self.model, parse_policy(self.precision))
+        if self._loss_scale_kind() not in ("dynamic", "predictive"):
+            return sites
+        # Cotangents that a clamp would hide must skip the step, and so lower the scale.
+        return {path: dataclasses.replace(s, cotangents="fail") for path, s in sites.items()}
 
     @property
     def param_sites(self) -> dict[str, SitePolicy]:
@@ -247,27 +251,30 @@ class Config:
         """How each product of the model is computed on the backend in use, under one phase."""
         return products(self.sites, self.batch_size // self.micro_batches * self.context)
 
-    def _loss_scale_kind(self, exponent_bits: int) -> Kind:
-        """What the kind stands for, given the fewest exponent bits that the policy asks for.
+    def _loss_scale_kind(self) -> Kind:
+        """What the kind stands for under all phases of the policy.
 
         A unit-scaled model has its cotangents where narrow formats want them: `auto` is none.
         """
-        if self.model.unit and self.loss_scale.kind == "auto":
+        if self.loss_scale.kind != "auto":
+            return self.loss_scale.kind
+        if self.model.unit:
             return "none"
-        return resolve_kind(self.loss_scale.kind, exponent_bits)
+        sites = self._sites_of_all_phases()
+        formats = _of_cotangents(sites) + [site.params for site in sites]
+        return resolve_kind("auto", min(f.exponent_bits for f in formats))
+
+    def _sites_of_all_phases(self) -> list[SitePolicy]:
+        policies = [phase.policy for phase in parse_policy(self.precision).phases]
+        return [s for policy in policies for s in resolve_sites(self.model, policy).values()]
 
     def resolved(self) -> Config:
         """The same run with nothing left to be derived: what `config.json` records."""
         policy = parse_policy(self.precision)
-        sites = [
-            site
-            for phase in policy.phases
-            for site in resolve_sites(self.model, phase.policy).values()
-        ]
-        exponents = [f.exponent_bits for site in sites for f in (site.params, site.compute)]
-        scale = dataclasses.replace(self.loss_scale, kind=self._loss_scale_kind(min(exponents)))
+        scale = dataclasses.replace(self.loss_scale, kind=self._loss_scale_kind())
         if scale.kind == "predictive" and scale.format == "auto":
-            scale = dataclasses.replace(scale, format=narrowest(_of_cotangents(sites)).name)
+            cotangents = _of_cotangents(self._sites_of_all_phases())
+            scale = dataclasses.replace(scale, format=narrowest(cotangents).name)
         rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
         return dataclasses.replace(
             self,

@@ -116,7 +116,7 @@ def _rounded(gradient: jax.Array, site: SitePolicy) -> jax.Array:
     """A gradient rounded to the site's `reduce` format and no narrower an array than before."""
     if site.reduce == F32:
         return gradient
-    return quantize(gradient, site.reduce, overflow="native").astype(gradient.dtype)
+    return quantize(gradient, site.reduce, overflow="fail").astype(gradient.dtype)
 
 
 def _sum(gradients: jax.Array, parts: int, site: SitePolicy) -> jax.Array:
@@ -126,5 +126,5 @@ def _sum(gradients: jax.Array, parts: int, site: SitePolicy) -> jax.Array:
     if site.reduce.name in NATIVE:
         # Not `jnp.sum`, which would widen bf16 and f16 on the way.
         return jax.lax.reduce(wide.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0,))
-    rounded = quantize(wide, site.reduce)
-    return quantize(jnp.sum(rounded, axis=0), site.reduce, overflow="native")
+    rounded = quantize(wide, site.reduce, overflow="fail")
+    return quantize(jnp.sum(rounded, axis=0), site.reduce, overflow="fail")

@@ -48,6 +48,13 @@ def test_a_policy_that_does_not_fit_the_model_is_refused(tiny):
         ("pure_f16", "dynamic"),
         ("p=f16,c=f32", "dynamic"),
         ("p=f32,c=f32,o=f16", "none"),
+        ("p=f32,c=e4m3", "dynamic"),
+        ("p=f32,c=e3m4", "dynamic"),
+        ("p=f32,c=e8m3", "none"),
+        ("mixed_bf16,g=e4m3", "dynamic"),
+        ("mixed_bf16,g=e5m2", "dynamic"),
+        ("mixed_bf16,w=e4m3,x=e4m3", "none"),
+        ("fp8", "none"),
         ("mixed_bf16; blocks/0/mlp/up: c=f16", "dynamic"),
     ],
 )
@@ -55,6 +62,20 @@ def test_loss_scaling_follows_the_policy_unless_told_otherwise(policy, kind, tin
     assert tiny(policy).resolved().loss_scale.kind == kind
     told = dataclasses.replace(tiny(policy).loss_scale, kind="static")
     assert tiny(policy, loss_scale=told).resolved().loss_scale.kind == "static"
+
+
+def test_clamped_cotangents_count_as_an_overflow_where_a_lower_scale_would_help(tiny):
+    for kind, cotangents in (
+        ("auto", "fail"), ("dynamic", "fail"), ("predictive", "fail"), ("static", "clamp"),
+        ("none", "clamp"),
+    ):  # fmt: skip
+        config = tiny("p=f32,c=e4m3")
+        config = dataclasses.replace(
+            config, loss_scale=dataclasses.replace(config.loss_scale, kind=kind)
+        )
+        for made in (config, config.resolved()):
+            assert {site.cotangents for site in made.sites.values()} == {cotangents}, kind
+    assert {site.cotangents for site in tiny("mixed_bf16").sites.values()} == {"clamp"}
 
 
 @pytest.mark.parametrize(
