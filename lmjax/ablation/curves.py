@@ -143,9 +143,9 @@ def last(run: Run, name: str) -> float:
     return float(values[-1]) if values.size else number(run.result.get(name))
 
 
-def speed(run: Run) -> float:
-    """Median tokens per second of the logged steps; NaN without any."""
-    values = column(run, "tokens_per_second")[1]
+def typical(run: Run, name: str) -> float:
+    """Median of a metric over the logged steps; NaN without any."""
+    values = column(run, name)[1]
     return float(np.median(values)) if values.size else math.nan
 
 

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from lmjax.ablation.grid import Ablation, Cell
 
 ALWAYS_THERE = frozenset(
-    ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds")
+    (
+        "step",
+        "loss",
+        "eval_loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+    )
 )
 """Columns of `metrics.jsonl` with a place of their own; all others are mechanism counters."""
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from lmjax import strict_json
 from lmjax.ablation.account import REASONING, Account
-from lmjax.ablation.curves import Series, curves, difference_curve, last, moves, speed
+from lmjax.ablation.curves import Series, curves, difference_curve, last, moves, typical
 from lmjax.ablation.report_data import (
     Arm,
     Report,
@@ -248,17 +248,20 @@ def _setup(report: Report) -> Table:
 
 def _speed(report: Report) -> Table:
     names = memory_names(report)
+    measured = any("mfu" in row for run in report.runs for row in run.rows)
     rows: list[Row] = [
         [
             _named(arm),
-            span([speed(run) for run in arm.runs]),
+            span([typical(run, "tokens_per_second") for run in arm.runs]),
+            *([span([typical(run, "mfu") for run in arm.runs], "share")] if measured else []),
             span([last(run, "train_seconds") for run in arm.runs]),
             written(float(state_bytes(report, arm)), "bytes"),
             *(span([last(run, name) for run in arm.runs], name) for name in names),
         ]
         for arm in report.arms
     ]
-    header = ["arm", "tokens per second", "training seconds", "state in memory"]
+    header = ["arm", "tokens per second", *["of the peak FLOP/s"] * measured]
+    header += ["training seconds", "state in memory"]
     return Table([*header, *map(title_of, names)], rows, numeric=True)
 
 

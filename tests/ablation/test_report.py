@@ -134,7 +134,13 @@ def test_the_same_files_give_the_same_page(ablation, tmp_path):
 
 
 def test_page_shows_setup_mechanism_speed_and_environment(ablation, tmp_path):
-    page, _ = pages(ablation, three_arms(tmp_path), tmp_path)
+    cells = three_arms(tmp_path)
+    write_run(cells[0].directory, falling(0), mfu=0.25, peak_memory_bytes=123_456_789)
+    page, _ = pages(ablation, cells, tmp_path)
+    mechanism = page.text[page.text.index("Mechanism") : page.text.index("Set-up")]
+    assert not re.search("mfu|peak", mechanism)
+    for words in ("of the peak FLOP/s", "25%", "peak memory", "123.5 MB"):
+        assert words in page.text[page.text.index("Speed and memory") :]
     assert "p=f32,c=bf16,o=f32" in page.text
     assert "optimizer.learning_rate" in page.text
     assert "zero gradient share" in page.text
