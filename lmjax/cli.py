@@ -112,7 +112,7 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
     outcome = train(launch.config, launch.workdir, stop_after=launch.stop_after)
     if outcome.result is None:
         return STOPPED
-    console = Console(highlight=False, quiet=not is_first())
+    console = Console(highlight=False, emoji=False, quiet=not is_first())
     if launch.sample and alone:
         with decoration("a sample"):
             with stages.stage("generating a sample"):
@@ -269,4 +269,4 @@ def print_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
     # Nothing is cut off where the width is unknown, in a file or a pipe.
     width = None if sys.stdout.isatty() else 1000
     # Cells are text: `[v2]` in a name is no markup.
-    Console(highlight=False, width=width, markup=False).print(table)
+    Console(highlight=False, emoji=False, width=width, markup=False).print(table)

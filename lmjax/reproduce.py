@@ -163,7 +163,7 @@ def _size(claim: Claim) -> str:
 def _print(told: Account, page: Path) -> None:
     """The claim, each finding, the paper's numbers beside ours, what was run, and the scope."""
     # A line is wrapped in a terminal, and never in a file or a pipe.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100_000)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
 
     def say(text: str, indent: int = 0) -> None:
         console.print(Padding(Text(text), (0, 0, 0, indent), expand=False))

@@ -5,13 +5,14 @@ Knows all rooms; how flags are parsed, errors caught and tables printed is in `c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -268,7 +269,8 @@ def formats(
     if plot is not None:
         from lmjax.numerics.format_plot import DEFAULT_FORMATS, draw_number_lines
 
-        bad_input(draw_number_lines, _writable(plot), names or DEFAULT_FORMATS)
+        with _written(plot):
+            bad_input(draw_number_lines, plot, names or DEFAULT_FORMATS)
     if json:
         print_json([dataclasses.asdict(row) for row in rows])
     else:
@@ -277,11 +279,18 @@ def formats(
     return DONE
 
 
-def _writable(path: Path) -> Path:
-    """The path itself, if a file can be written there."""
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """A block that writes a file; where it fails, it leaves none that was not there before."""
     try:
-        with path.open("ab"):
-            return path
+        new = not path.exists()
+        path.open("ab").close()
+        try:
+            yield
+        except BaseException:
+            if new:
+                path.unlink()
+            raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -113,3 +113,14 @@ def test_a_sample_that_the_terminal_cannot_encode_is_shown_in_escapes(
     flags = [*tiny_flags(home, tmp_path / "run", steps=2), "--sample", 3]
     assert launch(*flags) == cli.DONE
     assert b"\\u0416" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verb("formats", "e4m3", "--plot", tmp_path / "x.foo") == cli.BAD_INPUT
+    assert "Format 'foo' is not supported" in capsys.readouterr().err
+    assert not (tmp_path / "x.foo").exists()
+    (tmp_path / "mine.foo").write_text("mine")
+    assert verb("formats", "e4m3", "--plot", tmp_path / "mine.foo") == cli.BAD_INPUT
+    assert (tmp_path / "mine.foo").read_text() == "mine"

@@ -27,7 +27,7 @@ class Display:
     """Shows how far each cell is; a context manager, silent when `enabled` is false."""
 
     def __init__(self, ablation: Ablation, *, enabled: bool = True):
-        self._console = Console(stderr=True, highlight=False, quiet=not enabled)
+        self._console = Console(stderr=True, highlight=False, emoji=False, quiet=not enabled)
         self._is_live = enabled and (self._console.is_terminal or self._console.is_jupyter)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._ablation = ablation

@@ -19,7 +19,7 @@ def progress_over(label: str, total: int, *, enabled: bool) -> Iterator[Callable
     A bar where somebody watches (terminal, notebook), one line where the output is kept (log file,
     pipe), nothing when not enabled.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     if not enabled:
         yield lambda steps: None
     elif console.is_terminal or console.is_jupyter:

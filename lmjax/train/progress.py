@@ -37,7 +37,7 @@ class Reporter:
     """Shows the course of a run; a context manager, silent when `enabled` is false."""
 
     def __init__(self, first_step: int, steps: int, *, enabled: bool = True):
-        self._console = Console(stderr=True, highlight=False, quiet=not enabled)
+        self._console = Console(stderr=True, highlight=False, emoji=False, quiet=not enabled)
         self._live = self._console.is_terminal or self._console.is_jupyter
         self._steps = steps
         self._on_their_way: deque[tuple[int, jax.Array]] = deque()
@@ -128,7 +128,7 @@ class Reporter:
 
 def say(text: str, *, enabled: bool = True) -> None:
     """Prints a line that stays, where no reporter is at work."""
-    Console(stderr=True, highlight=False, quiet=not enabled).print(
+    Console(stderr=True, highlight=False, emoji=False, quiet=not enabled).print(
         text, markup=False, soft_wrap=True
     )
 
