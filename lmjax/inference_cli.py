@@ -103,12 +103,11 @@ def score(run: RunDirectory, /, text: str, precision: str | None = None, json: b
         return DONE
     rows = ((repr(p.text), str(p.tokens), f"{p.log_probability:.4f}") for p in result.pieces)
     print_table(("text", "tokens", "log P (nats)"), rows)
+    count = len(result.tokens)
     print(
-        f"log P = {result.total:.4f} nats over {counted(len(result.tokens), 'token')}, "
-        f"P = {result.probability}; "
-        f"{-result.total / len(result.tokens):.4f} nats per token, "
-        f"{result.bits_per_byte:.4f} bits per byte"
+        f"log P = {result.total:.4f} nats over {counted(count, 'token')}, P = {result.probability}"
     )
+    print(f"{-result.total / count:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte")
     return DONE
 
 

@@ -7,7 +7,6 @@ errors and store.
 
 from __future__ import annotations
 
-import codecs
 import functools
 import importlib.util
 import os
@@ -76,15 +75,6 @@ class Tokenizer(ABC):
         Broken UTF-8 and ids that name no token become U+FFFD.
         """
         return self.bytes_of(ids).decode("utf-8", errors="replace")
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of `ids` as they come: what `decode` gives, in pieces of whole characters."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in ids:
-            if piece := decoder.decode(self.bytes_of([token])):
-                yield piece
-        if rest := decoder.decode(b"", final=True):
-            yield rest
 
     def bytes_of(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> bytes:
         """What `ids` stand for: UTF-8 if they encode a text; one alone may be part of a character.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -63,7 +64,8 @@ def stream(
       seed: of the draws; a whole number in [0, 2**64).
 
     Returns:
-      An iterator over strings of whole characters. Bytes that are no UTF-8 become U+FFFD.
+      An iterator over strings of whole characters. Bytes that are no UTF-8 become U+FFFD; the part
+      of a character that the last of `tokens` tokens leaves is left out.
 
     Raises:
       ValueError: a setting is negative, not finite or of the wrong type.
@@ -89,11 +91,21 @@ class Stream(Iterator[str]):
         self.ended = False
         self._model = model
         self._drawn = self._draw(list(ids), sampler, limit)
-        self._pieces = model.tokenizer.decode_stream(self._drawn)
+        self._pieces = self._whole_characters()
 
     def __next__(self) -> str:
         """The next whole characters."""
         return next(self._pieces)
+
+    def _whole_characters(self) -> Iterator[str]:
+        tokenizer = self._model.tokenizer
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in self._drawn:
+            if piece := decoder.decode(tokenizer.bytes_of([token])):
+                yield piece
+        # What the limit has cut off is no character yet; what the model has left at that is broken.
+        if self.ended and (rest := decoder.decode(b"", final=True)):
+            yield rest
 
     def _draw(self, ids: list[int], sampler: Sampler, limit: int) -> Iterator[int]:
         reader = Reader(self._model, len(ids))
