@@ -114,6 +114,7 @@ def draw_state(
     import jax
     import jax.numpy as jnp
 
+    from lmjax.model import layout
     from lmjax.storage import initial_residuals
     from lmjax.train import TrainState
     from lmjax.train.measure import initial_scaling
@@ -131,7 +132,7 @@ def draw_state(
             params=params,
             opt_state=init(params),
             residuals=initial_residuals(params, sites),
-            scaling=initial_scaling(config),
+            scaling=initial_scaling(layout(config.model), config.sites),
             key=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
         )
 

@@ -31,7 +31,7 @@ from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation_cli import run_ablation
 from lmjax.data import tokenized_corpus
 from lmjax.inference import load_model
-from lmjax.model import Context, apply, site_tree
+from lmjax.model import Context, apply, layout, site_tree
 from lmjax.precision import exact
 from lmjax.precision.probes import Rounded
 from lmjax.train import Config
@@ -96,7 +96,7 @@ def largest_logit(cell: Cell, rows: int = 16) -> float:
         role: {"": Kept(jnp.zeros(shape, jnp.float32))}
         for role, shape in (("x", queries_shape), ("w", keys_shape))
     }
-    slots = site_tree(config, lambda place: empty if place.site.name == "scores" else None)
+    slots = site_tree(layout(config), lambda place: empty if place.site.name == "scores" else None)
 
     def total(slots: Any, params: Any) -> jax.Array:
         context = Context(slots=slots)

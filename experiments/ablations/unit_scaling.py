@@ -30,7 +30,7 @@ from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation_cli import run_ablation
-from lmjax.model import initial_params, site_tree
+from lmjax.model import initial_params, layout, site_tree
 from lmjax.model.unit_scaling import USUAL_RATE
 from lmjax.precision import exact, paths
 from lmjax.precision.probes import Rounded
@@ -103,7 +103,7 @@ def slots(config: Config, slot: Any, roles: frozenset[str]) -> dict[str, Any]:
     def one(place: Place) -> dict[str, Any]:
         return {role: {"measured": slot.empty()} for role in place.site.roles if role in roles}
 
-    return site_tree(config.model, one)
+    return site_tree(layout(config.model), one)
 
 
 def gradients(

@@ -39,7 +39,7 @@ from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 from lmjax.precision.probes import rescale_cotangent
-from lmjax.precision.sites import Place
+from lmjax.precision.sites import Layout, Place
 
 Params = dict[str, Any]
 """Nested dict of arrays; those below `blocks` have a leading axis of length `layers`."""
@@ -223,16 +223,16 @@ def block_sites(config: ModelConfig, sites: Sites, first: int, last: int) -> dic
     return within(sites, stack.member(first), stack.member(called))
 
 
-def site_tree(config: ModelConfig, make: Callable[[Place], Any]) -> dict[str, Any]:
+def site_tree(layout: Layout, make: Callable[[Place], Any]) -> dict[str, Any]:
     """Something for every site, laid out as the parts of a `Context` are.
 
     Args:
-      config: the model.
+      layout: the sites of the model.
       make: from a place to a pytree of arrays, or None for places that get nothing. What a place
         inside blocks gets is stacked for all blocks.
     """
     tree = {}
-    for place in layout(config).places:
+    for place in layout.places:
         made = make(place)
         if made is not None:
             size = 0 if place.stack is None else place.stack.size

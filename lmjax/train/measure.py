@@ -5,7 +5,7 @@
     telemetry    a census of every site -> the metrics of watched steps
 
 The measurements are gradients of the slots that `slots` lays out; see `precision/probes.py`. A
-config that asks for none of the three gets no slots, and so the program it would get without this
+run that asks for none of the three gets no slots, and so the program it would get without this
 file.
 """
 
@@ -16,40 +16,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.model import layout, site_tree
-from lmjax.numerics.telemetry import counted_roles
+from lmjax.model import Sites, site_tree
+from lmjax.numerics.telemetry import TelemetryConfig, counted_roles
 from lmjax.precision import paths
 from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.scaling import DelayedScale, init_delayed_scale, update_delayed_scale
-from lmjax.precision.sites import Place, Stack
-from lmjax.train.config import Config
+from lmjax.precision.sites import Layout, Place, Stack
 
 Tree = dict[str, Any]
 """Nested by the components of a site's path, then by role; sites in blocks are stacked."""
 
 
-def initial_scaling(config: Config) -> Tree:
+def initial_scaling(layout: Layout, sites: Sites) -> Tree:
     """A fresh `DelayedScale` for every operand whose scaling is delayed."""
 
     def one(place: Place) -> dict[str, DelayedScale] | None:
-        quantizers = _delayed(config, place)
+        quantizers = _delayed(place, sites)
         return {role: init_delayed_scale(q) for role, q in quantizers.items()} or None
 
-    return site_tree(config.model, one)
+    return site_tree(layout, one)
 
 
-def carried_scaling(scaling: Tree, old: Config, new: Config) -> Tree:
+def carried_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tree:
     """The histories of one phase of a policy as the next one needs them.
 
     An operand that is quantized alike in both keeps its history; any other starts a fresh one.
     """
     kept = paths.flatten(scaling, _is_delayed)
-    fresh = paths.flatten(initial_scaling(new), _is_delayed)
+    fresh = paths.flatten(initial_scaling(layout, new), _is_delayed)
     same = {
         path: kept[path]
         for path in fresh
-        if path in kept and _quantizer(old, path) == _quantizer(new, path)
+        if path in kept and _quantizer(path, layout, old) == _quantizer(path, layout, new)
     }
     return paths.unflatten(fresh | same)
 
@@ -68,33 +67,43 @@ def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
     )
 
 
-def slots(config: Config, telemetry: bool) -> Tree:
-    """Everything that a step is to measure."""
-    predictive = config.loss_scale.kind == "predictive"
-    counting = FullCensus if config.telemetry.exact else Census
+def slots(
+    layout: Layout, sites: Sites, *, predictive: bool, telemetry: TelemetryConfig | None
+) -> Tree:
+    """Everything that a step is to measure.
+
+    Args:
+      layout: the sites of the model.
+      sites: their formats.
+      predictive: whether the loss scale is told how cotangents spread.
+      telemetry: what a watched step counts; None for any other step.
+    """
 
     def one(place: Place) -> dict[str, dict[str, Any]] | None:
         asked: dict[str, dict[str, Any]] = {}
-        for role in _delayed(config, place):
+        for role in _delayed(place, sites):
             asked.setdefault(role, {})["delayed"] = Maximum.empty()
         if predictive:
             for role in place.site.gradients:
                 asked.setdefault(role, {})["loss_scale"] = Spread.empty()
-        if telemetry:
-            for role in counted_roles(config.telemetry, place):
+        if telemetry is not None:
+            counting = FullCensus if telemetry.exact else Census
+            for role in counted_roles(telemetry, place):
                 asked.setdefault(role, {})["telemetry"] = counting.empty()
         return asked or None
 
-    return site_tree(config.model, one)
+    return site_tree(layout, one)
 
 
-def updated_scaling(config: Config, scaling: Tree, measured: Tree, scale: jax.Array) -> Tree:
+def updated_scaling(
+    scaling: Tree, measured: Tree, scale: jax.Array, layout: Layout, sites: Sites
+) -> Tree:
     """The histories after a step, with the maxima it measured."""
-    maxima, stack = _asked_by("delayed", measured), layout(config.model).stack
+    maxima = _asked_by("delayed", measured)
     updated = {}
     for path, delayed in paths.flatten(scaling, _is_delayed).items():
-        quantizer = _quantizer(config, path)
-        maximum = maxima[path].maximum / _cotangent_scale(path, scale, stack)
+        quantizer = _quantizer(path, layout, sites)
+        maximum = maxima[path].maximum / _cotangent_scale(path, scale, layout.stack)
         update = lambda state, amax, q=quantizer: update_delayed_scale(state, amax, q)
         updated[path] = (jax.vmap(update) if maximum.ndim else update)(delayed, maximum)
     return paths.unflatten(updated)
@@ -132,12 +141,11 @@ def _asked_by(who: str, measured: Tree) -> dict[str, Any]:
     return {path.removesuffix(end): slot for path, slot in flat.items() if path.endswith(end)}
 
 
-def _delayed(config: Config, place: Place) -> dict[str, Quantizer]:
+def _delayed(place: Place, sites: Sites) -> dict[str, Quantizer]:
     """The delayed quantizers of a site, by role; inside blocks, all blocks must agree."""
     found: dict[str, Quantizer] = {}
     if not place.site.is_product:
         return found
-    sites = config.sites
     for site in (sites[path] for path in place.paths):
         for role, operand in {"w": site.second, "x": site.activations, "g": site.grads}.items():
             if operand is None or not operand.quantizer.history:
@@ -151,10 +159,10 @@ def _delayed(config: Config, place: Place) -> dict[str, Quantizer]:
     return found
 
 
-def _quantizer(config: Config, path: str) -> Quantizer:
+def _quantizer(path: str, layout: Layout, sites: Sites) -> Quantizer:
     """The delayed quantizer of an operand, by its path in `TrainState.scaling`."""
     site, _, role = path.rpartition("/")
-    return _delayed(config, layout(config.model).place(site))[role]
+    return _delayed(layout.place(site), sites)[role]
 
 
 def _cotangent_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:

@@ -89,7 +89,7 @@ def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:
         params=params,
         opt_state=optimizer_of(config).init(params),
         residuals=initial_residuals(params, config.param_sites),
-        scaling=initial_scaling(config),
+        scaling=initial_scaling(layout(config.model), config.sites),
         key=jax.random.key_data(dropout_key),
     )
 
@@ -139,7 +139,7 @@ def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
         params=params,
         residuals=residuals,
         opt_state=convert_moments(state.opt_state, before, after),
-        scaling=carried_scaling(state.scaling, old, new),
+        scaling=carried_scaling(state.scaling, layout(new.model), old.sites, new.sites),
     )
 
 

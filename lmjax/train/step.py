@@ -67,10 +67,11 @@ def make_train_step(
 
 def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainStep:
     """The step before compilation; see `make_train_step`."""
-    sites, stack = config.param_sites, layout(config.model).stack
+    sites, places = config.param_sites, layout(config.model)
+    stack = places.stack
     optimizer = optimizer_of(config)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
-    slots = measure.slots(config, telemetry)
+    slots = slots_of(config, telemetry)
     gradient = make_gradient(config, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -108,7 +109,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         }
         update_key = jax.random.fold_in(step_key, config.micro_batches)
         stored = apply_updates(state.params, updates, state.residuals, sites, update_key)
-        scaling = measure.updated_scaling(config, state.scaling, measured, scale)
+        scaling = measure.updated_scaling(state.scaling, measured, scale, places, config.sites)
         skipped = opt_state.consecutive_skips > 0
         params, residuals, scaling = jax.tree.map(
             lambda old, new: jnp.where(skipped, old, new),
@@ -122,6 +123,16 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         return new_state, metrics
 
     return step
+
+
+def slots_of(config: Config, telemetry: bool) -> measure.Tree:
+    """What a step of a run measures; with telemetry, a watched one."""
+    return measure.slots(
+        layout(config.model),
+        config.sites,
+        predictive=config.loss_scale.kind == "predictive",
+        telemetry=config.telemetry if telemetry else None,
+    )
 
 
 def make_gradient(config: Config, mesh: Any) -> Gradient:

@@ -23,8 +23,7 @@ from lmjax.numerics.telemetry_plot import draw_course, draw_exponents
 from lmjax.precision import paths, quantize
 from lmjax.precision.probes import Census, Rounded, is_slot
 from lmjax.storage import update_census
-from lmjax.train import measure
-from lmjax.train.step import make_scaled_loss
+from lmjax.train.step import make_scaled_loss, slots_of
 
 
 def one_census(x: np.ndarray, policy_format) -> Census:
@@ -84,7 +83,7 @@ def test_rows_name_the_formats_that_the_step_rounds_to(family, tiny, draw_params
     seen: dict[str, set[str]] = {}
     roles = ("w", "x", "g", "dx", "dw", "y")
     slots = site_tree(
-        config.model,
+        layout(config.model),
         lambda place: {r: {"who": noting(f"{place.paths[0]}/{r}", seen)} for r in roles},
     )
     loss = make_scaled_loss(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
@@ -127,7 +126,7 @@ def test_a_pattern_says_which_tensors_are_counted(tiny):
     assert roles("blocks/1/mlp/*/x", "blocks/mlp/up") == ["x"], "blocks are counted alike"
     assert roles("blocks/2/**", "blocks/mlp/up") == []
     assert roles("head/*", "head") == ["w", "x", "g", "dx", "dw"]
-    slots = measure.slots(tiny(telemetry=TelemetryConfig(1, tensors="**/dw")), telemetry=True)
+    slots = slots_of(tiny(telemetry=TelemetryConfig(1, tensors="**/dw")), telemetry=True)
     counted = paths.flatten(slots, is_slot)
     assert "head/dw/telemetry" in counted
     assert {path.split("/")[-2] for path in counted} == {"dw"}

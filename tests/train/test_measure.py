@@ -16,8 +16,14 @@ from lmjax.numerics.telemetry import TelemetryConfig
 from lmjax.precision import paths
 from lmjax.precision.probes import Census, Fate, FullCensus, is_slot
 from lmjax.precision.scaling import DelayedScale
-from lmjax.train import measure
-from lmjax.train.step import make_scaled_loss, train_step
+from lmjax.train import Config, measure
+from lmjax.train.step import make_scaled_loss, slots_of, train_step
+
+
+def scaling_of(config: Config) -> Any:
+    """Fresh histories for a run."""
+    return measure.initial_scaling(layout(config.model), config.sites)
+
 
 DELAYED = "f32,w=e4m3@tensor.delayed4,x=e4m3@tensor.delayed4,g=e5m2@tensor.delayed4"
 
@@ -75,7 +81,7 @@ def test_a_watched_step_fills_every_slot_and_is_the_same_step(
 
 def test_asking_for_nothing_gives_the_program_without_this_file(tiny, draw_state, draw_batch):
     config = tiny("mixed_f16; blocks/1: c=f32").resolved()
-    assert measure.slots(config, telemetry=False) == {} == measure.initial_scaling(config)
+    assert slots_of(config, telemetry=False) == {} == scaling_of(config)
     state, batch = draw_state(config), draw_batch(config)
     loss = make_scaled_loss(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     arguments = (state.params, batch, jax.random.key(0), jnp.float32(1))
@@ -175,7 +181,7 @@ def test_delayed_scaling_of_some_blocks(tiny, draw_state, draw_batch, step_of):
     assert np.isfinite(float(metrics["loss"]))
     assert np.all(delayed(state)["blocks/mlp/up/w"].history[1, 0] > 0)
     with pytest.raises(ValueError, match=r"blocks/\*/mlp/up.*every block the same"):
-        measure.initial_scaling(
+        scaling_of(
             tiny(
                 "f32; blocks/0/mlp/up: w=e4m3@tensor.delayed4; "
                 "blocks/1/mlp/up: w=e4m3@tensor.delayed8"
@@ -243,8 +249,8 @@ def test_a_new_phase_keeps_the_histories_that_it_can_use(tiny, draw_state):
     old = tiny("f32,w=e4m3@tensor.delayed4,x=e4m3@tensor.delayed4")
     new = tiny("f32,w=e4m3@tensor.delayed4,x=e5m2@tensor.delayed4,g=e5m2@tensor.delayed4")
     seen = jax.tree.map(lambda leaf: leaf + 3, draw_state(old).scaling)
-    carried = measure.carried_scaling(seen, old, new)
-    assert jax.tree.structure(carried) == jax.tree.structure(measure.initial_scaling(new))
+    carried = measure.carried_scaling(seen, layout(new.model), old.sites, new.sites)
+    assert jax.tree.structure(carried) == jax.tree.structure(scaling_of(new))
     up = carried["blocks"]["mlp"]["up"]
     assert [float(up[role].history[0, 0]) for role in ("w", "x", "g")] == [3, 0, 0]
 
@@ -252,5 +258,5 @@ def test_a_new_phase_keeps_the_histories_that_it_can_use(tiny, draw_state):
 @pytest.mark.parametrize(("exact", "kind"), [(False, Census), (True, FullCensus)])
 def test_telemetry_counts_a_sample_or_everything_as_the_config_says(tiny, exact, kind):
     config = tiny(telemetry=TelemetryConfig(every=1, exact=exact))
-    found = jax.tree.leaves(measure.slots(config, telemetry=True), is_leaf=is_slot)
+    found = jax.tree.leaves(slots_of(config, telemetry=True), is_leaf=is_slot)
     assert {type(slot) for slot in found} == {kind}
