@@ -131,6 +131,7 @@ def trained(sizes: dict[str, int], devices: int, family: str = "llama", **change
 
     `changes` replaces fields of the config.
     """
+    from lmjax.data import document_starts
     from lmjax.optimizer import OptimizerConfig
     from lmjax.train import Config, create_state, make_train_step
     from lmjax.train.run_directory import parameters_sha256
@@ -145,7 +146,12 @@ def trained(sizes: dict[str, int], devices: int, family: str = "llama", **change
     rows = config.batch_size
     tokens = jax.random.randint(jax.random.key(1), (rows, 17), 0, 64, jnp.int32)
     shape = sharding.batch_sharding(mesh, (rows, 16))
-    batch = jax.device_put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, shape)
+    rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    if config.data.document_mask:
+        starts = document_starts(np.asarray(rows["inputs"]) % 3, 0)
+        assert starts.any(axis=1).all(), "every row holds several documents"
+        rows["document_starts"] = jnp.asarray(starts)
+    batch = jax.device_put(rows, shape)
     state, step = create_state(config, mesh), make_train_step(config, mesh)
     digest = parameters_sha256(state.params)
     held = {str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params)}
@@ -274,11 +280,13 @@ def assert_identical(one: dict, *others: dict) -> None:
 
 
 def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says():
-    runs, ordered, reductions, overflow = on_eight_devices()
+    runs, ordered, reductions, overflow, masked = on_eight_devices()
     assert_equal(*runs)
     assert_identical(*ordered)
     assert ordered[0]["losses"] == pytest.approx(runs[0]["losses"], rel=1e-5)
     assert ordered[1]["cut"]
+    assert_equal(*masked)
+    assert masked[0]["losses"] != pytest.approx(runs[0]["losses"], rel=1e-5)
     everywhere, only_mlp = reductions
     assert everywhere["loss"]
     assert all(everywhere["bf16"].values())
@@ -294,6 +302,14 @@ def test_eight_devices_compute_what_one_computes_and_reduce_as_the_policy_says()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_mesh_computes_what_one_device_computes(family: str):
     assert_equal(*on_eight_devices(family))
+
+
+@pytest.mark.long
+def test_a_document_mask_is_the_same_on_every_mesh():
+    *families, ordered = on_eight_devices("masked")
+    for runs in families:
+        assert_equal(*runs)
+    assert_identical(*ordered)
 
 
 NARROW = (
@@ -344,6 +360,18 @@ ORDERED_MESHES = [
 
 def main(family: str = "", precision: str = "", micro_batches: str = "1") -> list:
     """What the tests above ask of eight devices."""
+    from lmjax.data import DataConfig
+
+    masked = {"data": DataConfig(document_mask=True)}
+    if family == "masked":
+        ordered = {"deterministic_reductions": 8} | masked
+        return [
+            *(
+                [trained({}, 1, name, **masked)] + [trained(s, 8, name, **masked) for s in MESHES]
+                for name in FAMILIES
+            ),
+            [trained(*ORDERED_MESHES[i], **ordered) for i in (0, 4, -1)],
+        ]
     if precision:
         fields = {"micro_batches": int(micro_batches), "batch_size": 8 * int(micro_batches)}
         fields |= {"precision": precision, "deterministic_reductions": 8}
@@ -353,7 +381,9 @@ def main(family: str = "", precision: str = "", micro_batches: str = "1") -> lis
     runs = [trained({}, 1), *(trained(MESHES[index], 8) for index in (2, 5))]
     ordered = [trained(*ORDERED_MESHES[i], deterministic_reductions=8) for i in (0, -1)]
     reductions = [reduced("f32,r=bf16"), reduced("f32; **/mlp/*: r=bf16; **/norm: r=f32")]
-    return [runs, ordered, reductions, overflowing()]
+    sequence = {"data": 2, "fsdp": 2, "sequence": 2}
+    cut = [trained({}, 1, **masked), trained(sequence, 8, **masked)]
+    return [runs, ordered, reductions, overflowing(), cut]
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def rotary_error(rule: str, start: int, distance: int = 16, pairs: int = 256) ->
     q, k = np.random.default_rng(0).normal(size=(2, pairs, 1, 1, 64))
 
     def turned(x: np.ndarray, position: int) -> np.ndarray:
-        angles = rotary_angles(config, 1, site, position)
+        angles = rotary_angles(config, jnp.asarray([position]), site)
         return np.asarray(rotate(jnp.asarray(x, jnp.float32), angles, site), np.float64)
 
     def exactly(x: np.ndarray, position: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from lmjax.data.config import DataConfig
 from lmjax.data.corpus import TokenizedCorpus, prepare, tokenized_corpus
 from lmjax.data.errors import CacheFailed, DataError
-from lmjax.data.pipeline import train_iterator, validation_batches
+from lmjax.data.pipeline import document_starts, train_iterator, validation_batches
 from lmjax.data.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "DataError",
     "TokenizedCorpus",
     "Tokenizer",
+    "document_starts",
     "load_tokenizer",
     "prepare",
     "tokenized_corpus",

@@ -61,6 +61,9 @@ class DataConfig:
     validation_fraction: Annotated[float, between(0, 1, f64=True)] = 0.1
     """Share of the text, in bytes, held out as whole documents chosen by a hash of their id;
     without effect where the held-out text is named: by validation_files or by TFDS."""
+    document_mask: bool = False
+    """Tokens attend to their own document only, whose positions count from 0, in training and
+    evaluation. Otherwise a window is one text, whatever documents it holds."""
     cache_dir: Annotated[str, housekeeping("a cache can be made again anywhere")] = ""
     """Where prepared corpora are kept; empty: $LMJAX_CACHE, else the user's cache folder."""
 
@@ -89,6 +92,11 @@ class DataConfig:
         if match is None:
             return None
         return TfdsName(match["name"], match["config"] or "", match["version"] or "")
+
+    @property
+    def batch_fields(self) -> tuple[str, ...]:
+        """Names of the arrays `int32[B, T]` that a batch holds."""
+        return ("inputs", "targets", *(["document_starts"] if self.document_mask else []))
 
     @property
     def cache_path(self) -> Path:

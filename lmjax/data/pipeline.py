@@ -6,6 +6,7 @@ May import the room's corpus and errors.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,6 +24,7 @@ def train_iterator(
     length: int,
     batch_size: int,
     seed: int,
+    document_mask: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
@@ -39,18 +41,22 @@ def train_iterator(
       length: tokens a sequence.
       batch_size: sequences a global batch.
       seed: of the order, in [0, 2**64). Grain hashes all of its bits into those of its shuffle.
+      document_mask: whether batches say where documents start.
       process_index: which host this is.
       process_count: how many hosts share a global batch.
 
     Returns:
       An iterator over `{"inputs": int32[b, length], "targets": int32[b, length]}` with
-      `targets[:, t]` the token after `inputs[:, t]`. Its `get_state` counts global batches: the
-      same JSON on every host, so `set_state` resumes exactly on any number of hosts.
+      `targets[:, t]` the token after `inputs[:, t]`, and with `document_mask` also
+      `"document_starts": int32[b, length]`, of `inputs`; see `document_starts`. Its `get_state`
+      counts global batches: the same JSON on every host, so `set_state` resumes exactly on any
+      number of hosts.
 
     Raises:
       DataError: the batch does not divide among the hosts, or the split has no whole window.
     """
     rows = _host_rows(batch_size, process_index, process_count)
+    end = corpus.tokenizer.end_of_document if document_mask else None
     windows = (corpus.train.size - 1) // length
     if windows < 1:
         raise DataError(
@@ -59,7 +65,7 @@ def train_iterator(
         )
 
     def gather(indices: npt.NDArray[np.int64]) -> Batch:
-        return _shifted(_windows(corpus.train, indices[rows], length))
+        return _batch(_windows(corpus.train, indices[rows], length), end)
 
     # Indices are batched, not windows: a host touches its own rows only.
     batches = (
@@ -82,6 +88,7 @@ def validation_batches(
     batch_size: int,
     max_batches: int = 0,
     multiple: int = 1,
+    document_mask: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
@@ -96,6 +103,7 @@ def validation_batches(
       batch_size: sequences a global batch.
       max_batches: how many batches at most; 0 means all.
       multiple: each batch is filled up to a multiple of this many rows, as devices need them.
+      document_mask: whether batches say where documents start, as in `train_iterator`.
       process_index: which host this is; it gets the rows that `train_iterator` would give it.
       process_count: how many hosts share a global batch.
 
@@ -104,7 +112,7 @@ def validation_batches(
       b = (batch_size, rounded up to the multiple) // process_count. Weight 0 marks padding: the end
       of the last window, rows that fill up the last batch, and rows beyond batch_size. The latter
       repeat the first row, so that formats whose factors rows share find no new values in them.
-      Every other weight is 1.
+      Every other weight is 1. With `document_mask` also `document_starts`, as in `train_iterator`.
 
     Raises:
       DataError: the batch does not divide among the hosts.
@@ -114,15 +122,43 @@ def validation_batches(
     windows = -(-(corpus.validation.size - 1) // length)
     limit = max_batches * batch_size if max_batches else windows
     chosen = np.arange(min(limit, windows), dtype=np.int64) * windows // min(limit, windows)
+    end = corpus.tokenizer.end_of_document if document_mask else None
     # A row past the end starts where no token is left to predict: all padding.
     beyond = -(-corpus.validation.size // length)
     filler = np.full(-chosen.size % batch_size, beyond, dtype=np.int64)
     batches = np.concatenate([chosen, filler]).reshape(-1, batch_size)
-    return (_weighted(corpus.validation, batch, length, padded, rows) for batch in batches)
+    return (_weighted(corpus.validation, batch, length, padded, rows, end) for batch in batches)
+
+
+def document_starts(
+    tokens: npt.NDArray[np.integer[Any]], end_of_document: int
+) -> npt.NDArray[np.int32]:
+    """Where the document of each token starts, for a document mask.
+
+    Documents follow each other with an end-of-document token after each. Read as input, that token
+    belongs to the document behind it: nothing is predicted from it but the first token there.
+    So a document in the middle of a window looks like a text that is scored or continued, which is
+    read after an end-of-document token as well.
+
+    Args:
+      tokens: windows of a stream of documents, `[B, T]`.
+      end_of_document: the token after each document.
+
+    Returns:
+      `int32[B, T]`: index in its row of the end-of-document token before each token, or of that
+      token itself; 0, where the window starts in the middle of a document.
+    """
+    starts = np.where(tokens == end_of_document, np.arange(tokens.shape[1], dtype=np.int32), 0)
+    return np.maximum.accumulate(starts, axis=1, dtype=np.int32)
 
 
 def _weighted(
-    tokens: Tokens, indices: npt.NDArray[np.int64], length: int, padded: int, rows: slice
+    tokens: Tokens,
+    indices: npt.NDArray[np.int64],
+    length: int,
+    padded: int,
+    rows: slice,
+    end: int | None,
 ) -> Batch:
     """Some rows of a batch of the windows `indices`, filled up with copies that do not count."""
     copies = np.full(padded - indices.size, indices[0])
@@ -130,7 +166,7 @@ def _weighted(
     counts = (np.arange(padded) < indices.size)[rows, None]
     positions = mine[:, None] * length + np.arange(1, length + 1)
     return {
-        **_shifted(_windows(tokens, mine, length)),
+        **_batch(_windows(tokens, mine, length), end),
         "weights": (counts & (positions < tokens.size)).astype(np.float32),
     }
 
@@ -153,5 +189,8 @@ def _windows(tokens: Tokens, indices: npt.NDArray[np.int64], length: int) -> np.
     return result
 
 
-def _shifted(windows: np.ndarray) -> Batch:
-    return {"inputs": windows[:, :-1], "targets": windows[:, 1:]}
+def _batch(windows: np.ndarray, end: int | None) -> Batch:
+    """Inputs and targets, and where documents start if their `end` is given."""
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    batch = {"inputs": inputs, "targets": targets}
+    return batch if end is None else {**batch, "document_starts": document_starts(inputs, end)}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lmjax.data import document_starts
 from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
 from lmjax.inference.sampling import NOT_FINITE, Sampler, refuse_no_count
@@ -136,7 +137,8 @@ class Reader:
         self._programs = _programs(model.config)
         self._params = self._programs.prepare(model.params)
         self._step = _step_width(model.sites)
-        self._padding = model.tokenizer.end_of_document
+        self._end = model.tokenizer.end_of_document
+        self._document_mask = model.config.data.document_mask
         self.first = max(tokens - self._context, 0)
         self._forget()
 
@@ -161,11 +163,17 @@ class Reader:
         # Fewer are read together with those before them: once more, which changes nothing.
         start = self.length if unread >= width else max(len(window) - width, 0)
         part = window[start : start + width]
-        tokens = np.full((1, width), self._padding, np.int32)  # overwritten before it can be seen
+        tokens = np.full((1, width), self._end, np.int32)  # overwritten before it can be seen
         tokens[0, : len(part)] = part
+        starts = None
+        if self._document_mask:
+            starts = np.zeros((1, width), np.int32)
+            read = document_starts(np.asarray([window]), self._end)
+            starts[:, : len(part)] = read[:, start : start + len(part)]
         self.length = start + len(part)
+        last = np.int32(len(part) - 1)
         logits, self._cache = self._programs.read(
-            self._params, self._cache, tokens, np.int32(start), np.int32(len(part) - 1)
+            self._params, self._cache, tokens, np.int32(start), last, starts
         )
         return logits
 
@@ -185,8 +193,8 @@ class _Programs(NamedTuple):
     Attributes:
       prepare: `params -> decoding_params`.
       start: `() -> cache`, of the length of the context.
-      read: `(params, cache, tokens [1, T], start, last) -> logits [V], cache`: the logits after the
-        token at index `last`.
+      read: `(params, cache, tokens [1, T], start, last, document_starts) -> logits [V], cache`: the
+        logits after the token at index `last`.
     """
 
     prepare: Any
@@ -198,8 +206,17 @@ class _Programs(NamedTuple):
 def _programs(config: Config) -> _Programs:
     model, sites = config.model, config.sites
 
-    def read(params: Any, cache: Any, tokens: jax.Array, start: jax.Array, last: jax.Array) -> Any:
-        logits, cache = extend(params, tokens, cache, start, config=model, sites=sites)
+    def read(
+        params: Any,
+        cache: Any,
+        tokens: jax.Array,
+        start: jax.Array,
+        last: jax.Array,
+        starts: jax.Array | None,
+    ) -> Any:
+        logits, cache = extend(
+            params, tokens, cache, start, config=model, sites=sites, document_starts=starts
+        )
         return logits[0, last], cache
 
     return _Programs(

@@ -11,7 +11,7 @@ import jax
 
 from lmjax import sharding, stages
 from lmjax.data import Tokenizer, load_tokenizer
-from lmjax.model import Sites, apply
+from lmjax.model import Params, Sites, apply
 from lmjax.precision import exact
 from lmjax.train import Config, InputError, abstract_state, read_config
 from lmjax.train.checkpoint import Checkpoints
@@ -42,9 +42,18 @@ class TrainedModel:
         return self.config.sites
 
     def logits_function(self) -> Any:
-        """The compiled `(params, int32[B, T]) -> logits [B, T, V]`."""
+        """The compiled `(params, tokens, document_starts) -> logits [B, T, V]`.
+
+        Tokens are `int32[B, T]`. Where documents start, `int32[B, T]` as
+        `lmjax.data.document_starts` gives it, matters to a model with a document mask whose rows
+        hold several; left out, each row is one document.
+        """
         config, sites = self.config.model, self.sites
-        return exact.jit(lambda params, tokens: apply(params, tokens, config=config, sites=sites))
+
+        def logits(params: Params, tokens: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+            return apply(params, tokens, config=config, sites=sites, document_starts=starts)
+
+        return exact.jit(logits)
 
 
 def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedModel:

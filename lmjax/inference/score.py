@@ -81,8 +81,9 @@ class Score:
 def score(model: TrainedModel, text: str) -> Score:
     """Log-probability of every token of a text.
 
-    A text longer than the context is read in windows that overlap by half, so that every token but
-    those of the first window is predicted from at least half a context.
+    A text is one document, so a document mask changes nothing here. One longer than the context is
+    read in windows that overlap by half, so that every token but those of the first window is
+    predicted from at least half a context.
 
     Raises:
       ValueError: the text is empty.

@@ -27,12 +27,11 @@ from lmjax.model.layers import (
     Dense,
     Embedding,
     Norm,
-    Position,
     dropout,
-    positions_from,
     rotary_angles,
 )
 from lmjax.model.layout import BLOCKS, layout
+from lmjax.model.mask import Mask, mask_and_positions
 from lmjax.model.sites import QUIET, Context, Sites, within
 from lmjax.precision import paths
 from lmjax.precision.broadcast import add_to_rows
@@ -84,6 +83,7 @@ def apply(
     context: Context = QUIET,
     cotangent_scales: jax.Array | None = None,
     constrain: Constrain = lambda x, axes: x,
+    document_starts: jax.Array | None = None,
 ) -> jax.Array:
     """The logits of every next token.
 
@@ -97,17 +97,29 @@ def apply(
       cotangent_scales: f32[layers + 1], powers of two: by what the cotangents inside each block are
         multiplied, and last those outside of the blocks, which the logits' cotangent already is.
       constrain: places an activation, given the logical names of its axes.
+      document_starts: for a document mask, the index in its row of the first token of each token's
+        document, `int32[B, T]`: tokens attend within their document, whose positions count from 0.
+        None: each row is one document.
 
     Returns:
       `[B, T, vocab_size]`, in the output format of the site `head`.
     """
     check_length(config, tokens.shape[1])
     model = nnx.merge(structure(config)[0], params)
-    x = embedded(model, tokens, sites, context, constrain=constrain)
+    mask, positions = mask_and_positions(0, tokens.shape[1], document_starts)
+    x = embedded(model, tokens, positions, sites, context, constrain)
     x = constrain(x, ("batch", "length", "width"))
     x = dropout(x, config.dropout, context.at("dropout").key)
     x = _scan_blocks(
-        model.blocks, x, config, sites, context.at("blocks"), cotangent_scales, constrain
+        model.blocks,
+        x,
+        config,
+        sites,
+        context.at("blocks"),
+        mask,
+        positions,
+        cotangent_scales,
+        constrain,
     )
     return logits_of(model, x, sites, context)
 
@@ -125,14 +137,20 @@ def check_length(config: ModelConfig, length: int) -> None:
 def embedded(
     model: Decoder,
     tokens: jax.Array,
+    positions: jax.Array,
     sites: Sites,
     context: Context,
-    start: Position = 0,
     constrain: Constrain = lambda x, axes: x,
 ) -> jax.Array:
-    """What enters the first block, `[B, T, D]`, for `tokens [B, T]` from position `start` on.
+    """What enters the first block, `[B, T, D]`.
 
-    `constrain` is that of `apply`.
+    Args:
+      model: the parameters.
+      tokens: `int32[B, T]`.
+      positions: of each, `int32[T]`, or `int32[B, T]` where they differ between rows.
+      sites: the formats of every site.
+      context: randomness and probes.
+      constrain: that of `apply`.
     """
     # Where a mesh cuts the table, tokens travel to its columns and rows travel back, in the compute
     # format. Left to itself, XLA gathers the whole table on some meshes.
@@ -141,8 +159,12 @@ def embedded(
     x = constrain(x, ("replicas", "length", "columns"))
     if model.positions is None:
         return x
-    indices = positions_from(start, tokens.shape[1])
-    rows = model.positions(indices, sites["positions"], context.at("positions"))
+    by_row = positions.ndim > 1
+    if by_row:
+        positions = constrain(positions, ("replicas", "length"))
+    rows = model.positions(positions, sites["positions"], context.at("positions"))
+    if by_row:
+        rows = constrain(rows, ("replicas", "length", "columns"))
     rows = sites["embed"].to_output(rows)
     return unit_scaling.sum_of_embeddings(x, rows) if model.embed.unit else add_to_rows(x, rows)
 
@@ -164,6 +186,8 @@ def _scan_blocks(
     config: ModelConfig,
     sites: Sites,
     context: Context,
+    mask: Mask,
+    positions: jax.Array,
     cotangent_scales: jax.Array | None,
     constrain: Constrain,
 ) -> jax.Array:
@@ -179,13 +203,13 @@ def _scan_blocks(
         group = block_sites(config, sites, first, last)
         angles = None
         if config.positions == "rope":
-            angles = rotary_angles(config, x.shape[1], group["attention/rope"])
+            angles = rotary_angles(config, positions, group["attention/rope"])
 
         def body(x: jax.Array, layer: Any, group: Sites = group, angles: Any = angles) -> Any:
             layer_params, *inside, ratio, weights = layer
             x = constrain(x, ("batch", "length", "width"))
             block = nnx.merge(graphdef, layer_params)
-            x, _ = block(x, group, angles, Context(*inside), weights)
+            x, _ = block(x, group, angles, Context(*inside), mask, weights)
             return x if ratio is None else rescale_cotangent(x, ratio), None
 
         x = group["residual"].to_output(group["residual"].to_compute(x))

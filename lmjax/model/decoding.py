@@ -34,8 +34,9 @@ from lmjax.model.decoder import (
     logits_of,
     structure,
 )
-from lmjax.model.layers import Position, rotary_angles
+from lmjax.model.layers import rotary_angles
 from lmjax.model.layout import BLOCKS, layout
+from lmjax.model.mask import Position, mask_and_positions
 from lmjax.model.sites import QUIET, Sites, within
 from lmjax.precision import paths
 from lmjax.precision.policy import SitePolicy
@@ -98,6 +99,7 @@ def extend(
     *,
     config: ModelConfig,
     sites: Sites,
+    document_starts: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Reads more of a text.
 
@@ -105,10 +107,12 @@ def extend(
       params: as `decoding_params` gives them.
       tokens: `int32[B, T]`, T at least 1.
       cache: of the `start` tokens before; what it holds beyond them is not looked at.
-      start: position of the first of these tokens, int32[], at most the length of the cache less T;
+      start: index of the first of these tokens, int32[], at most the length of the cache less T;
         being traced, it cannot be checked.
       config: the model.
       sites: the formats of every site.
+      document_starts: for a document mask, the index of the first token of each of these tokens'
+        document, counted as `start` is, `int32[B, T]`; None: all that is read is one document.
 
     Returns:
       The logits of the token after each, `[B, T, vocab_size]`, in the output format of `head`; and
@@ -118,19 +122,20 @@ def extend(
     # The stack of blocks is built like one block: only the shapes of its parameters differ.
     model = nnx.merge(structure(config)[0], params | {BLOCKS: first})
     graphdef, _ = nnx.split(model.blocks)
-    x = embedded(model, tokens, sites, QUIET, start)
+    mask, positions = mask_and_positions(start, tokens.shape[1], document_starts)
+    x = embedded(model, tokens, positions, sites, QUIET)
     weights = unit_scaling.branch_weights(config) if config.unit else None
     layers = []
     for begin, end in block_groups(config, sites):
         group = block_sites(config, sites, begin, end)
         angles = None
         if config.positions == "rope":
-            angles = rotary_angles(config, tokens.shape[1], group["attention/rope"], start)
+            angles = rotary_angles(config, positions, group["attention/rope"])
         x = group["residual"].to_output(group["residual"].to_compute(x))
         for index in range(begin, end):
             block = nnx.merge(graphdef, params[BLOCKS][index])
             branches = jax.tree.map(lambda weight, i=index: weight[i], weights)
-            x, layer = block(x, group, angles, QUIET, branches, cache[index], start)
+            x, layer = block(x, group, angles, QUIET, mask, branches, cache[index], start)
             layers.append(layer)
     return logits_of(model, x, sites, QUIET), tuple(layers)
 

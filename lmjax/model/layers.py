@@ -21,6 +21,7 @@ from flax import nnx
 from lmjax.model import unit_scaling
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
+from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
 from lmjax.model.sites import QUIET, Context, Sites, give, take, within
 from lmjax.model.unit_scaling import BranchWeights
 from lmjax.precision.broadcast import add_to_rows
@@ -28,7 +29,6 @@ from lmjax.precision.matmul import Key, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 
 Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
-Position = int | jax.Array
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:
@@ -130,20 +130,24 @@ class Norm(nnx.Module):
         return give(y, site, context.probe)
 
 
-def positions_from(start: Position, length: int) -> jax.Array:
-    """`int32[length]`, counting from `start`."""
-    return jnp.arange(length, dtype=jnp.int32) + start
-
-
 def rotary_angles(
-    config: ModelConfig, length: int, site: SitePolicy, start: Position = 0
+    config: ModelConfig, positions: jax.Array, site: SitePolicy
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of position times frequency, `[T, H/2]` each (Su et al. 2021, eq. 15)."""
+    """Cosine and sine of position times frequency (Su et al. 2021, eq. 15).
+
+    Args:
+      config: the model.
+      positions: `int32[T]`, or `int32[B, T]` where they differ between rows.
+      site: the formats of the site `rope`.
+
+    Returns:
+      Two arrays `[T, H/2]`, or `[B, T, H/2]`.
+    """
     half = config.head_size // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / half
     frequencies = site.to_compute(jnp.float32(config.rope_base) ** -exponents)
-    positions = site.to_compute(positions_from(start, length).astype(jnp.float32))
-    angles = positions[:, None] * frequencies[None, :]
+    turns = site.to_compute(positions.astype(jnp.float32))
+    angles = turns[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -151,7 +155,7 @@ def rotate(
     x: jax.Array, angles: tuple[jax.Array, jax.Array], site: SitePolicy, context: Context = QUIET
 ) -> jax.Array:
     """Turns the pairs (i, i + H/2) of `[B, T, heads, H]` by the angles of their position."""
-    cos, sin = (a[None, :, None, :] for a in angles)
+    cos, sin = (a[..., None, :] for a in angles)
     first, second = jnp.split(take(x, site, context.probe), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
     return give(jnp.concatenate(turned, axis=-1), site, context.probe)
@@ -166,7 +170,7 @@ def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Causal multi-head attention with grouped key/value heads, from pre-norm to output."""
+    """Multi-head attention with grouped key/value heads, from pre-norm to output."""
 
     def __init__(self, key: jax.Array, config: ModelConfig):
         keys = iter(jax.random.split(key, 4))
@@ -203,18 +207,20 @@ class Attention(nnx.Module):
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
         context: Context,
+        mask: Mask,
         cache: LayerCache | None = None,
         start: Position = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`[B, T, D]` to `[B, T, D]`, and the cache with what was read here.
 
         Args:
-          x: what the residual stream holds at positions `start` to `start + T`.
+          x: what the residual stream holds for the tokens of index `start` to `start + T`.
           sites: formats.
-          angles: of the same positions, for rotary embeddings.
+          angles: of the positions of these tokens, for rotary embeddings.
           context: randomness and probes.
-          cache: keys and values of the positions before; None: there are none.
-          start: the first position; 0 without a cache.
+          mask: which keys each of these tokens attends to.
+          cache: keys and values of the tokens before; None: there are none.
+          start: index of the first token; 0 without a cache.
         """
         c = self.config
         batch, length, _ = x.shape
@@ -236,7 +242,7 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.extended(k, v, start, sites)
             k, v = cache.read(sites)
-        weights = self.weights(q, k, sites, context, start)
+        weights = self.weights(q, k, sites, context, mask, start)
         weights = dropout(weights, c.dropout, context.at("dropout").key)
         combine = context.at("combine")
         y = einsum(
@@ -253,11 +259,18 @@ class Attention(nnx.Module):
         return self.out(y, sites["out"], context.at("out")), cache
 
     def weights(
-        self, q: jax.Array, k: jax.Array, sites: Sites, context: Context, start: Position = 0
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        sites: Sites,
+        context: Context,
+        mask: Mask = CAUSAL,
+        start: Position = 0,
     ) -> jax.Array:
         """Attention weights `[B, K, G, T, S]` of `q [B, T, K, G, H]` over `k [B, S, K, H]`.
 
-        Keys stand at positions 0 to S, queries at `start` to `start + T`.
+        Keys have the indices 0 to S, queries `start` to `start + T`; `mask` says which keys a query
+        sees, at least one each.
         The factor 1/sqrt(H) is split: its power of two goes to the queries, where it is exact in
         every format and keeps f16 scores in range; the rest is applied in the softmax's format.
         Unit scaling leaves all of it to the product.
@@ -279,13 +292,12 @@ class Attention(nnx.Module):
         scores = hand_on(scores, site, products.probe)
         scores = take(scores, softmax, probe)
         scores = scores if unit else scores * rest
-        queries = positions_from(start, scores.shape[-2])
-        keys = positions_from(0, scores.shape[-1])
-        causal = queries[:, None] >= keys[None, :]
+        queries = indices_from(start, scores.shape[-2])
+        keys = indices_from(0, scores.shape[-1])
         # Selected, not added: a large negative number added to a score can overflow f16. Infinite,
         # not large: should all real scores of a row overflow, it becomes NaN and the step is
-        # skipped, where a finite mask would win and let the row attend to the future.
-        scores = jnp.where(causal, scores, -jnp.inf)
+        # skipped, where a finite mask would win and let the row attend to what it must not see.
+        scores = jnp.where(mask.visible(queries, keys), scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
         if unit:
             weights = weights * unit_scaling.softmax_gain(self.config, scores.shape[-1])
@@ -362,6 +374,7 @@ class Block(nnx.Module):
         sites: Sites,
         angles: tuple[jax.Array, jax.Array] | None,
         context: Context,
+        mask: Mask,
         weights: BranchWeights | None = None,
         cache: LayerCache | None = None,
         start: Position = 0,
@@ -373,7 +386,7 @@ class Block(nnx.Module):
         residual, probe = sites["residual"], context.at("residual").probe
         x = take(x, residual, probe)
         first, second = (jax.tree.map(lambda w, i=i: w[i], weights) for i in range(2))
-        inside = within(sites, "attention"), angles, context.at("attention")
+        inside = within(sites, "attention"), angles, context.at("attention"), mask
         y, cache = self.attention(branched(x, first), *inside, cache, start)
         y = residual.to_compute(dropout(y, self.rate, context.at("dropout 1").key))
         x = joined(x, y, first)

@@ -146,10 +146,11 @@ def softmax_gain(config: ModelConfig, keys: int) -> float:
 def sum_of_embeddings(tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """`[B, T, D]` and `[T, D]`, each of unit variance, to their sum, likewise, rounded once.
 
-    A position is used by every row of the batch: the gradients of all are added up.
+    A position is used by every row of the batch: the gradients of all are added up. Positions
+    `[B, T, D]` are those of each row, used once each.
     """
     wide = at_least_f32(tokens.dtype)
-    positions = shared(positions.astype(wide), tokens.shape[0])
+    positions = shared(positions.astype(wide), tokens.size // positions.size)
     return ((tokens.astype(wide) + positions) * 0.5**0.5).astype(tokens.dtype)
 
 

@@ -248,7 +248,10 @@ def _embedding(
     rows = tokens * config.model.width
     stored, computed = carrier(table.site.params), carrier(table.site.compute)
     fsdp, ring = ("fsdp",), _ring(table.fsdp)
-    yield Traffic("embedding", "all-gather", "s32", fsdp, ring * tokens * table.fsdp * 4)
+    # With a document mask, learned positions are rows of a table as tokens are.
+    lookups = 2 if config.data.document_mask and config.model.positions == "learned" else 1
+    sent = lookups * ring * tokens * table.fsdp * 4
+    yield Traffic("embedding", "all-gather", "s32", fsdp, sent)
     sent = 2 * ring * rows * _bytes(computed)
     yield Traffic("embedding", "all-to-all", _hlo(computed), fsdp, sent)
     sent = 2 * _ring(table.tensor) * rows * _bytes(stored)

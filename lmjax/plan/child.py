@@ -39,7 +39,7 @@ def compile_here(config: Config, folder: str) -> Memory:
     mesh = sharding.make_mesh(config.mesh)
     shape = (config.batch_size, config.context)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
-    batch = {"inputs": tokens, "targets": tokens}
+    batch = dict.fromkeys(config.data.batch_fields, tokens)
     with planned_for(PLATFORM):
         traced = make_train_step(config, mesh).trace(abstract_state(config, mesh), batch)
         lowered = traced.lower(lowering_platforms=(PLATFORM,))

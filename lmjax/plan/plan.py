@@ -125,8 +125,9 @@ def cuts(config: Config, devices: int) -> Iterator[Cut]:
     shape = (config.batch_size, config.context)
     placed = sharding.batch_sharding(mesh, shape)
     spec = tuple(_used(axes, mesh) for axes in placed.spec)
-    size = 2 * 4 * math.prod(placed.shard_shape(shape))
-    yield Cut("inputs, targets", shape, "int32", spec, size)
+    fields = config.data.batch_fields
+    size = len(fields) * 4 * math.prod(placed.shard_shape(shape))
+    yield Cut(", ".join(fields), shape, "int32", spec, size)
 
 
 def _used(axes: str | tuple[str, ...] | None, mesh: jax.sharding.AbstractMesh) -> str:

@@ -44,6 +44,7 @@ def held_out_loss(
         batch_size=config.evaluation.batch_size,
         max_batches=batches,
         multiple=math.lcm(sharding.batch_parts(mesh), config.deterministic_reductions or 1),
+        document_mask=config.data.document_mask,
         process_index=share,
         process_count=shares,
     ):

@@ -93,24 +93,26 @@ def _record_batches(run: Run, first: int, last: int) -> Path:
     """Writes the batches of some steps, those of all hosts.
 
     Returns:
-      A `.npz` with `steps`, int32[n], and `inputs` and `targets`, int32[n, batch_size, context].
+      A `.npz` with `steps`, int32[n], and what batches hold, int32[n, batch_size, context] each.
       After a resumption it starts with the first step of this process.
     """
     path = run.workdir / "rewound" / f"batches-{last}.npz"
     if is_first():
         config, states = run.config, run.positions.between(first, last)
         data = train_iterator(
-            run.corpus, length=config.context, batch_size=config.batch_size, seed=config.seed
+            run.corpus,
+            length=config.context,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            document_mask=config.data.document_mask,
         )
         batches = []
         for state in states.values():
             data.set_state(state)
             batches.append(next(data))
+        arrays: dict[str, Any] = {
+            name: np.stack([batch[name] for batch in batches]) for name in config.data.batch_fields
+        }
         path.parent.mkdir(exist_ok=True)
-        np.savez(
-            path,
-            steps=np.array(list(states), np.int32),
-            inputs=np.stack([batch["inputs"] for batch in batches]),
-            targets=np.stack([batch["targets"] for batch in batches]),
-        )
+        np.savez(path, steps=np.array(list(states), np.int32), **arrays)
     return path

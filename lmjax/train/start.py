@@ -144,6 +144,7 @@ def start_run(
         length=config.context,
         batch_size=config.batch_size,
         seed=config.seed,
+        document_mask=config.data.document_mask,
         process_index=share,
         process_count=shares,
     )

@@ -49,7 +49,8 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> state, metrics`. It donates the state it is given. A batch holds
-      `inputs` and `targets`, `int32[batch_size, context]`. Metrics are f32[] arrays: `loss` in nats
+      `inputs` and `targets`, `int32[batch_size, context]`, and with `data.document_mask` also
+      `document_starts`, from `lmjax.data.document_starts`. Metrics are f32[] arrays: `loss` in nats
       per token (with the z-loss, if any), `grad_norm` before clipping, `learning_rate` and
       `loss_scale` as this step used them, `skipped_steps` in all and `consecutive_skips`; and with
       telemetry `telemetry`, a `Census` by site and role, and `updates`, an `UpdateCensus` by
@@ -176,6 +177,7 @@ def make_scaled_loss(
                 context=context,
                 cotangent_scales=scale if config.loss_scale.per_block else None,
                 constrain=functools.partial(constrain, mesh),
+                document_starts=_document_starts(config, batch),
             )
             probe = context.at("loss").probe
             # What multiplies the loss is part of unit scaling's constants; the loss scale is not.
@@ -191,6 +193,18 @@ def make_scaled_loss(
             return loss * factor, loss
 
     return scaled_loss
+
+
+def _document_starts(config: Config, batch: Batch) -> jax.Array | None:
+    """Where the documents of a batch start, for a document mask; None without one."""
+    if not config.data.document_mask:
+        return None
+    if "document_starts" not in batch:
+        raise ValueError(
+            "data.document_mask is on, but the batch does not say where documents start; add "
+            "document_starts=lmjax.data.document_starts(inputs, end_of_document)"
+        )
+    return batch["document_starts"]
 
 
 def _over_micro_batches(
@@ -219,7 +233,8 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
 
     Returns:
       `step(params, batch) -> (nats, tokens)`, f32[] each: the summed cross entropy of the tokens
-      that count and their number. A batch holds `inputs`, `targets` and `weights`, `[B, T]`.
+      that count and their number. A batch holds `inputs`, `targets` and `weights`, `[B, T]`, and
+      with `data.document_mask` also `document_starts`.
     """
     config = config.resolved()
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
@@ -236,7 +251,12 @@ def evaluation(config: Config, mesh: Any) -> EvalStep:
         """Summed nats and number of the tokens whose weight is 1."""
         with jax.numpy_dtype_promotion("strict"):
             logits = apply(
-                params, batch["inputs"], config=config.model, sites=sites, constrain=constrain
+                params,
+                batch["inputs"],
+                config=config.model,
+                sites=sites,
+                constrain=constrain,
+                document_starts=_document_starts(config, batch),
             )
             nats = token_losses(logits, batch["targets"], sites["loss"]).cross_entropy
             nats = nats.astype(at_least_f32(nats.dtype))

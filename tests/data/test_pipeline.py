@@ -187,3 +187,31 @@ def test_hosts_share_the_same_validation_batches(corpus):
     for whole, *parts in zip(batches(), *shares, strict=True):
         for name, rows in whole.items():
             np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), rows)
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_document_mask_says_where_documents_start(corpus, hosts):
+    """Token 255 ends a document; the next one starts with it, in the window that reads it."""
+    starts, ends = {}, 0
+    for host in range(hosts):
+        iterator = train_iterator(
+            corpus(401), length=8, batch_size=10, seed=0, document_mask=True,
+            process_index=host, process_count=hosts,
+        )  # fmt: skip
+        for _ in range(5):
+            batch = next(iterator)
+            assert batch["document_starts"].dtype == np.int32
+            for first, row in zip(batch["inputs"][:, 0], batch["document_starts"], strict=True):
+                starts[int(first)] = row.tolist()
+                ends += 255 in range(first, first + 8)
+    assert len(starts) == 50
+    assert ends == 1
+    assert starts.pop(248) == [0, 0, 0, 0, 0, 0, 0, 7]
+    assert all(row == [0] * 8 for row in starts.values())
+
+
+def test_validation_batches_say_where_documents_start(corpus):
+    batches = validation_batches(corpus(9, 300), length=10, batch_size=4, document_mask=True)
+    starts = np.concatenate([batch["document_starts"] for batch in batches])
+    assert starts[25].tolist() == [0] * 5 + [5] * 5
+    assert not np.delete(starts, 25, axis=0).any()

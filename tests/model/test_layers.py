@@ -26,7 +26,7 @@ def attention_sites(text: str) -> dict:
 
 
 def test_rotary_scores_depend_on_distance_alone():
-    angles = rotary_angles(ROPE, 32, site("f32", "blocks/0/attention/rope"))
+    angles = rotary_angles(ROPE, jnp.arange(32), site("f32", "blocks/0/attention/rope"))
     generator = np.random.default_rng(0)
     q, k = (jnp.asarray(generator.normal(size=8), jnp.float32) for _ in range(2))
     everywhere = lambda x: jnp.broadcast_to(x, (1, 32, 1, 8))
@@ -44,7 +44,8 @@ def test_rotary_angles_are_f32_in_a_bf16_model():
     exact = np.outer(np.arange(length), 10000.0 ** (-np.arange(half) / half))
     error = lambda text: np.abs(
         np.asarray(
-            rotary_angles(ROPE, length, site(text, "blocks/0/attention/rope"))[0], np.float64
+            rotary_angles(ROPE, jnp.arange(length), site(text, "blocks/0/attention/rope"))[0],
+            np.float64,
         )
         - np.cos(exact)
     ).max()

@@ -1,0 +1,88 @@
+"""Which keys a query attends to, and which position a token has, as values that layers are given.
+
+A mask is a frozen pytree with one method, `visible`. Attention asks it and knows nothing else about
+causality, documents or padding, so another kind of attention is another class in this file.
+
+Tokens are counted in two ways. An *index* says where a token stands among all that attention holds,
+in a window or in a cache. A *position* is what learned tables and rotary embeddings encode. They
+are the same but for windows that hold several documents, in which positions restart.
+
+Shapes: B batch, T queries, S keys. Knows JAX only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Position = int | jax.Array
+
+
+class Mask(Protocol):
+    """Decides which keys each query attends to. Every query must see at least one key."""
+
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Whether each query sees each key, to be broadcast against scores `[B, K, G, T, S]`.
+
+        Args:
+          queries: index of each query, `int32[T]`.
+          keys: index of each key, `int32[S]`.
+
+        Returns:
+          `bool[T, S]`, or `bool[B, 1, 1, T, S]` where rows differ.
+        """
+        ...
+
+
+class Causal(NamedTuple):
+    """Each query sees itself and everything before it."""
+
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """See `Mask`."""
+        return queries[:, None] >= keys[None, :]
+
+
+CAUSAL = Causal()
+
+
+class CausalWithinDocuments(NamedTuple):
+    """Each query sees itself and what its own document holds before it.
+
+    Attributes:
+      starts: index of the first token of each query's document, `int32[B, T]`, at most the index of
+        the query.
+    """
+
+    starts: jax.Array
+
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """See `Mask`."""
+        own = keys >= self.starts[:, None, None, :, None]
+        return own & CAUSAL.visible(queries, keys)
+
+
+def indices_from(start: Position, length: int) -> jax.Array:
+    """`int32[length]`, counting from `start`."""
+    return jnp.arange(length, dtype=jnp.int32) + start
+
+
+def mask_and_positions(
+    start: Position, length: int, document_starts: jax.Array | None
+) -> tuple[Mask, jax.Array]:
+    """What the tokens of a language model attend to, and where they stand in their documents.
+
+    Args:
+      start: index of the first of the tokens.
+      length: number of tokens, T.
+      document_starts: index of the first token of each token's document, `int32[B, T]`; None: all
+        belong to one document, which begins at index 0.
+
+    Returns:
+      The mask; and the positions, `int32[T]`, or `int32[B, T]` where documents are given.
+    """
+    indices = indices_from(start, length)
+    if document_starts is None:
+        return CAUSAL, indices
+    return CausalWithinDocuments(document_starts), indices - document_starts
