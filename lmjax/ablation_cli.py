@@ -26,6 +26,7 @@ from lmjax.ablation.runs import ablation_of
 from lmjax.ablation.words import significant
 from lmjax.checks import at_least, validate
 from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, parse_flags, print_json, print_table
+from lmjax.filenames import printable
 from lmjax.train import InputError
 from lmjax.train.locks import lock
 
@@ -146,7 +147,7 @@ def report_on_runs(runs: Sequence[Path], out: Path | None = None, *, json: bool 
 def _report(ablation: Ablation, cells: Sequence[Cell], out: Path, *, json: bool) -> None:
     if json:
         path = _write_report(ablation, cells, out)
-        print(f"the report is {path}", file=sys.stderr)
+        print(f"the report is {printable(path)}", file=sys.stderr)
         print_json(summary(gather(ablation, cells, ablation.monitoring)))
         return
     print(f"{ablation.question}\n")
@@ -224,7 +225,7 @@ def _print_report(ablation: Ablation, cells: Sequence[Cell], out: Path) -> None:
     if len(ablation.arms) > 1:
         print()
         print_table(*verdicts(gather(ablation, cells, ablation.monitoring)))
-    print(f"\nthe report is {path}")
+    print(f"\nthe report is {printable(path)}")
 
 
 def _write_report(ablation: Ablation, cells: Sequence[Cell], out: Path) -> Path:

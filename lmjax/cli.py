@@ -123,7 +123,7 @@ def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequen
     console.print(
         f"held-out loss {loss:.4f} nats per token after {counted(outcome.step, 'step')} "
         f"({outcome.result['train_seconds']:.1f} s of training); everything is in "
-        f"{launch.workdir}",
+        f"{printable(launch.workdir)}",
         markup=False,
         soft_wrap=True,
     )

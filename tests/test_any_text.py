@@ -27,6 +27,7 @@ from lmjax.filenames import is_plain, plain, printable
 from lmjax.train import Config, InputError
 from lmjax.train.checkpoint import Checkpoints
 from lmjax.train.metrics import draw_curves, replace_text
+from lmjax.train.progress import say
 
 TROUBLE = (
     "[]{}*?!\\$%~'\"`:;|&<>#@=,^_-. \n\t\r\x01\x1b\x7f\u2028\u202e\ufeff\udce9aZ1é語\U0001f600"
@@ -121,6 +122,15 @@ def test_an_error_about_any_name_is_one_line(text: str) -> None:
         assert cli.guarded(fail) == cli.BAD_INPUT
     assert len(err.getvalue().splitlines()) == 1
     assert err.getvalue() == f"error: cannot write {printable(text)}: no\n"
+
+
+@many
+@given(texts)
+@example("a\nb\x1b[31m :warning: [red]")
+def test_a_note_about_any_name_is_one_line(text: str) -> None:
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        say(f"starting {text}: 5 steps")
+    assert err.getvalue() == f"starting {printable(text)}: 5 steps\n"
 
 
 @few

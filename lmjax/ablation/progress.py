@@ -21,6 +21,7 @@ from lmjax import stages
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, State
 from lmjax.ablation.words import significant
+from lmjax.filenames import printable
 
 
 class Display:
@@ -74,7 +75,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def _table(self, states: Mapping[str, State]) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")

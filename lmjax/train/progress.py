@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmjax import stages
+from lmjax.filenames import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -123,13 +124,13 @@ class Reporter:
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def say(text: str, *, enabled: bool = True) -> None:
     """Prints a line that stays, where no reporter is at work."""
     Console(stderr=True, highlight=False, emoji=False, quiet=not enabled).print(
-        text, markup=False, soft_wrap=True
+        printable(text), markup=False, soft_wrap=True
     )
 
 
