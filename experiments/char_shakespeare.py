@@ -33,4 +33,4 @@ def config() -> Config:
 
 
 if __name__ == "__main__":
-    run_experiment(__spec__.name, config)
+    run_experiment(config)

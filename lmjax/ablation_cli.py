@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import tyro
-
 from lmjax.ablation import grid
 from lmjax.ablation.grid import MOST_SEEDS, Ablation, Cell
 from lmjax.ablation.report import write_report
@@ -25,8 +23,9 @@ from lmjax.ablation.runner import AblationError, run, with_added_seeds
 from lmjax.ablation.runs import ablation_of
 from lmjax.ablation.words import significant
 from lmjax.checks import at_least, validate
-from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, parse_flags, print_json, print_table
+from lmjax.cli import DONE, FAILED, STOPPED, UserPath, guarded, print_json, print_table
 from lmjax.filenames import printable
+from lmjax.flags import parsed, program
 from lmjax.train import InputError
 from lmjax.train.locks import lock
 
@@ -61,27 +60,25 @@ class Launch:
         validate(self)
 
 
-def run_ablation(module: str, ablation: Callable[[], Ablation]) -> NoReturn:
-    """Runs an ablation module from the command line and exits.
+def run_ablation(ablation: Callable[[], Ablation]) -> NoReturn:
+    """Runs the module that was started, an ablation, from the command line and exits.
 
     Args:
-      module: its dotted name, which also names the default directory.
       ablation: the module's `ablation`.
     """
-    sys.exit(guarded(lambda: _run_ablation(module, ablation, sys.argv[1:])))
+    module, command = program()
+    sys.exit(guarded(lambda: _run_ablation(module, ablation, sys.argv[1:], command)))
 
 
-def _run_ablation(module: str, ablation: Callable[[], Ablation], arguments: Sequence[str]) -> int:
+def _run_ablation(
+    module: str,
+    ablation: Callable[[], Ablation],
+    arguments: Sequence[str],
+    command: str = "",
+) -> int:
     default = Launch(workdir=Path("runs") / module.rpartition(".")[2])
-    launch = parse_flags(
-        lambda: tyro.cli(
-            Launch,
-            default=default,
-            args=arguments,
-            prog=f"python -m {module}",
-            description=sys.modules["__main__"].__doc__,
-        )
-    )
+    command = command or f"python -m {module}"
+    launch = parsed(Launch, arguments, default=default, command=command)
     options = _slurm_options(launch)
     chosen = _chosen(ablation(), launch)
     print(f"{chosen.question}\n")

@@ -187,6 +187,11 @@ def fields(config: type) -> list[str]:
     return [name for name, _ in _walk(config)]
 
 
+def leaves(config: type) -> Iterator[tuple[str, Any]]:
+    """The dotted names of all fields, and their types without annotations."""
+    return ((name, _unannotated(hint)) for name, hint in _walk(config))
+
+
 def choices(config: type) -> dict[str, tuple[str, ...]]:
     """The values that fields with a closed list of them may have, by dotted name."""
     literals = ((name, _unannotated(hint)) for name, hint in _walk(config))

@@ -9,10 +9,7 @@ stderr and an exit code:
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
-import re
 import signal
 import sys
 import traceback
@@ -30,16 +27,19 @@ from lmjax.checks import at_least, validate
 from lmjax.data import CacheFailed, DataError
 from lmjax.distributed import DistributedConfig
 from lmjax.filenames import expanded, printable
+from lmjax.flags import NAMED, parsed, program, with_file
 from lmjax.inference import NonFiniteError, load_model
 from lmjax.inference import generate as generate_text
 from lmjax.plan.program import PlanError
 from lmjax.streams import tolerant
-from lmjax.train import Config, InputError, TrainingFailed, train
+from lmjax.train import Config, InputError, TrainingFailed, read_config, train
 from lmjax.train.agreement import is_first
+from lmjax.train.config import reopened
 from lmjax.train.decoration import decoration
 from lmjax.train.errors import CheckpointError, OutOfMemory, StorageFailed
 from lmjax.train.exhaustion import explained, is_exhaustion
 from lmjax.train.memory import keep_freed_memory
+from lmjax.train.remote import fetched
 from lmjax.wording import counted
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -70,6 +70,8 @@ class Launch:
     workdir: Annotated[str, tyro.conf.arg(metavar="DIR")]
     """The run directory; the same command again goes on with the run in it. s3://BUCKET/RUN and
     gs://BUCKET/RUN are in an object store: any machine goes on with the run there."""
+    config_file: Annotated[str, tyro.conf.arg(name=NAMED["config_file"], metavar="FILE")] = ""
+    """Settings to start from, which other flags override: the config.json of a run, or a part."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     stop_after: Annotated[int, at_least(1)] | None = None
     """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
@@ -81,29 +83,62 @@ class Launch:
         validate(self)
 
 
-def run_experiment(module: str, config: Callable[[], Config]) -> NoReturn:
-    """Runs an experiment module from the command line and exits.
+def run_experiment(config: Callable[[], Config]) -> NoReturn:
+    """Runs the module that was started, an experiment, from the command line and exits.
 
     Args:
-      module: its dotted name, which also names the default run directory.
       config: the module's `config`.
     """
     opening.begin()
     keep_freed_memory()
-    sys.exit(guarded(lambda: _run_experiment(module, config, sys.argv[1:])))
+    module, command = program()
+    sys.exit(guarded(lambda: _run_experiment(module, config, sys.argv[1:], command)))
 
 
-def _run_experiment(module: str, config: Callable[[], Config], arguments: Sequence[str]) -> int:
+def _run_experiment(
+    module: str,
+    config: Callable[[], Config],
+    arguments: Sequence[str],
+    command: str = "",
+) -> int:
     default = Launch(config=config(), workdir=str(Path("runs", module.rpartition(".")[2])))
-    launch = parse_flags(
-        lambda: tyro.cli(
-            Launch,
-            default=default,
-            args=arguments,
-            prog=f"python -m {module}",
-            description=sys.modules["__main__"].__doc__,
+    command = command or f"python -m {module}"
+    return _launched(parsed(Launch, with_file(arguments), default=default, command=command))
+
+
+def resume_run(arguments: Sequence[str]) -> int:
+    """Goes on with a run as it is recorded; flags as those of an experiment.
+
+    Args:
+      arguments: the run directory or its URL, and flags.
+    """
+    run = next(iter(arguments), "-")
+    if run.startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            parsed(Launch, arguments, default=Launch(Config(), "RUN"), command=RESUME)
+        raise InputError(f"name the run directory first: {RESUME}")
+    with fetched(run, checkpoint=False) as folder:
+        recorded, path = read_config(folder), folder / "result.json"
+        result = strict_json.read(path) if path.exists() else None
+    default = Launch(config=reopened(recorded), workdir=run)
+    launch = parsed(Launch, with_file(arguments[1:]), default=default, command=RESUME)
+    if launch.workdir != run:
+        raise InputError(f"{RESUME} goes on in RUN itself; leave --workdir out")
+    if result is not None:
+        print(
+            f"{run} is finished: held-out loss {float(result['eval_loss']):.4f} nats per token "
+            f"after {result['steps']} steps. For a longer run, start another one: an experiment "
+            f"with --config {run}/config.json, --steps and --workdir"
         )
-    )
+        return DONE
+    keep_freed_memory()
+    return _launched(launch)
+
+
+RESUME = "python -m lmjax resume RUN [FLAGS]"
+
+
+def _launched(launch: Launch) -> int:
     if parts := launch.config.deterministic_reductions:
         # On CPU sums depend on the size of XLA's thread pool too: the number of cores or of
         # devices, whichever is larger, unless this says otherwise before there is a backend.
@@ -137,36 +172,6 @@ def _joined(config: DistributedConfig) -> bool:
             return distributed.start(config)
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def parse_flags(parse: Callable[[], T]) -> T:
-    """Runs tyro; its boxed complaint, and that of a config dataclass, becomes one line."""
-    stages.end(stages.IMPORTING)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return parse()
-    except ValueError as error:  # a config dataclass refused what the flags say
-        raise InputError(str(error)) from error
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise InputError(_one_line(complaint.getvalue())) from error
-
-
-def _one_line(boxed: str) -> str:
-    """The text of tyro's boxes, without frames and without the pointer to --help."""
-    lines = [re.sub(r"^[╭│╰]\s?|\s?[╮│╯]$", "", line).strip() for line in boxed.splitlines()]
-    kept = [line for line in lines if line and not set(line) <= set("─ ")]
-    text = " ".join(line for line in kept if "─" not in line)
-    for noise in (
-        r"For full helptext, (run|see) .*",
-        r"Argument helptext: .*",
-        r"^Error parsing config\S*: ",
-        r"^Error parsing (?=--)",
-    ):
-        text = re.sub(noise, "", text)
-    return text.strip() or "bad flags"
 
 
 def guarded(call: Callable[[], int], *, prints_results: bool = False) -> int:

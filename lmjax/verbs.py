@@ -25,16 +25,18 @@ from lmjax.cli import (
     DONE,
     FAILED,
     STOPPED,
+    RunDirectory,
     UserPath,
     bad_input,
     guarded,
-    parse_flags,
     print_json,
     print_table,
+    resume_run,
 )
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
 from lmjax.data_cli import show_prepared
+from lmjax.flags import known_flags, parse_flags, refuse_unknown
 from lmjax.inference_cli import evaluate, generate, score
 from lmjax.model import Sites
 from lmjax.plan_cli import MeshSizes, changed, show_plan, show_rooflines
@@ -51,6 +53,7 @@ Count = Annotated[int, at_least(1)]
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Uses what experiments have trained, and shows what they would do."""
     verbs: dict[str, Callable[..., int]] = {
+        "resume": resume,
         "generate": generate,
         "score": score,
         "evaluate": evaluate,
@@ -62,8 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "reproduce": reproduce,
     }
     deferred = {name: _deferred(verb) for name, verb in verbs.items()}
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb, *flags = arguments or [""]
+    if verb == "resume":  # its flags have the values that the run has recorded
+        sys.exit(guarded(lambda: resume_run(flags)))
 
     def run() -> int:
+        if verb in verbs:
+            refuse_unknown(flags, known_flags(verbs[verb]))
         call = parse_flags(
             lambda: tyro.extras.subcommand_cli_from_dict(
                 deferred, prog="python -m lmjax", description=main.__doc__, args=arguments
@@ -72,6 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         return call()
 
     sys.exit(guarded(run, prints_results=True))
+
+
+def resume(run: RunDirectory, /) -> int:
+    """Goes on with a run as it is recorded, wherever it was stopped; takes an experiment's flags.
+
+    Args:
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
+    """
+    return resume_run([run])
 
 
 def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:

@@ -59,7 +59,7 @@ CONFINED = {
     "tensorflow_datasets": ("data/",),
     "array_record": ("data/",),
     "tokenizers": ("data/",),
-    "tyro": ("cli.py", "verbs.py", "ablation_cli.py"),
+    "tyro": ("cli.py", "flags.py", "verbs.py", "ablation_cli.py"),
     "fsspec": ("train/object_store.py",),
     "submitit": ("ablation/pools.py",),
     "tensorboardX": ("train/metrics.py",),

@@ -126,4 +126,4 @@ def claim() -> Claim:
 
 
 if __name__ == "__main__":
-    run_ablation(__spec__.name, ablation)
+    run_ablation(ablation)

@@ -45,4 +45,4 @@ def ablation() -> Ablation:
 
 
 if __name__ == "__main__":
-    run_ablation(__spec__.name, ablation)
+    run_ablation(ablation)
