@@ -24,6 +24,8 @@ from lmjax.precision.grammar import parse_policy
 from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
 from lmjax.sharding import MeshConfig
+from lmjax.train.profile import ProfileConfig
+from lmjax.train.sinks import MetricsConfig
 
 Count = Annotated[int, at_least(1)]
 
@@ -145,6 +147,12 @@ class Config:
     telemetry: Annotated[
         TelemetryConfig, housekeeping("a watched step differs at most in the rounding of sums")
     ] = field(default_factory=TelemetryConfig)
+    profile: Annotated[
+        ProfileConfig, housekeeping("a traced step computes what another one does")
+    ] = field(default_factory=ProfileConfig)
+    metrics: Annotated[
+        MetricsConfig, housekeeping("where numbers are shown does not change them")
+    ] = field(default_factory=MetricsConfig)
     mesh: Annotated[
         MeshConfig, housekeeping("where a run is computed changes the order of sums and no more")
     ] = field(default_factory=MeshConfig)
@@ -161,6 +169,11 @@ class Config:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} "
                 "micro-batches; choose numbers that divide"
+            )
+        if self.profile.range and self.profile.range[-1] > self.steps:
+            raise ValueError(
+                f"profile.steps is {self.profile.steps}, but the run ends after step {self.steps}; "
+                "choose earlier steps or raise --steps"
             )
         self._refuse_disorder()
         refuse_no_tensor(self.telemetry, layout(self.model))

@@ -28,6 +28,7 @@ from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog
 from lmjax.train.object_store import as_url
+from lmjax.train.profile import Profiler
 from lmjax.train.programs import PhasePrograms, Programs
 from lmjax.train.progress import Reporter, say
 from lmjax.train.records import (
@@ -169,6 +170,7 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
         writer_of(run, telemetry=config.telemetry.every > 0) as writer,
         Reporter(first, config.steps, enabled=progress) as report,
         stop.acknowledged_by(report.note),
+        Profiler(config.profile.range, run.workdir, report.note) as profiler,
     ):
         if peak is not None:
             report.note(f"MFU is the share of {peak} that model FLOP take")
@@ -189,7 +191,17 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
                 report.note(_phase_note(config, step - 1))
                 run.clock.resume()
             train_step = steps.watched if config.is_watched(step) else steps.train
-            run.state, metrics = train_step(run.state, batch)
+            if profiler.begins(step):
+                pause(run)
+                profiler.begin()
+                run.clock.resume()
+            with profiler.step(step):
+                run.state, metrics = train_step(run.state, batch)
+            if profiler.ends(step):
+                pause(run)
+                with report.stage("writing the trace"):
+                    profiler.end()
+                run.clock.resume()
             report.dispatched(step, metrics["loss"])
             # Fetching the metrics of the step before, now that this one is on its way, keeps the
             # device busy.

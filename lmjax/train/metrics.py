@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ from lmjax import strict_json
 from lmjax.filenames import no_math, plain
 from lmjax.train.background import Background
 from lmjax.train.decoration import decoration
+from lmjax.train.sinks import Sink
 
 Row = Mapping[str, Any]
 
@@ -49,7 +50,15 @@ class MetricsWriter:
     checkpoints. What goes wrong there is raised by the next call.
     """
 
-    def __init__(self, workdir: Path, resumed_step: int, *, telemetry: bool = False):
+    def __init__(
+        self,
+        workdir: Path,
+        resumed_step: int,
+        *,
+        telemetry: bool = False,
+        sinks: Sequence[Sink] = (),
+    ):
+        self._sinks = sinks
         self._file = _reopened(workdir / "metrics.jsonl", resumed_step)
         self._telemetry = (
             _reopened(workdir / "telemetry.jsonl", resumed_step) if telemetry else None
@@ -82,6 +91,8 @@ class MetricsWriter:
         self._background.submit(lambda: self._append(self._file, row))
         scalars = {name: value for name, value in row.items() if name != "step"}
         self._background.submit(lambda: self._add_event(scalars, row["step"]))
+        for sink in self._sinks:
+            sink.log(scalars, row["step"])
 
     def write_telemetry(self, row: Row) -> None:
         """Writes a row of `telemetry.jsonl`; what was lost also becomes TensorBoard scalars."""
@@ -113,6 +124,8 @@ class MetricsWriter:
             self.flush()
         finally:
             self._background.stop()
+            for sink in self._sinks:
+                sink.close()
 
     def _append(self, file: TextIO, row: Row) -> None:
         file.write(strict_json.dumps(row) + "\n")

@@ -18,6 +18,7 @@ from lmjax import strict_json
 from lmjax.filenames import printable
 from lmjax.numerics.telemetry import draw_telemetry
 from lmjax.train.agreement import is_first
+from lmjax.train.config import to_json
 from lmjax.train.decoration import decoration
 from lmjax.train.errors import StorageFailed
 from lmjax.train.log import StepLog
@@ -29,6 +30,7 @@ from lmjax.train.metrics import (
     replace_text,
 )
 from lmjax.train.run_directory import parameters_sha256, record_environment
+from lmjax.train.sinks import open_sinks
 from lmjax.train.start import Run
 
 
@@ -54,7 +56,8 @@ def record_start(run: Run) -> None:
 def writer_of(run: Run, *, telemetry: bool = False) -> MetricsWriter:
     """What writes the rows of the steps after the run's last one."""
     if is_first():
-        return MetricsWriter(run.workdir, run.step, telemetry=telemetry)
+        sinks = open_sinks(run.config.metrics, run.workdir, to_json(run.config), run.note)
+        return MetricsWriter(run.workdir, run.step, telemetry=telemetry, sinks=sinks)
     return SilentWriter()
 
 

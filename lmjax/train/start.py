@@ -23,6 +23,7 @@ from lmjax.train.errors import InputError, StorageFailed
 from lmjax.train.log import Clock
 from lmjax.train.rewind import Positions
 from lmjax.train.run_directory import record_changes, refuse_unusable
+from lmjax.train.sinks import refuse_missing
 from lmjax.train.state import TrainState, abstract_state, create_state
 
 
@@ -86,6 +87,7 @@ def _checked_here(
 ) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
     try:
         config = config.resolved()
+        refuse_missing(config.metrics)
         if workdir is not None and is_first():
             # Before text is tokenized for hours.
             refuse_unusable(workdir, config)
