@@ -27,14 +27,13 @@ from lmjax.checks import at_least, validate
 from lmjax.data import CacheFailed, DataError
 from lmjax.distributed import DistributedConfig
 from lmjax.filenames import expanded, printable
-from lmjax.flags import NAMED, parsed, program, with_file
+from lmjax.flags import NAMED, parsed, program, reopened, with_file
 from lmjax.inference import NonFiniteError, load_model
 from lmjax.inference import generate as generate_text
 from lmjax.plan.program import PlanError
 from lmjax.streams import tolerant
 from lmjax.train import Config, InputError, TrainingFailed, read_config, train
 from lmjax.train.agreement import is_first
-from lmjax.train.config import reopened
 from lmjax.train.decoration import decoration
 from lmjax.train.errors import CheckpointError, OutOfMemory, StorageFailed
 from lmjax.train.exhaustion import explained, is_exhaustion

@@ -9,6 +9,7 @@ reads both, and only what results is checked as a whole. What is wrong becomes o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import inspect
 import io
@@ -26,7 +27,7 @@ import tyro
 
 from lmjax import checks, stages, strict_json
 from lmjax.train import Config, InputError
-from lmjax.train.config import from_json, reopened, to_json
+from lmjax.train.config import from_json, to_json
 
 T = TypeVar("T")
 
@@ -229,6 +230,29 @@ def flags_of_file(name: str) -> list[str]:
         raise InputError(f"--config {name}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError) as error:
         raise InputError(f"--config {name}: {error}") from error
+
+
+DERIVED: dict[str, dict[str, Any]] = {
+    "model": {"kv_heads": 0, "head_width": 0, "mlp_width": 0},
+    "loss_scale": {"kind": "auto", "format": "auto"},
+    "evaluation": {"batch_size": 0},
+}
+"""The fields that `Config.resolved` fills in, and their values where they are left open."""
+
+
+def reopened(config: Config) -> Config:
+    """The same run, with every field left open again that would be derived alike."""
+    resolved = config.resolved()
+    for part, fields in DERIVED.items():
+        for name, value in fields.items():
+            own = getattr(config, part)
+            try:
+                opened = dataclasses.replace(own, **{name: value})
+                candidate = dataclasses.replace(config, **{part: opened})
+                config = candidate if candidate.resolved() == resolved else config
+            except ValueError:  # such as a width that heads do not divide
+                continue
+    return config
 
 
 def _as_flags(values: dict[str, Any], prefix: str) -> Iterator[str]:

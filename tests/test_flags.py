@@ -16,8 +16,9 @@ from run_helpers import ROOT, home, result, rows, tiny_flags
 
 from experiments import quickstart
 from lmjax import cli, flags, verbs
+from lmjax.flags import reopened
 from lmjax.train import Config, read_config
-from lmjax.train.config import from_json, reopened, to_json
+from lmjax.train.config import from_json, to_json
 
 __all__ = ["home"]
 

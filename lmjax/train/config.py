@@ -304,29 +304,6 @@ is: where it runs, how closely it is watched, how often it is saved, what is don
 goes wrong. They are recorded."""
 
 
-DERIVED: dict[str, dict[str, Any]] = {
-    "model": {"kv_heads": 0, "head_width": 0, "mlp_width": 0},
-    "loss_scale": {"kind": "auto", "format": "auto"},
-    "evaluation": {"batch_size": 0},
-}
-"""The fields that `Config.resolved` fills in, and their values where they are left open."""
-
-
-def reopened(config: Config) -> Config:
-    """The same run, with every field left open again that would be derived alike."""
-    resolved = config.resolved()
-    for part, fields in DERIVED.items():
-        for name, value in fields.items():
-            own = getattr(config, part)
-            try:
-                opened = dataclasses.replace(own, **{name: value})
-                candidate = dataclasses.replace(config, **{part: opened})
-                config = candidate if candidate.resolved() == resolved else config
-            except ValueError:  # such as a width that heads do not divide
-                continue
-    return config
-
-
 def _of_cotangents(sites: Collection[SitePolicy]) -> list[Format]:
     """The formats that cotangents are rounded to without a scale factor of their own."""
     quantizers = [site.grads.quantizer for site in sites if site.grads is not None]

@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     "data.dataset": "tfds:wikitext",
     "data.files": ("elsewhere/*.txt",),
     "data.tokenizer_files": "elsewhere",
+    "data.validation_files": ("elsewhere/b.txt",),
     "data.feature": "body",
     "data.tokenizer": "bpe",
     "optimizer.no_decay": (),
@@ -117,11 +118,11 @@ def stopped(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [n for n in checks.fields(Config) if n not in HOUSEKEEPING])
 def test_a_run_is_not_resumed_with_another_value_of_what_it_computes_with(
-    name: str, config: Config, home: Path, tmp_path: Path
+    name: str, config: Config, home: Path, stopped: Path
 ) -> None:
-    open_run(tmp_path / "run", config.resolved())
     with pytest.raises(InputError, match=f"holds another run.*{name} is "):
-        open_run(tmp_path / "run", changed(config, name, home).resolved())
+        open_run(stopped, changed(config, name, home).resolved())
+    assert read_config(stopped) == config.resolved()
 
 
 @pytest.mark.parametrize(
