@@ -183,6 +183,7 @@ def with_loss_scale(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@jax.named_scope("loss_scale")
 def _adjust(state: LossScaleState, finite: jax.Array, config: LossScaleConfig) -> LossScaleState:
     """The count of finite steps, and for a dynamic scale the scale, after one step."""
     good_steps = (state.good_steps + 1) * finite.astype(jnp.int32)
@@ -196,6 +197,7 @@ def _adjust(state: LossScaleState, finite: jax.Array, config: LossScaleConfig) -
     return state._replace(scale=scale, good_steps=good_steps)
 
 
+@jax.named_scope("loss_scale")
 def _foresee(
     state: LossScaleState, finite: jax.Array, cotangents: Spread | None, config: LossScaleConfig
 ) -> LossScaleState:
@@ -228,6 +230,7 @@ def of_the_loss(scale: jax.Array) -> jax.Array:
     return scale[-1] if scale.ndim else scale
 
 
+@jax.named_scope("loss_scale")
 def unscale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> Any:
     """Gradients of the scaled loss, widened to f32 (f64 stays) and then divided by the scale.
 
@@ -260,6 +263,7 @@ def _of(stack: Stack | None) -> Stack:
     return stack
 
 
+@jax.named_scope("loss_scale")
 def finite_by_scale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> jax.Array:
     """bool, of the shape of `scale`: the gradients that each scale applies to are all finite."""
     if not scale.ndim:

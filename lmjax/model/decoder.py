@@ -109,7 +109,8 @@ def apply(
     mask, positions = mask_and_positions(0, tokens.shape[1], document_starts)
     x = embedded(model, tokens, positions, sites, context, constrain)
     x = constrain(x, ("batch", "length", "width"))
-    x = dropout(x, config.dropout, context.at("dropout").key)
+    with sites["embed"].scope:
+        x = dropout(x, config.dropout, context.at("dropout").key)
     x = _scan_blocks(
         model.blocks,
         x,
@@ -165,8 +166,11 @@ def embedded(
     rows = model.positions(positions, sites["positions"], context.at("positions"))
     if by_row:
         rows = constrain(rows, ("replicas", "length", "columns"))
-    rows = sites["embed"].to_output(rows)
-    return unit_scaling.sum_of_embeddings(x, rows) if model.embed.unit else add_to_rows(x, rows)
+    with sites["embed"].scope:
+        rows = sites["embed"].to_output(rows)
+        if model.embed.unit:
+            return unit_scaling.sum_of_embeddings(x, rows)
+        return add_to_rows(x, rows)
 
 
 def logits_of(model: Decoder, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
@@ -212,7 +216,8 @@ def _scan_blocks(
             x, _ = block(x, group, angles, Context(*inside), mask, weights)
             return x if ratio is None else rescale_cotangent(x, ratio), None
 
-        x = group["residual"].to_output(group["residual"].to_compute(x))
+        with group["residual"].scope:
+            x = group["residual"].to_output(group["residual"].to_compute(x))
         everything = (stacked, keys, context.factors, context.slots, ratios, weights)
         layers = jax.tree.map(lambda leaf, f=first, s=last: leaf[f:s], everything)
         x, _ = jax.lax.scan(_rematerialised(body, config), x, layers, unroll=config.unroll)

@@ -22,7 +22,7 @@ from lmjax.model import unit_scaling
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
 from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
-from lmjax.model.sites import QUIET, Context, Sites, give, take, within
+from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within
 from lmjax.model.unit_scaling import BranchWeights
 from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.matmul import Key, einsum, hand_on
@@ -70,8 +70,9 @@ class Dense(nnx.Module):
         probe, kernel = context.probe, self.kernel[...]
         y = einsum("btk,kn->btn", x, kernel, site, key=context.key, probe=probe, unit=self.unit)
         if self.bias is not None:
-            bias = _used(self.bias, y.size // self.bias.size, self.unit)
-            y = add_to_rows(y, site.to_compute(bias))
+            with site.scope:
+                bias = _used(self.bias, y.size // self.bias.size, self.unit)
+                y = add_to_rows(y, site.to_compute(bias))
         return hand_on(y, site, probe)
 
 
@@ -91,6 +92,7 @@ class Embedding(nnx.Module):
         self.unit = unit
         self.table = normal(key, (rows, width), std, axes)
 
+    @at_site
     def __call__(self, indices: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
         """`int32[...]` to `[..., D]`.
 
@@ -117,6 +119,7 @@ class Norm(nnx.Module):
         biased = self.kind == "layer" and config.bias
         self.bias = constant(0.0, (width,), ("norm",)) if biased else None
 
+    @at_site
     def __call__(self, x: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
         """`[..., D]` to `[..., D]`."""
         x = take(x, site, context.probe)
@@ -130,6 +133,7 @@ class Norm(nnx.Module):
         return give(y, site, context.probe)
 
 
+@at_site
 def rotary_angles(
     config: ModelConfig, positions: jax.Array, site: SitePolicy
 ) -> tuple[jax.Array, jax.Array]:
@@ -151,6 +155,7 @@ def rotary_angles(
     return jnp.cos(angles), jnp.sin(angles)
 
 
+@at_site
 def rotate(
     x: jax.Array, angles: tuple[jax.Array, jax.Array], site: SitePolicy, context: Context = QUIET
 ) -> jax.Array:
@@ -243,7 +248,8 @@ class Attention(nnx.Module):
             cache = cache.extended(k, v, start, sites)
             k, v = cache.read(sites)
         weights = self.weights(q, k, sites, context, mask, start)
-        weights = dropout(weights, c.dropout, context.at("dropout").key)
+        with sites["softmax"].scope:
+            weights = dropout(weights, c.dropout, context.at("dropout").key)
         combine = context.at("combine")
         y = einsum(
             "bkgts,bskh->btkgh",
@@ -279,29 +285,42 @@ class Attention(nnx.Module):
         power = 2.0 ** -math.floor(math.log2(size) / 2)
         rest = 1.0 / (math.sqrt(size) * power)
         site, products = sites["scores"], context.at("scores")
+        with site.scope:
+            q = q if unit else q * power
         scores = einsum(
             "btkgh,bskh->bkgts",
-            q if unit else q * power,
+            q,
             k,
             site,
             key=products.key,
             probe=products.probe,
             unit=unit,
         )
-        softmax, probe = sites["softmax"], context.at("softmax").probe
         scores = hand_on(scores, site, products.probe)
-        scores = take(scores, softmax, probe)
-        scores = scores if unit else scores * rest
-        queries = indices_from(start, scores.shape[-2])
-        keys = indices_from(0, scores.shape[-1])
+        visible = mask.visible(indices_from(start, q.shape[1]), indices_from(0, k.shape[1]))
+        return self.softmax(scores, visible, 1.0 if unit else rest, sites["softmax"], context)
+
+    @at_site
+    def softmax(
+        self,
+        scores: jax.Array,
+        visible: jax.Array,
+        factor: float,
+        site: SitePolicy,
+        context: Context,
+    ) -> jax.Array:
+        """Attention weights of scores `[B, K, G, T, S]` times `factor`, over visible keys alone."""
+        probe = context.at("softmax").probe
+        scores = take(scores, site, probe)
+        scores = scores if self.config.unit else scores * factor
         # Selected, not added: a large negative number added to a score can overflow f16. Infinite,
         # not large: should all real scores of a row overflow, it becomes NaN and the step is
         # skipped, where a finite mask would win and let the row attend to what it must not see.
-        scores = jnp.where(mask.visible(queries, keys), scores, -jnp.inf)
+        scores = jnp.where(visible, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
-        if unit:
+        if self.config.unit:
             weights = weights * unit_scaling.softmax_gain(self.config, scores.shape[-1])
-        return give(weights, softmax, probe)
+        return give(weights, site, probe)
 
 
 class Mlp(nnx.Module):
@@ -336,17 +355,25 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
         """`[B, T, D]` to `[B, T, D]`."""
-        site, probe = sites["activation"], context.at("activation").probe
         x = self.norm(x, sites["norm"], context.at("norm"))
-        hidden = take(self.up(x, sites["up"], context.at("up")), site, probe)
-        if self.gate is None:
+        hidden = self.up(x, sites["up"], context.at("up"))
+        gate = None if self.gate is None else self.gate(x, sites["gate"], context.at("gate"))
+        hidden = self.activated(hidden, gate, sites["activation"], context.at("activation"))
+        return self.down(hidden, sites["down"], context.at("down"))
+
+    @at_site
+    def activated(
+        self, hidden: jax.Array, gate: jax.Array | None, site: SitePolicy, context: Context
+    ) -> jax.Array:
+        """GELU of `hidden [B, T, M]`, or `hidden` times SiLU of a gate of that shape."""
+        hidden = take(hidden, site, context.probe)
+        if gate is None:
             hidden = jax.nn.gelu(hidden, approximate=True)
         else:
-            gate = site.to_compute(self.gate(x, sites["gate"], context.at("gate")))
-            hidden = jax.nn.silu(gate) * hidden
+            hidden = jax.nn.silu(site.to_compute(gate)) * hidden
         if self.config.unit:
             hidden = hidden * unit_scaling.activation_gain(self.config)
-        return self.down(give(hidden, site, probe), sites["down"], context.at("down"))
+        return give(hidden, site, context.probe)
 
 
 def branched(x: jax.Array, weights: BranchWeights | None) -> jax.Array:
@@ -384,13 +411,18 @@ class Block(nnx.Module):
         Both branches are added as they are, or with unit scaling by `weights`, f32[2] each.
         """
         residual, probe = sites["residual"], context.at("residual").probe
-        x = take(x, residual, probe)
         first, second = (jax.tree.map(lambda w, i=i: w[i], weights) for i in range(2))
         inside = within(sites, "attention"), angles, context.at("attention"), mask
-        y, cache = self.attention(branched(x, first), *inside, cache, start)
-        y = residual.to_compute(dropout(y, self.rate, context.at("dropout 1").key))
-        x = joined(x, y, first)
-        y = self.mlp(branched(x, second), within(sites, "mlp"), context.at("mlp"))
-        y = residual.to_compute(dropout(y, self.rate, context.at("dropout 2").key))
-        x = joined(x, y, second)
-        return give(x, residual, probe), cache
+        with residual.scope:
+            x = take(x, residual, probe)
+            entering = branched(x, first)
+        y, cache = self.attention(entering, *inside, cache, start)
+        with residual.scope:
+            y = residual.to_compute(dropout(y, self.rate, context.at("dropout 1").key))
+            x = joined(x, y, first)
+            entering = branched(x, second)
+        y = self.mlp(entering, within(sites, "mlp"), context.at("mlp"))
+        with residual.scope:
+            y = residual.to_compute(dropout(y, self.rate, context.at("dropout 2").key))
+            x = joined(x, y, second)
+            return give(x, residual, probe), cache

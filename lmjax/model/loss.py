@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.model import unit_scaling
-from lmjax.model.sites import take
+from lmjax.model.sites import at_site, take
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe
 
@@ -23,6 +23,7 @@ class TokenLosses(NamedTuple):
     z: jax.Array
 
 
+@at_site
 def token_losses(
     logits: jax.Array,
     targets: jax.Array,

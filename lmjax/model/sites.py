@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from lmjax.precision.formats import parse_format
 from lmjax.precision.matmul import Key
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe, Rounded, report, report_cotangent
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Sites = Mapping[str, SitePolicy]
 """Formats by the path of their site."""
@@ -69,6 +72,19 @@ class Context(NamedTuple):
 
 QUIET = Context()
 """No randomness, nothing measured: evaluation."""
+
+
+def at_site(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates what a site computes: it is traced in the scope of its `SitePolicy` argument."""
+
+    @functools.wraps(function)
+    def entered(*arguments: P.args, **options: P.kwargs) -> R:
+        given = (*arguments, *options.values())
+        site = next(value for value in given if isinstance(value, SitePolicy))
+        with site.scope:
+            return function(*arguments, **options)
+
+    return entered
 
 
 def take(x: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:

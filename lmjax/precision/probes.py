@@ -349,7 +349,8 @@ _watch.defvjp(_watch_forward, _watch_backward)
 
 def rescale_cotangent(x: jax.Array, factor: jax.Array) -> jax.Array:
     """`x` unchanged; its cotangent is multiplied by `factor`, f32[], a power of two."""
-    return _rescale(x, factor)
+    with jax.named_scope("loss_scale"):
+        return _rescale(x, factor)
 
 
 @jax.custom_vjp

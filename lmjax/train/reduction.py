@@ -112,6 +112,7 @@ def ordered_gradient(
     return whole
 
 
+@jax.named_scope("reduction")
 def _rounded(gradient: jax.Array, site: SitePolicy) -> jax.Array:
     """A gradient rounded to the site's `reduce` format and no narrower an array than before."""
     if site.reduce == F32:
@@ -119,6 +120,7 @@ def _rounded(gradient: jax.Array, site: SitePolicy) -> jax.Array:
     return quantize(gradient, site.reduce, overflow="fail").astype(gradient.dtype)
 
 
+@jax.named_scope("reduction")
 def _sum(gradients: jax.Array, parts: int, site: SitePolicy) -> jax.Array:
     """`[parts, ...]` summed in the site's `reduce` format; the result is that wide."""
     wide = gradients.astype(at_least_f32(gradients.dtype)) / parts

@@ -30,6 +30,9 @@ from lmjax.train.reduction import (
 )
 from lmjax.train.state import TrainState, abstract_state, gradient_norm, optimizer_of
 
+PARTS = ("reduction", "loss_scale", "optimizer")
+"""What a step computes outside of the model, as named scopes; sites name all else."""
+
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -88,7 +91,9 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
                 state.params, micro_batch, key, scale, slots, factors
             )
             gradients = loss_scale.unscale(scaled, scale, stack)
-            summed = jax.tree.map(lambda t, g: t + g / config.micro_batches, total[0], gradients)
+            with jax.named_scope("reduction"):
+                add = lambda t, g: t + g / config.micro_batches
+                summed = jax.tree.map(add, total[0], gradients)
             return (summed, probes.combine(total[1], measured)), loss
 
         (gradients, measured), losses = _over_micro_batches(
@@ -97,19 +102,22 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         if config.deterministic_reductions:  # else fsdp would cut the sum of squares of the norm
             gradients = sharding.whole(mesh, gradients)
         cotangents = measure.cotangent_spread(measured, scale, stack)
-        updates, opt_state = optimizer.update(
-            gradients, state.opt_state, state.params, cotangents=cotangents
-        )
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(
+                gradients, state.opt_state, state.params, cotangents=cotangents
+            )
+            norm = gradient_norm(config)(gradients)
         metrics = {
             "loss": jnp.mean(losses),
-            "grad_norm": gradient_norm(config)(gradients),
+            "grad_norm": norm,
             "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
             "loss_scale": loss_scale.of_the_loss(scale),
             "skipped_steps": opt_state.skipped_steps,
             "consecutive_skips": opt_state.consecutive_skips,
         }
         update_key = jax.random.fold_in(step_key, config.micro_batches)
-        stored = apply_updates(state.params, updates, state.residuals, sites, update_key)
+        with jax.named_scope("optimizer"):
+            stored = apply_updates(state.params, updates, state.residuals, sites, update_key)
         scaling = measure.updated_scaling(state.scaling, measured, scale, places, config.sites)
         skipped = opt_state.consecutive_skips > 0
         params, residuals, scaling = jax.tree.map(

@@ -146,6 +146,6 @@ def test_the_loss_survives_logits_far_beyond_exp():
 
 
 def test_within_keeps_the_rest_of_the_path():
-    sites = {"blocks/1/mlp/up": site("f32", "a"), "blocks/10/mlp/up": site("bf16", "a")}
+    sites = {"blocks/1/mlp/up": site("f32", "up"), "blocks/10/mlp/up": site("bf16", "up")}
     assert list(within(sites, "blocks/1")) == ["mlp/up"]
     assert within(sites, "blocks/1")["mlp/up"].compute.name == "f32"
