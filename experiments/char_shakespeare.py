@@ -12,7 +12,7 @@ Compare formats with --precision p=f32,c=bf16,o=f32 or c=f16; each run wants its
 
 from lmjax.cli import run_experiment
 from lmjax.model import ModelConfig
-from lmjax.optimizer import OptimizerConfig
+from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.train import CheckpointConfig, Config, EvaluationConfig
 
 

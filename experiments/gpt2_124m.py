@@ -16,7 +16,7 @@ and 0.95, weight decay 0.1 and a peak learning rate of 6e-4 are nanoGPT's settin
 from lmjax.cli import run_experiment
 from lmjax.data import DataConfig
 from lmjax.model import gpt2
-from lmjax.optimizer import OptimizerConfig
+from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.train import CheckpointConfig, Config, EvaluationConfig
 
 

@@ -17,8 +17,8 @@ Parameters and optimizer state are divided over all devices (FSDP).
 from lmjax.cli import run_experiment
 from lmjax.data import DataConfig
 from lmjax.model import llama_1b
-from lmjax.optimizer import OptimizerConfig
-from lmjax.sharding import MeshConfig
+from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.parallel.sharding import MeshConfig
 from lmjax.train import CheckpointConfig, Config, EvaluationConfig
 
 

@@ -12,9 +12,9 @@ The text is cut into 1024 byte-pair tokens, trained on the text itself.
 
 from lmjax.cli import run_experiment
 from lmjax.data import DataConfig
-from lmjax.loss_scale import LossScaleConfig
 from lmjax.model import ModelConfig
-from lmjax.optimizer import OptimizerConfig
+from lmjax.optim.loss_scale import LossScaleConfig
+from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.train import CheckpointConfig, Config, EvaluationConfig
 
 

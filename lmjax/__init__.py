@@ -5,6 +5,6 @@ import sys
 _main = getattr(sys.modules.get("__main__"), "__spec__", None)
 if _main is not None and _main.name.startswith("experiments."):
     # `python -m experiments.NAME`: nothing earlier in it can say that it is importing.
-    from lmjax import opening
+    from lmjax.console import opening
 
     opening.begin()

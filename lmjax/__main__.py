@@ -1,9 +1,9 @@
-"""`python -m lmjax VERB`; see lmjax/verbs.py."""
+"""`python -m lmjax VERB`; see lmjax/cli/verbs.py."""
 
-from lmjax import opening
+from lmjax.console import opening
 
 if __name__ == "__main__":
     opening.begin()
-    from lmjax.verbs import main
+    from lmjax.cli.verbs import main
 
     main()

@@ -8,10 +8,9 @@ import signal
 import jax
 import numpy as np
 
-from lmjax import distributed, sharding
-from lmjax.train import agreement
-from lmjax.train.errors import InputError
-from lmjax.train.signals import StopRequest
+from lmjax.console.signals import StopRequest
+from lmjax.errors import InputError
+from lmjax.parallel import agreement, distributed, sharding
 
 
 def failure(only_in: int) -> str:

@@ -56,7 +56,7 @@ def tiny() -> Callable[..., Config]:
     changes to the fields of those parts.
     """
     from lmjax.model import ModelConfig
-    from lmjax.optimizer import OptimizerConfig
+    from lmjax.optim.optimizer import OptimizerConfig
     from lmjax.train import Config
 
     def make(
@@ -115,10 +115,10 @@ def draw_state(
     import jax.numpy as jnp
 
     from lmjax.model import layout
-    from lmjax.storage import initial_residuals
+    from lmjax.optim.storage import initial_residuals
+    from lmjax.runs.state import optimizer_of
+    from lmjax.telemetry.measure import initial_scaling
     from lmjax.train import TrainState
-    from lmjax.train.measure import initial_scaling
-    from lmjax.train.state import optimizer_of
 
     def draw(config: Config, std: float = 0.02, seed: int = 0) -> TrainState:
         config = config.resolved()
@@ -172,7 +172,7 @@ def compiled_step(compile_fast: Callable[..., Any]) -> Callable[..., Any]:
     """
     import jax
 
-    from lmjax import sharding
+    from lmjax.parallel import sharding
     from lmjax.train.step import train_step
 
     steps: dict[Config, Any] = {}

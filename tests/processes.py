@@ -55,8 +55,8 @@ def poisoned_state(config: Any, mesh: Any) -> Any:
     import numpy as np
 
     from lmjax.precision import paths
+    from lmjax.runs.state import TrainState, optimizer_of
     from lmjax.train import abstract_state
-    from lmjax.train.state import TrainState, optimizer_of
 
     target = abstract_state(config, mesh)
     draw = np.random.default_rng(0)
@@ -100,7 +100,7 @@ def start_run(
 
 
 def _main(home: Path, workdir: Path, seconds: float) -> int:
-    from lmjax import distributed
+    from lmjax.parallel import distributed
     from lmjax.train import train
 
     assert distributed.start(distributed.DistributedConfig()) == (os.environ["WORLD_SIZE"] != "1")
@@ -113,6 +113,6 @@ def _main(home: Path, workdir: Path, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    from lmjax.cli import guarded
+    from lmjax.cli.common import guarded
 
     sys.exit(guarded(lambda: _main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))))

@@ -99,7 +99,7 @@ def tiny(home: Path, precision: str = "f32", **changes: Any) -> Any:
     """A run of 40 steps of a one-block model; parts (`model`, ...) are dicts of their changes."""
     from lmjax.data import DataConfig
     from lmjax.model import ModelConfig
-    from lmjax.optimizer import OptimizerConfig
+    from lmjax.optim.optimizer import OptimizerConfig
     from lmjax.train import CheckpointConfig, Config, EvaluationConfig
 
     config = Config(

@@ -20,14 +20,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from lmjax import cli
 from lmjax.ablation.grid import Ablation
+from lmjax.cli import common as cli
+from lmjax.console.progress import say
 from lmjax.data import DataConfig, tokenized_corpus
-from lmjax.filenames import is_plain, plain, printable
+from lmjax.files.filenames import is_plain, plain, printable
+from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.metrics import draw_curves, replace_text
 from lmjax.train import Config, InputError
-from lmjax.train.checkpoint import Checkpoints
-from lmjax.train.metrics import draw_curves, replace_text
-from lmjax.train.progress import say
 
 TROUBLE = (
     "[]{}*?!\\$%~'\"`:;|&<>#@=,^_-. \n\t\r\x01\x1b\x7f\u2028\u202e\ufeff\udce9aZ1é語\U0001f600"

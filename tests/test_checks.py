@@ -13,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_helpers import strict_loads
 
-from lmjax import ablation_cli, checks, cli, inference_cli, strict_json, verbs
+from lmjax import checks, strict_json
 from lmjax.ablation.grid import Ablation
 from lmjax.checks import above, at_least, between, from_to_below, power_of_two
-from lmjax.distributed import DistributedConfig
-from lmjax.plan_cli import MeshSizes
+from lmjax.cli import ablation as ablation_cli
+from lmjax.cli import common as cli
+from lmjax.cli import inference as inference_cli
+from lmjax.cli import verbs
+from lmjax.cli.plan import MeshSizes
+from lmjax.parallel.distributed import DistributedConfig
+from lmjax.runs.config import from_json, to_json
 from lmjax.train import Config
-from lmjax.train.config import from_json, to_json
 
 BASE = Config()
 ABLATION = Ablation(

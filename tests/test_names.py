@@ -11,7 +11,8 @@ import pytest
 from run_helpers import NAMES, home, result, tiny_flags
 
 from experiments import quickstart
-from lmjax import cli, verbs
+from lmjax.cli import common as cli
+from lmjax.cli import verbs
 
 __all__ = ["home"]
 
@@ -93,8 +94,8 @@ def test_decoration_that_fails_leaves_a_finished_run_finished(
 
     monkeypatch.setattr("lmjax.train.records.draw_curves", fail)
     monkeypatch.setattr("lmjax.train.records.draw_telemetry", fail)
-    monkeypatch.setattr("lmjax.cli.generate_text", fail)
-    monkeypatch.setattr("lmjax.train.metrics._EventFile.add", fail)
+    monkeypatch.setattr("lmjax.cli.common.generate_text", fail)
+    monkeypatch.setattr("lmjax.runs.metrics._EventFile.add", fail)
     flags = [*tiny_flags(home, tmp_path / "run", steps=2), "--telemetry.every", 1, "--sample", 3]
     assert launch(*flags) == cli.DONE
     said = capsys.readouterr().err
@@ -107,7 +108,7 @@ def test_decoration_that_fails_leaves_a_finished_run_finished(
 def test_a_sample_that_the_terminal_cannot_encode_is_shown_in_escapes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmjax.cli.generate_text", lambda *_, **__: "Жизнь")
+    monkeypatch.setattr("lmjax.cli.common.generate_text", lambda *_, **__: "Жизнь")
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", terminal)
     flags = [*tiny_flags(home, tmp_path / "run", steps=2), "--sample", 3]

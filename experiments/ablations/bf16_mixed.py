@@ -16,7 +16,7 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, last_row
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.train import Config
 
 

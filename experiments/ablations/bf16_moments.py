@@ -25,9 +25,9 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, Margin, holds
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
+from lmjax.optim.storage import with_stored_moments
 from lmjax.precision import exact, parse_policy
-from lmjax.storage import with_stored_moments
 from lmjax.train import Config
 
 SAME = Margin.within(

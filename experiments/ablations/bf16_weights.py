@@ -21,9 +21,9 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import WORSE, Evidence, Finding, Margin, holds, watched
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
+from lmjax.optim.storage import apply_updates, initial_residuals
 from lmjax.precision import exact, parse_policy
-from lmjax.storage import apply_updates, initial_residuals
 from lmjax.train import Config
 
 SMALL, USUAL = 2e-4, 1e-3

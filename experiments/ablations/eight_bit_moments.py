@@ -24,9 +24,9 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, Margin, holds
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
+from lmjax.console.wording import counted
 from lmjax.train import Config
-from lmjax.wording import counted
 
 SAME = Margin.within(
     0.02, "it is about the 0.022 nats by which a similar model varies from seed to seed"

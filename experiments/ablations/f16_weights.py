@@ -21,7 +21,7 @@ from experiments.ablations.bf16_weights import unchanged
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, Margin
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.train import Config
 
 USUAL: dict[str, object] = {"learning_rate": 1e-3}

@@ -29,15 +29,15 @@ import jax.numpy as jnp
 import optax
 
 from experiments.ablations import recipes
-from lmjax import sharding
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, Margin
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
+from lmjax.parallel import sharding
 from lmjax.precision.quantizer import parse_quantizer
 from lmjax.precision.scaling import fake_quantize
+from lmjax.runs.checkpoint import Checkpoints
 from lmjax.train import Config, abstract_state, read_config
-from lmjax.train.checkpoint import Checkpoints
 
 SAME = Margin.within(
     0.02, "it is about the 0.022 nats by which a similar model varies from seed to seed"

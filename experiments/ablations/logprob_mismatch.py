@@ -20,7 +20,7 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.data import tokenized_corpus
 from lmjax.inference import load_model
 from lmjax.train import Config

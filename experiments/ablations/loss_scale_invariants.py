@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.ablations import recipes
-from lmjax import sharding
 from lmjax.ablation.evidence import Finding, holds
+from lmjax.parallel import sharding
+from lmjax.runs.metrics import read_rows
 from lmjax.train import Config, create_state, make_train_step, train
-from lmjax.train.metrics import read_rows
 
 STEPS = 12
 MOST_SKIPS = 24

@@ -25,7 +25,7 @@ from experiments.ablations import loss_scale_invariants, recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import WORSE, Evidence, Finding, Margin, holds, last_row, watched
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.model import token_losses
 from lmjax.precision import exact, parse_policy
 from lmjax.train import Config

@@ -32,7 +32,7 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import WORSE, Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.precision import exact
 from lmjax.precision.quantizer import Quantizer, parse_quantizer
 from lmjax.precision.scaling import fake_quantize

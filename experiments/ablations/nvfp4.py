@@ -28,7 +28,7 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import WORSE, Evidence, Finding
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.precision.policy import OPERANDS
 from lmjax.train import Config
 

@@ -17,8 +17,8 @@ import dataclasses
 
 from experiments import char_shakespeare
 from lmjax.ablation import Ablation
-from lmjax.ablation_cli import run_ablation
-from lmjax.loss_scale import LossScaleConfig
+from lmjax.cli.ablation import run_ablation
+from lmjax.optim.loss_scale import LossScaleConfig
 
 POLICIES = ("f32", "mixed_bf16", "mixed_f16", "fp8", "mxfp8")
 MX = "mixed_bf16,w=mxfp8,x=mxfp8,g=mxfp8"

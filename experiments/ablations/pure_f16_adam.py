@@ -24,11 +24,11 @@ import numpy as np
 import optax
 
 from experiments.ablations import recipes
-from lmjax import sharding
 from lmjax.ablation.claims import Claim
 from lmjax.ablation.evidence import Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
+from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.train import Config, create_state
 from lmjax.train.step import make_gradient

@@ -28,7 +28,7 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, Margin
 from lmjax.ablation.grid import Ablation, Cell
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.data import tokenized_corpus
 from lmjax.inference import load_model
 from lmjax.model import Context, apply, layout, site_tree

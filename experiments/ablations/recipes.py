@@ -13,8 +13,8 @@ from typing import Any
 from experiments import gpt2_124m, llama_1b
 from lmjax.ablation.evidence import Margin
 from lmjax.model import ModelConfig
-from lmjax.numerics.telemetry import TelemetryConfig
-from lmjax.optimizer import OptimizerConfig
+from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.telemetry.rows import TelemetryConfig
 from lmjax.train import CheckpointConfig, Config, EvaluationConfig
 
 PARITY = Margin.within(

@@ -20,7 +20,7 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim
 from lmjax.ablation.evidence import Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.model import ModelConfig
 from lmjax.model.layers import rotary_angles, rotate
 from lmjax.precision import parse_policy

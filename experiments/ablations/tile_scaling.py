@@ -30,7 +30,7 @@ from experiments.ablations import recipes
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.precision import exact, parse_policy
 from lmjax.precision.matmul import einsum
 from lmjax.train import Config

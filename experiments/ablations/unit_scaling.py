@@ -25,13 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.ablations import loss_scaling, recipes
-from lmjax import sharding
 from lmjax.ablation.claims import Claim, PaperRow
 from lmjax.ablation.evidence import Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 from lmjax.model import initial_params, layout, site_tree
 from lmjax.model.unit_scaling import USUAL_RATE
+from lmjax.parallel import sharding
 from lmjax.precision import exact, paths
 from lmjax.precision.probes import Rounded
 from lmjax.precision.sites import Place

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.peers import plain_jnp
-from lmjax import sharding, strict_json
+from lmjax import strict_json
 from lmjax.model import ModelConfig
-from lmjax.optimizer import OptimizerConfig
+from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.parallel import sharding
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.utilisation import flops_per_token
 

@@ -23,7 +23,9 @@ import numpy as np
 from experiments import quickstart
 from experiments.benchmarks import paired
 from experiments.benchmarks.paired import Contestant, paired_ratio, take_turns
-from lmjax import sharding, stages, strict_json
+from lmjax import strict_json
+from lmjax.console import stages
+from lmjax.parallel import sharding
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import keep_freed_memory
 

@@ -48,7 +48,8 @@ from experiments.benchmarks.contestants import (
     torch_contestant,
 )
 from experiments.benchmarks.paired import paired_ratio
-from lmjax import stages, strict_json
+from lmjax import strict_json
+from lmjax.console import stages
 from lmjax.precision.policy import PolicyError
 from lmjax.train.memory import keep_freed_memory
 

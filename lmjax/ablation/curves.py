@@ -8,14 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmjax.ablation.report_data import Arm, Run, column, number
 from lmjax.ablation.statistics import Estimate
-
-if TYPE_CHECKING:
-    from lmjax.ablation.report_data import Arm, Run
 
 MOST_POINTS = 60
 """Points of a curve: logged steps are averaged in so many stretches of the run."""
@@ -42,23 +39,6 @@ class Series:
     low: np.ndarray
     high: np.ndarray
     crosses: Sequence[tuple[float, float]] = ()
-
-
-def number(value: Any) -> float:
-    """A value of `metrics.jsonl`, where what is not finite stands as a string; NaN if no number."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric of a run, `f64[rows that have it]` each."""
-    points = [(row["step"], number(row[name])) for row in run.rows if name in row]
-    return (
-        np.asarray([step for step, _ in points], np.float64),
-        np.asarray([value for _, value in points], np.float64),
-    )
 
 
 def curves(arms: Sequence[Arm], name: str) -> list[Series]:

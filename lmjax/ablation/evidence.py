@@ -33,8 +33,8 @@ import numpy as np
 from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation.statistics import ALPHA, Estimate, Interval, gap_test, smallest_detectable
 from lmjax.ablation.words import percent, seeds_in_words, signed, size
-from lmjax.train.metrics import read_rows
-from lmjax.wording import counted
+from lmjax.console.wording import counted
+from lmjax.runs.metrics import read_rows
 
 Outcome = Literal["confirmed", "refuted", "undecided"]
 
@@ -317,5 +317,5 @@ def last_row(cell: Cell, column: str) -> Any:
 
 
 def watched(cell: Cell) -> list[dict[str, Any]]:
-    """The rows of a run's telemetry; see `lmjax/numerics/telemetry.py`."""
+    """The rows of a run's telemetry; see `lmjax/telemetry/rows.py`."""
     return read_rows(cell.directory / "telemetry.jsonl")

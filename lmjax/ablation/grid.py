@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from lmjax import checks, strict_json
 from lmjax.checks import above, at_least, validate, validate_value
-from lmjax.train import config as run_config
-from lmjax.train.config import Config, Seed, from_json, to_json
-from lmjax.train.locks import lock
-from lmjax.train.metrics import replace_text
-from lmjax.train.run_directory import InputError
+from lmjax.files.locks import lock
+from lmjax.runs import config as run_config
+from lmjax.runs.config import Config, Seed, from_json, to_json
+from lmjax.runs.metrics import replace_text
+from lmjax.runs.run_directory import InputError
 
 if TYPE_CHECKING:
     from lmjax.ablation.statistics import Monitoring

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import lmjax
-from lmjax.train.run_directory import InputError
+from lmjax.runs.run_directory import InputError
 
 
 class Failure(NamedTuple):

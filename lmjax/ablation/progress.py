@@ -17,11 +17,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lmjax import stages
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, State
 from lmjax.ablation.words import significant
-from lmjax.filenames import printable
+from lmjax.console import stages
+from lmjax.files.filenames import printable
 
 
 class Display:

@@ -23,7 +23,7 @@ from lmjax.ablation.report_data import gather
 from lmjax.ablation.report_page import page
 from lmjax.ablation.report_text import cells_table, markdown
 from lmjax.ablation.statistics import Monitoring
-from lmjax.train.metrics import replace_text
+from lmjax.runs.metrics import replace_text
 
 if TYPE_CHECKING:
     from lmjax.ablation.account import Account

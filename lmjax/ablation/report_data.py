@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
+
 from lmjax import strict_json
-from lmjax.ablation.curves import column
 from lmjax.ablation.setting import footprint, read_environment
 from lmjax.ablation.statistics import Monitoring
 from lmjax.ablation.verdict import Comparison, Criteria, compare_arms, difference
 from lmjax.ablation.words import FEWEST_SEEDS, seeds_in_words
-from lmjax.train.config import differences, to_json
-from lmjax.train.metrics import read_rows
-from lmjax.wording import counted
+from lmjax.console.wording import counted
+from lmjax.runs.config import differences, to_json
+from lmjax.runs.metrics import read_rows
 
 if TYPE_CHECKING:
     from lmjax.ablation.grid import Ablation, Cell
@@ -329,3 +330,20 @@ def link(run: Run, directory: Path, name: str = "") -> str:
         return ""
     relative = Path(os.path.relpath(target, directory)).as_posix()
     return quote(os.fsencode(relative)) + ("" if name else "/")
+
+
+def number(value: Any) -> float:
+    """A value of `metrics.jsonl`, where what is not finite stands as a string; NaN if no number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric of a run, `f64[rows that have it]` each."""
+    points = [(row["step"], number(row[name])) for row in run.rows if name in row]
+    return (
+        np.asarray([step for step, _ in points], np.float64),
+        np.asarray([value for _, value in points], np.float64),
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from lmjax.ablation.report_data import Arm, Report, Run, link
 from lmjax.ablation.verdict import difference
 from lmjax.ablation.words import markdown_link, markdown_table, percent, significant, span, title_of
-from lmjax.wording import counted
+from lmjax.console.wording import counted
 
 
 def markdown(report: Report, directory: Path) -> str:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmjax import stages
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, Cell, State
 from lmjax.ablation.pools import LocalPool, Pool, SlurmPool
@@ -24,11 +23,12 @@ from lmjax.ablation.progress import Display
 from lmjax.ablation.report_data import compare_cells
 from lmjax.ablation.verdict import seeds_to_add
 from lmjax.ablation.worker import discard_failed
+from lmjax.console import stages
+from lmjax.console.signals import StopRequest
 from lmjax.data import tokenized_corpus
-from lmjax.train.config import Config
-from lmjax.train.object_store import refuse_collapsed
-from lmjax.train.run_directory import InputError
-from lmjax.train.signals import StopRequest
+from lmjax.runs.config import Config
+from lmjax.runs.run_directory import InputError
+from lmjax.runs.store.object_store import refuse_collapsed
 
 SECONDS_BETWEEN_LOOKS = 0.5
 

@@ -15,11 +15,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lmjax.ablation.grid import Ablation, Cell, cell_key, read_state
-from lmjax.filenames import printable
+from lmjax.files.filenames import printable
+from lmjax.runs.config import differences, identity
+from lmjax.runs.metrics import read_rows
+from lmjax.runs.run_directory import CASTABLE
 from lmjax.train import Config, InputError, read_config
-from lmjax.train.config import differences, identity
-from lmjax.train.metrics import read_rows
-from lmjax.train.run_directory import CASTABLE
 
 LONGEST_NAME = 100
 """Characters of an arm's name that can be read in a table."""

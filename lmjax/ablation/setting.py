@@ -15,9 +15,9 @@ import jax
 from lmjax import strict_json
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation.words import millions
-from lmjax.train.config import Config
-from lmjax.train.state import initial_state
-from lmjax.wording import counted
+from lmjax.console.wording import counted
+from lmjax.runs.config import Config
+from lmjax.runs.state import initial_state
 
 Environment = Mapping[str, Any]
 """What `environment.json` says."""

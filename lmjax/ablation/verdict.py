@@ -36,7 +36,7 @@ from lmjax.ablation.statistics import (
     smallest_detectable,
 )
 from lmjax.ablation.words import FEWEST_SEEDS, plus_minus, seeds_in_words, signed, size
-from lmjax.wording import counted
+from lmjax.console.wording import counted
 
 Kind = Literal["worse", "better", "equivalent", "undecided", "failed"]
 Values = Mapping[str, Mapping[int, float]]

@@ -2,7 +2,7 @@
 
 Values have four significant digits; a difference has as many as its interval leaves certain.
 
-Knows `wording.py`; nothing of runs.
+Knows `console/wording.py`; nothing of runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lmjax.wording import counted
+from lmjax.console.wording import counted
 
 FEWEST_SEEDS = 3
 """With fewer, nothing in the data speaks for or against the normality that every interval assumes,

@@ -27,12 +27,12 @@ import jax
 
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation
+from lmjax.console.signals import StopRequest
 from lmjax.data import DataError
+from lmjax.files.locks import lock
 from lmjax.train import Config, InputError, TrainingFailed, train
-from lmjax.train.locks import lock
 from lmjax.train.memory import keep_freed_memory
 from lmjax.train.programs import Programs
-from lmjax.train.signals import StopRequest
 
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 SECONDS_BETWEEN_LOOKS = 0.2

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from lmjax.checks import at_least, between, housekeeping, validate
 from lmjax.data.errors import DataError
-from lmjax.filenames import expanded
+from lmjax.files.filenames import expanded
 
 _OWN_DATASETS = ("shakespeare", "state_of_the_union", "text_files")
 _TOKENIZERS = ("bytes", "bpe", "gpt2")

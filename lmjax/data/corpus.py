@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lmjax import stages
+from lmjax.console import stages
+from lmjax.console.wording import counted
 from lmjax.data.config import DataConfig
 from lmjax.data.documents import (
     PreparedDataset,
@@ -49,7 +50,6 @@ from lmjax.data.tokenizers import (
     load_tokenizer,
     train_bpe,
 )
-from lmjax.wording import counted
 
 # Part of every key: raise it when the meaning of a cache entry changes.
 FORMAT_VERSION = 1

@@ -31,7 +31,7 @@ from lmjax.data.store import (
     sealed_content,
     storage_explained,
 )
-from lmjax.filenames import expanded, plain, printable
+from lmjax.files.filenames import expanded, plain, printable
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VALIDATION_SPLITS = ("validation", "test")

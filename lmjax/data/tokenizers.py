@@ -25,7 +25,7 @@ from tokenizers import Tokenizer as Backend
 from lmjax import strict_json
 from lmjax.data.errors import DataError
 from lmjax.data.store import json_sha256
-from lmjax.filenames import expanded, plain
+from lmjax.files.filenames import expanded, plain
 
 Ids = npt.NDArray[np.int32]
 

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lmjax import sharding, stages
+from lmjax.console import stages
 from lmjax.data import tokenized_corpus
 from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
+from lmjax.parallel import sharding
 from lmjax.train import make_eval_step
 from lmjax.train.evaluate import held_out_loss
 

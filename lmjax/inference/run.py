@@ -9,14 +9,15 @@ from typing import Any
 
 import jax
 
-from lmjax import sharding, stages
+from lmjax.console import stages
+from lmjax.console.progress import say
 from lmjax.data import Tokenizer, load_tokenizer
 from lmjax.model import Params, Sites, apply
+from lmjax.parallel import sharding
 from lmjax.precision import exact
+from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.store.remote import fetched
 from lmjax.train import Config, InputError, abstract_state, read_config
-from lmjax.train.checkpoint import Checkpoints
-from lmjax.train.progress import say
-from lmjax.train.remote import fetched
 
 
 @dataclass(frozen=True)

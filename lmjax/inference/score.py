@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax import stages
+from lmjax.console import stages
 from lmjax.data import Tokenizer
 from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel

@@ -1,8 +1,9 @@
 """The parts of a Transformer block.
 
 A layer is a Flax nnx module for one reason: building and naming parameters. Each parameter carries
-`axes`, the logical name of each of its dimensions, from which `lmjax.sharding` derives where it
-lives. Calling a layer is a pure function of its parameters, its input and the formats of its sites.
+`axes`, the logical name of each of its dimensions, from which `lmjax.parallel.sharding` derives
+where it lives. Calling a layer is a pure function of its parameters, its input and the formats of
+its sites.
 
 Shapes: B batch, T query positions, S key positions, D width, K key/value heads, G query heads per
 key/value head, H head width. Knows Flax, JAX and policies; no mesh, no optimizer, no data.

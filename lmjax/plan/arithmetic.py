@@ -66,11 +66,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from lmjax.model import layout, structure
+from lmjax.parallel.sharding import RULES
 from lmjax.precision import paths
 from lmjax.precision.formats import Format
 from lmjax.precision.policy import F32, SitePolicy, carrier
 from lmjax.precision.sites import Kind
-from lmjax.sharding import RULES
 from lmjax.train import Config
 
 

@@ -16,12 +16,13 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from lmjax import sharding, strict_json
+from lmjax import strict_json
+from lmjax.parallel import sharding
 from lmjax.plan.program import Memory
 from lmjax.precision import exact
 from lmjax.precision.contraction import planned_for
+from lmjax.runs.config import from_json
 from lmjax.train import Config, abstract_state, make_train_step
-from lmjax.train.config import from_json
 
 PLATFORM: Final = "tpu"
 """What the step is traced for: it has no calls into libraries that the CPU's compiler lacks."""

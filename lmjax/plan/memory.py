@@ -33,8 +33,8 @@ from collections.abc import Mapping
 
 import jax
 
-from lmjax import sharding
 from lmjax.model import ModelConfig, layout
+from lmjax.parallel import sharding
 from lmjax.plan.arithmetic import tokens_on_device
 from lmjax.precision.policy import carrier
 from lmjax.train import Config, abstract_state

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import jax
 
-from lmjax import sharding
 from lmjax.hlo.collectives import Collective, collectives
+from lmjax.parallel import sharding
 from lmjax.plan.arithmetic import expected_traffic
 from lmjax.plan.memory import expected_memory
 from lmjax.plan.program import Program, partitioned

@@ -17,10 +17,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmjax import sharding, stages, strict_json
+from lmjax import strict_json
+from lmjax.console import stages
+from lmjax.console.wording import counted
+from lmjax.parallel import sharding
+from lmjax.runs.config import to_json
 from lmjax.train import Config
-from lmjax.train.config import to_json
-from lmjax.wording import counted
 
 CHILD = "lmjax.plan.child"
 DUMPED = "*jit_step*after_spmd-partitioning.before*.txt"

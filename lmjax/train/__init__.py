@@ -1,6 +1,7 @@
 """Training: config, state, step, loop. `make_train_step` and `train` are the way in."""
 
-from lmjax.train.config import (
+from lmjax.errors import InputError, TrainingFailed
+from lmjax.runs.config import (
     CheckpointConfig,
     Config,
     EvaluationConfig,
@@ -8,10 +9,9 @@ from lmjax.train.config import (
     RestoreConfig,
     refuse_no_seed,
 )
-from lmjax.train.errors import InputError, TrainingFailed
+from lmjax.runs.run_directory import read_config
+from lmjax.runs.state import TrainState, abstract_state, create_state, seed_key
 from lmjax.train.loop import Outcome, train
-from lmjax.train.run_directory import read_config
-from lmjax.train.state import TrainState, abstract_state, create_state, seed_key
 from lmjax.train.step import make_eval_step, make_train_step
 
 __all__ = [

@@ -9,9 +9,9 @@ import math
 
 from lmjax.model import learning_rate_factors
 from lmjax.model.unit_scaling import USUAL_RATE
-from lmjax.optimizer import learning_rate_schedule
+from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.precision.formats import Format
-from lmjax.train.config import Config
+from lmjax.runs.config import Config
 
 
 def warnings(config: Config) -> list[str]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lmjax import sharding
 from lmjax.data import TokenizedCorpus, validation_batches
-from lmjax.train.config import Config
+from lmjax.parallel import sharding
+from lmjax.runs.config import Config
 
 
 def held_out_loss(

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import jax
 
-from lmjax import stages
-from lmjax.train.config import Config
-from lmjax.train.errors import OutOfMemory
+from lmjax.console import stages
+from lmjax.errors import OutOfMemory
+from lmjax.runs.config import Config
 from lmjax.train.memory import free_bytes
 
 EXHAUSTED: Final = re.compile(r"RESOURCE_EXHAUSTED|out of memory|std::bad_alloc", re.IGNORECASE)

@@ -9,14 +9,14 @@ import time
 
 import jax
 
+from lmjax.console.progress import Reporter
+from lmjax.console.wording import counted
+from lmjax.errors import NonFiniteGradients
 from lmjax.model import layout
-from lmjax.numerics.telemetry import mechanisms, telemetry_row
-from lmjax.train.config import Config
-from lmjax.train.errors import NonFiniteGradients
-from lmjax.train.metrics import MetricsWriter
-from lmjax.train.progress import Reporter
+from lmjax.runs.config import Config
+from lmjax.runs.metrics import MetricsWriter
+from lmjax.telemetry.rows import mechanisms, telemetry_row
 from lmjax.train.utilisation import Peak, flops_per_token, peak_memory_bytes
-from lmjax.wording import counted
 
 
 class Clock:

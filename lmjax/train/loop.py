@@ -16,21 +16,27 @@ from typing import Any
 
 import jax
 
-from lmjax import sharding, stages, strict_json
+from lmjax import strict_json
+from lmjax.console import stages
+from lmjax.console.progress import Reporter, say
+from lmjax.console.signals import StopRequest
+from lmjax.errors import InputError, NonFiniteGradients, TrainingFailed
 from lmjax.model import parameter_count
+from lmjax.parallel import sharding
+from lmjax.parallel.agreement import AgreedStop, from_first, is_first, refuse_unequal
 from lmjax.precision import exact
+from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.config import Config
+from lmjax.runs.profile import Profiler
+from lmjax.runs.run_directory import hold_run
+from lmjax.runs.state import change_phase
+from lmjax.runs.store.object_store import as_url
+from lmjax.runs.store.remote import local_path, staged
 from lmjax.train.advice import warnings
-from lmjax.train.agreement import AgreedStop, from_first, is_first, refuse_unequal
-from lmjax.train.checkpoint import Checkpoints
-from lmjax.train.config import Config
-from lmjax.train.errors import InputError, NonFiniteGradients, TrainingFailed
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog
-from lmjax.train.object_store import as_url
-from lmjax.train.profile import Profiler
 from lmjax.train.programs import PhasePrograms, Programs
-from lmjax.train.progress import Reporter, say
 from lmjax.train.records import (
     draw,
     failing_storage_explained,
@@ -40,12 +46,8 @@ from lmjax.train.records import (
     save,
     writer_of,
 )
-from lmjax.train.remote import local_path, staged
 from lmjax.train.rewind import rewind
-from lmjax.train.run_directory import hold_run
-from lmjax.train.signals import StopRequest
 from lmjax.train.start import Run, checked_input, start_run
-from lmjax.train.state import change_phase
 from lmjax.train.step import Batch
 from lmjax.train.utilisation import peak_of
 

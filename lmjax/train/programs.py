@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from lmjax.sharding import Mesh
-from lmjax.train.config import Config
-from lmjax.train.state import TrainState
+from lmjax.parallel.sharding import Mesh
+from lmjax.runs.config import Config
+from lmjax.runs.state import TrainState
 from lmjax.train.step import Batch, make_eval_step, make_train_step
 
 _Key = tuple[Config, Mesh]

@@ -15,22 +15,22 @@ from typing import Any
 import jax
 
 from lmjax import strict_json
-from lmjax.filenames import printable
-from lmjax.numerics.telemetry import draw_telemetry
-from lmjax.train.agreement import is_first
-from lmjax.train.config import to_json
-from lmjax.train.decoration import decoration
-from lmjax.train.errors import StorageFailed
-from lmjax.train.log import StepLog
-from lmjax.train.metrics import (
+from lmjax.console.decoration import decoration
+from lmjax.errors import StorageFailed
+from lmjax.files.filenames import printable
+from lmjax.parallel.agreement import is_first
+from lmjax.runs.config import to_json
+from lmjax.runs.metrics import (
     MetricsWriter,
     SilentWriter,
     draw_curves,
     read_rows,
     replace_text,
 )
-from lmjax.train.run_directory import parameters_sha256, record_environment
-from lmjax.train.sinks import open_sinks
+from lmjax.runs.run_directory import parameters_sha256, record_environment
+from lmjax.runs.sinks import open_sinks
+from lmjax.telemetry.rows import draw_telemetry
+from lmjax.train.log import StepLog
 from lmjax.train.start import Run
 
 

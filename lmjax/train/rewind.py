@@ -9,44 +9,17 @@ Knows states, data and checkpoints; nothing of steps or files of metrics.
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from lmjax.console.wording import counted
 from lmjax.data import train_iterator
-from lmjax.train.agreement import is_first
-from lmjax.train.config import Config
-from lmjax.train.errors import NonFiniteGradients, TrainingFailed
-from lmjax.train.state import abstract_state
-from lmjax.wording import counted
-
-if TYPE_CHECKING:
-    from lmjax.train.start import Run
-
-
-class Positions:
-    """Where in the data the batches of the last steps are, as many as a rewind may concern."""
-
-    def __init__(self, config: Config):
-        wanted = config.loss_scale.max_consecutive_skips + config.log_every + 2
-        self._states: deque[tuple[int, Any]] = deque(
-            maxlen=wanted if config.faults.non_finite == "rewind" else 0
-        )
-
-    def note(self, step: int, data: Any) -> None:
-        """Remembers the state of the data iterator before it gives the batch of a step."""
-        if self._states.maxlen:
-            self._states.append((step, data.get_state()))
-
-    def between(self, first: int, last: int) -> dict[int, Any]:
-        """What is known of the batches of steps `first` to `last`, by step."""
-        return {step: state for step, state in self._states if first <= step <= last}
-
-    def clear(self) -> None:
-        """Forgets everything: the steps that follow have other batches."""
-        self._states.clear()
+from lmjax.errors import NonFiniteGradients, TrainingFailed
+from lmjax.parallel.agreement import is_first
+from lmjax.runs.state import abstract_state
+from lmjax.train.start import Run
 
 
 def rewind(run: Run, failure: NonFiniteGradients) -> None:

@@ -14,17 +14,18 @@ from typing import Any
 
 import jax
 
-from lmjax import sharding, stages
+from lmjax.console import stages
 from lmjax.data import CacheFailed, TokenizedCorpus, tokenized_corpus, train_iterator
-from lmjax.train.agreement import failing_together, is_first, refuse_unequal
-from lmjax.train.checkpoint import Checkpoints
-from lmjax.train.config import Config
-from lmjax.train.errors import InputError, StorageFailed
+from lmjax.errors import InputError, StorageFailed
+from lmjax.parallel import sharding
+from lmjax.parallel.agreement import failing_together, is_first, refuse_unequal
+from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.config import Config
+from lmjax.runs.run_directory import record_changes, refuse_unusable
+from lmjax.runs.sinks import refuse_missing
+from lmjax.runs.state import TrainState, abstract_state, create_state
 from lmjax.train.log import Clock
-from lmjax.train.rewind import Positions
-from lmjax.train.run_directory import record_changes, refuse_unusable
-from lmjax.train.sinks import refuse_missing
-from lmjax.train.state import TrainState, abstract_state, create_state
+from lmjax.train.positions import Positions
 
 
 @dataclass

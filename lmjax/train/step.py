@@ -14,21 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax import loss_scale, sharding
 from lmjax.model import Context, apply, layout, token_losses
-from lmjax.optimizer import learning_rate_schedule
-from lmjax.precision import exact, probes
-from lmjax.precision.exact import at_least_f32
-from lmjax.storage import apply_updates, update_census
-from lmjax.train import measure
-from lmjax.train.config import Config
-from lmjax.train.reduction import (
+from lmjax.optim import loss_scale
+from lmjax.optim.optimizer import learning_rate_schedule
+from lmjax.optim.storage import apply_updates, update_census
+from lmjax.parallel import sharding
+from lmjax.parallel.reduction import (
     Gradient,
     ordered_gradient,
     reduced_gradient,
     reduces_narrow,
 )
-from lmjax.train.state import TrainState, abstract_state, gradient_norm, optimizer_of
+from lmjax.precision import exact, probes
+from lmjax.precision.exact import at_least_f32
+from lmjax.runs.config import Config
+from lmjax.runs.state import TrainState, abstract_state, gradient_norm, optimizer_of
+from lmjax.telemetry import measure
 
 PARTS = ("reduction", "loss_scale", "optimizer")
 """What a step computes outside of the model, as named scopes; sites name all else."""

@@ -30,12 +30,12 @@ import jax.numpy as jnp
 from lmjax import strict_json
 from lmjax.chips import peak_flops
 from lmjax.model import ModelConfig, structure
+from lmjax.parallel.sharding import Mesh
 from lmjax.precision import exact
 from lmjax.precision.formats import parse_format
 from lmjax.precision.native import this_backend
 from lmjax.precision.policy import carrier
-from lmjax.sharding import Mesh
-from lmjax.train.config import Config
+from lmjax.runs.config import Config
 
 ROWS: Final = {"cpu": 512}
 """Of the measured product; elsewhere `ROWS_ELSEWHERE`."""

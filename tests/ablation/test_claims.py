@@ -17,7 +17,6 @@ import pytest
 from ablation_helpers import finished, write_run
 from run_helpers import strict_loads
 
-from lmjax import cli, reproduce, verbs
 from lmjax.ablation import claims
 from lmjax.ablation.account import NO_ROWS, NOT_HERE
 from lmjax.ablation.claims import Claim, PaperRow, judge, load_claims, together
@@ -25,6 +24,9 @@ from lmjax.ablation.evidence import Evidence, Finding, Margin
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation.runner import AblationError
 from lmjax.ablation.statistics import smallest_detectable
+from lmjax.cli import claims as reproduce
+from lmjax.cli import common as cli
+from lmjax.cli import verbs
 from lmjax.train import Config, InputError
 
 YES = Finding("it holds", "1", "confirmed")

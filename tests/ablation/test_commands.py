@@ -17,9 +17,11 @@ import pytest
 import tiny_ablation
 from run_helpers import ROOT, finish, home, result, start, strict_loads
 
-from lmjax import ablation_cli, cli, verbs
 from lmjax.ablation import compare_cells, grid, runner
 from lmjax.ablation.words import significant
+from lmjax.cli import ablation as ablation_cli
+from lmjax.cli import common as cli
+from lmjax.cli import verbs
 
 __all__ = ["home"]
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from run_helpers import home
 
-from lmjax import sharding
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation
 from lmjax.data import tokenized_corpus, train_iterator
-from lmjax.optimizer import OptimizerConfig
+from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.parallel import sharding
 from lmjax.precision import exact, paths
 from lmjax.train import Config, InputError, create_state
 

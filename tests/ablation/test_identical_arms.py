@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from run_helpers import home, tiny
 
-from lmjax import sharding
 from lmjax.ablation.verdict import Criteria, compare_arms
 from lmjax.data import tokenized_corpus, train_iterator
+from lmjax.parallel import sharding
 from lmjax.precision import exact
+from lmjax.runs.state import KEY_KIND, initial_state
 from lmjax.train import make_eval_step, make_train_step
 from lmjax.train.evaluate import held_out_loss
-from lmjax.train.state import KEY_KIND, initial_state
 
 __all__ = ["home"]
 

@@ -11,11 +11,12 @@ import pytest
 from ablation_helpers import write_run
 from run_helpers import strict_loads
 
-from lmjax import cli, verbs
 from lmjax.ablation.runs import ablation_of
-from lmjax.optimizer import OptimizerConfig
+from lmjax.cli import common as cli
+from lmjax.cli import verbs
+from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.runs.config import to_json
 from lmjax.train import Config, InputError
-from lmjax.train.config import to_json
 
 BASE = Config(steps=10, precision="f32")
 BF16 = dataclasses.replace(BASE, precision="mixed_bf16")

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from run_helpers import home, tiny
 
-from lmjax import ablation_cli, cli, verbs
 from lmjax.ablation import grid, runner
 from lmjax.ablation.grid import Ablation
+from lmjax.cli import ablation as ablation_cli
+from lmjax.cli import common as cli
+from lmjax.cli import verbs
 from lmjax.train import Config
 
 __all__ = ["home"]

@@ -13,8 +13,8 @@ from run_helpers import ROOT, home, result, tiny
 
 from lmjax.ablation import grid, worker
 from lmjax.ablation.grid import Ablation, Cell
+from lmjax.console.signals import StopRequest
 from lmjax.train import Config, programs, train
-from lmjax.train.signals import StopRequest
 
 __all__ = ["home"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from run_helpers import tiny
 
 from lmjax.ablation import Ablation
-from lmjax.ablation_cli import run_ablation
+from lmjax.cli.ablation import run_ablation
 
 
 def ablation() -> Ablation:

@@ -9,7 +9,7 @@ import urllib.error
 import pytest
 from test_names import verb
 
-from lmjax import cli
+from lmjax.cli import common as cli
 from lmjax.data import DataConfig, DataError, network, prepare, tokenized_corpus
 from lmjax.data.network import refuse_unreachable
 

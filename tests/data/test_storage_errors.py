@@ -11,8 +11,8 @@ import pytest
 
 from lmjax.data import CacheFailed, DataError, tokenized_corpus
 from lmjax.data.store import storage_explained
+from lmjax.errors import StorageFailed
 from lmjax.train import Config, InputError, train
-from lmjax.train.errors import StorageFailed
 
 TEXTS = ["All the world's a stage, and all the men and women merely players. " * 40] * 12
 
@@ -110,7 +110,7 @@ def test_the_run_directory_is_looked_at_before_text_is_tokenized(
 
 
 def test_an_unwritable_parent_is_found_by_asking(text_files, monkeypatch, tmp_path):
-    monkeypatch.setattr("lmjax.train.run_directory.os.access", lambda *_: False)
+    monkeypatch.setattr("lmjax.runs.run_directory.os.access", lambda *_: False)
     monkeypatch.setattr("lmjax.train.start.tokenized_corpus", None)
     with pytest.raises(InputError, match="Permission denied; choose another --workdir"):
         train(Config(data=text_files(TEXTS)), tmp_path / "a" / "b", progress=False)

@@ -15,12 +15,12 @@ import pytest
 
 import experiments
 import experiments.ablations
-from lmjax import sharding
 from lmjax.ablation.claims import Claim, judge, load_claims
 from lmjax.ablation.evidence import Evidence
 from lmjax.ablation.grid import Ablation, arm_differences, plan, read_cells
+from lmjax.parallel import sharding
+from lmjax.runs.config import from_json, to_json
 from lmjax.train import Config, abstract_state, make_train_step
-from lmjax.train.config import from_json, to_json
 
 NAMES = sorted(
     module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.ispkg

@@ -13,10 +13,10 @@ import pytest
 from run_helpers import home
 
 from experiments.ablations import loss_scale_invariants as invariants
-from lmjax import optimizer
 from lmjax.ablation.evidence import Finding
-from lmjax.loss_scale import LossScaleConfig, all_finite, with_loss_scale
-from lmjax.train.checkpoint import Checkpoints, Restored
+from lmjax.optim import optimizer
+from lmjax.optim.loss_scale import LossScaleConfig, all_finite, with_loss_scale
+from lmjax.runs.checkpoint import Checkpoints, Restored
 
 __all__ = ["home"]
 

@@ -18,8 +18,8 @@ import pytest
 from run_helpers import result, tiny
 
 from lmjax.inference import TrainedModel, evaluate, generate, load_model, score
+from lmjax.runs.checkpoint import CheckpointError
 from lmjax.train import InputError, make_eval_step, train
-from lmjax.train.checkpoint import CheckpointError
 
 CONTEXT = 16
 
@@ -65,7 +65,7 @@ def scripted(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 
 def test_the_newest_parameters_in_their_stored_formats(model: TrainedModel, workdir: Path) -> None:
-    from lmjax.train.run_directory import parameters_sha256
+    from lmjax.runs.run_directory import parameters_sha256
 
     assert model.step == 60
     assert parameters_sha256(model.params) == result(workdir)["parameters_sha256"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from run_helpers import strict_loads, tiny
 
-from lmjax import cli, verbs
+from lmjax.cli import common as cli
+from lmjax.cli import verbs
 from lmjax.inference import (
     NonFiniteError,
     Score,
@@ -297,6 +298,6 @@ def test_stdout_is_flushed_piece_by_piece(
     """A reader of the pipe sees a piece before the next token is drawn."""
     seen: list[str] = []
     says(monkeypatch, [*"aж".encode(), END])
-    monkeypatch.setattr("lmjax.inference_cli.write_text", seen.append)
+    monkeypatch.setattr("lmjax.cli.inference.write_text", seen.append)
     assert lmjax("generate", str(workdir), "--prompt", "x") == cli.DONE
     assert seen == ["xa", "ж", "\n"]

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax import sharding
 from lmjax.data import DataConfig, document_starts
 from lmjax.model import apply, decoding_params, extend, initial_cache, log_probabilities
 from lmjax.model.layers import Attention
 from lmjax.model.mask import CausalWithinDocuments
 from lmjax.model.sites import QUIET
+from lmjax.parallel import sharding
 from lmjax.train.step import evaluation, make_scaled_loss
 
 END = 0

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax import sharding
 from lmjax.model import apply, layers
+from lmjax.parallel import sharding
 from lmjax.precision import paths
 from lmjax.train.step import make_scaled_loss, train_step
 
@@ -69,7 +69,7 @@ def test_compute_every_product_forward_and_backward(
 def test_params_are_stored_as_the_policy_says_before_and_after_a_step(
     policy, family, tiny, draw_batch
 ):
-    from lmjax.train.state import initial_state
+    from lmjax.runs.state import initial_state
 
     config = tiny(policy, family).resolved()
     stored = config.sites["embed"].params.dtype

@@ -19,15 +19,15 @@ from experiments.ablations.unit_scaling import (
     deviations,
     gradients,
 )
-from lmjax import sharding
-from lmjax.loss_scale import LossScaleConfig
 from lmjax.model import ModelConfig, apply, token_losses, unit_scaling
+from lmjax.optim.loss_scale import LossScaleConfig
+from lmjax.parallel import sharding
+from lmjax.parallel.sharding import MeshConfig
 from lmjax.precision import paths
 from lmjax.precision.probes import Census, Fate
-from lmjax.sharding import MeshConfig
+from lmjax.runs.state import optimizer_of
 from lmjax.train import abstract_state, make_train_step
 from lmjax.train.advice import warnings
-from lmjax.train.state import optimizer_of
 
 UNIT = {"parametrisation": "unit"}
 WIDE = UNIT | {"vocab_size": 256, "max_positions": 64, "heads": 4}

@@ -8,12 +8,12 @@ import jmp
 import numpy as np
 import pytest
 
-from lmjax.loss_scale import LossScaleConfig, unscale
 from lmjax.model import token_losses
-from lmjax.optimizer import OptimizerConfig, make_optimizer
+from lmjax.optim.loss_scale import LossScaleConfig, unscale
+from lmjax.optim.optimizer import OptimizerConfig, make_optimizer
+from lmjax.optim.storage import apply_updates
 from lmjax.precision import PolicyError, exact, parse_policy
 from lmjax.precision.matmul import einsum
-from lmjax.storage import apply_updates
 
 NO_SCALE = LossScaleConfig("none")
 

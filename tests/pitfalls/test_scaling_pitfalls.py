@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from lmjax import loss_scale
-from lmjax.loss_scale import LossScaleConfig, with_loss_scale
-from lmjax.optimizer import OptimizerConfig, make_optimizer
+from lmjax.optim import loss_scale
+from lmjax.optim.loss_scale import LossScaleConfig, with_loss_scale
+from lmjax.optim.optimizer import OptimizerConfig, make_optimizer
+from lmjax.parallel.sharding import MeshConfig, abstract_mesh, state_shardings
 from lmjax.precision import exact, parse_policy
-from lmjax.sharding import MeshConfig, abstract_mesh, state_shardings
 
 PARAMS = {"scale": jnp.ones(4, jnp.float32), "w": jnp.ones((4, 4), jnp.float32)}
 ZERO = jax.tree.map(jnp.zeros_like, PARAMS)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from experiments import llama_1b, quickstart
+from lmjax.parallel.sharding import MeshConfig
 from lmjax.plan import CPU_ONLY, Plan, PlanError, Row, cuts, make_plan, partitioned, scaled
-from lmjax.sharding import MeshConfig
 from lmjax.train import Config
 
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)

@@ -19,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmjax.model.cache import LayerCache
+from lmjax.optim.storage import _encode, apply_updates, convert_moments, convert_params
+from lmjax.parallel.reduction import _rounded, _sum
 from lmjax.precision import parse_policy
 from lmjax.precision.formats import Format, integer, parse_format
 from lmjax.precision.matmul import einsum
@@ -27,8 +29,6 @@ from lmjax.precision.quantizer import Quantizer, parse_quantizer
 from lmjax.precision.rounding import quantize
 from lmjax.precision.stored import decode, encode
 from lmjax.precision.summation import sum_of_products
-from lmjax.storage import _encode, apply_updates, convert_moments, convert_params
-from lmjax.train.reduction import _rounded, _sum
 
 NATIVE = ["f16", "bf16", "e5m2", "e3m4"]
 NO_INFINITY = ["e4m3", "e4m3fnuz", "e5m2fnuz", "e3m2", "e2m3", "e2m1", "e5m0", "int8", "int4"]

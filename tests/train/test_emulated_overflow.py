@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmjax.loss_scale import LossScaleConfig
+from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.precision import policy
 
 STEPS = 60

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from run_helpers import result, tiny
 
-from lmjax import cli
+from lmjax.cli import common as cli
+from lmjax.errors import OutOfMemory
 from lmjax.train import train
-from lmjax.train.errors import OutOfMemory
 from lmjax.train.exhaustion import asked_bytes, is_exhaustion, refuse_oversized
 
 SAID = {
@@ -54,7 +54,7 @@ PLACES = {
     "lmjax.train.loop._enter_phase": "while compiling the train step",
     "lmjax.train.loop._next_batch": "while training",
     "lmjax.train.loop.held_out_loss": "while evaluating",
-    "lmjax.train.checkpoint.Checkpoints.restore": "while restoring the checkpoint of step 20",
+    "lmjax.runs.checkpoint.Checkpoints.restore": "while restoring the checkpoint of step 20",
 }
 
 
@@ -108,7 +108,7 @@ def test_a_step_that_cannot_fit_is_refused_before_it_runs(
 
 @pytest.mark.parametrize("who", SAID)
 def test_a_verb_ends_in_one_line(who: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from lmjax import stages
+    from lmjax.console import stages
 
     def fail() -> int:
         with stages.stage("generating text"):

@@ -25,9 +25,9 @@ import pytest
 from run_helpers import finish, result, start, tiny, tiny_flags, untimed
 from test_checkpoint import KINDS, damage
 
+from lmjax.errors import CheckpointError, StorageFailed
+from lmjax.runs.checkpoint import Checkpoints
 from lmjax.train import InputError, train
-from lmjax.train.checkpoint import Checkpoints
-from lmjax.train.errors import CheckpointError, StorageFailed
 
 SIGKILLS = int(os.environ.get("SIGKILLS", "50"))
 SIGTERMS = int(os.environ.get("SIGTERMS", "20"))
@@ -157,11 +157,11 @@ def test_a_metrics_file_that_blocks(
     config: Any, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
     """Training and its checkpoints go on; the rows are written by the run that comes after."""
-    from lmjax.train.metrics import MetricsWriter
+    from lmjax.runs.metrics import MetricsWriter
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("lmjax.train.metrics.PATIENCE_SECONDS", 0.1)
+        patch.setattr("lmjax.runs.metrics.PATIENCE_SECONDS", 0.1)
         patch.setattr(MetricsWriter, "_append", lambda *_: time.sleep(3600))
         train(config, run, stop_after=33, progress=False)
     train(config, run, progress=False)
@@ -202,7 +202,7 @@ def test_the_disk_is_full(
     row: Row,
 ) -> None:
     """From step 30 on, where a checkpoint is due, or from a row before that."""
-    from lmjax.train.metrics import MetricsWriter
+    from lmjax.runs.metrics import MetricsWriter
 
     with small_disk(tmp_path / "disk", 8) as disk:
         run = disk / "run"

@@ -91,7 +91,7 @@ def test_killed_twice(home: Path, undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_signal_is_obeyed_at_once() -> None:
-    from lmjax.train.signals import StopRequest
+    from lmjax.console.signals import StopRequest
 
     # What a process started in the background of a script inherits is to ignore it.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -106,7 +106,7 @@ def test_a_second_signal_is_obeyed_at_once() -> None:
 
 
 def test_the_handlers_are_given_back() -> None:
-    from lmjax.train.signals import StopRequest
+    from lmjax.console.signals import StopRequest
 
     before = [signal.getsignal(number) for number in StopRequest.SIGNALS]
     with StopRequest():

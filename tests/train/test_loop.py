@@ -10,8 +10,8 @@ import matplotlib.image
 import pytest
 from run_helpers import RESULT_KEYS, result, rows, tiny
 
+from lmjax.runs.checkpoint import Checkpoints
 from lmjax.train import InputError, TrainingFailed, train
-from lmjax.train.checkpoint import Checkpoints
 
 LOGGED = {
     "step",
@@ -130,7 +130,7 @@ def _overflow(workdir: Path) -> None:
 
 
 def _restored(workdir: Path) -> Any:
-    from lmjax import sharding
+    from lmjax.parallel import sharding
     from lmjax.train import abstract_state, read_config
 
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -143,7 +143,7 @@ def _restored(workdir: Path) -> Any:
 
 
 def _parameters(workdir: Path) -> str:
-    from lmjax.train.run_directory import parameters_sha256
+    from lmjax.runs.run_directory import parameters_sha256
 
     return parameters_sha256(_restored(workdir)[0].params)
 

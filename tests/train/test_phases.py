@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from run_helpers import result, tiny, untimed
 
-from lmjax import sharding
 from lmjax.inference import evaluate, load_model
+from lmjax.parallel import sharding
 from lmjax.precision import parse_policy, paths
+from lmjax.runs.state import carry_over, change_phase
 from lmjax.train import abstract_state, make_train_step, train
 from lmjax.train.programs import Programs
-from lmjax.train.state import carry_over, change_phase
 
 SAVED, EVALUATED = 10, 15
 PHASES = ("f32", "p=bf16.kahan,c=bf16,o=f32", "mixed_f16")

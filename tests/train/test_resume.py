@@ -96,7 +96,7 @@ def test_the_loss_scale_changes_on_both_sides_of_the_interruption(
 def test_batches_continue_where_the_run_stopped(
     config: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmjax import sharding
+    from lmjax.parallel import sharding
     from lmjax.train import train
 
     seen: list[bytes] = []
@@ -147,8 +147,8 @@ def test_training_time_accumulates_to_the_very_step(
     config: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A clock that moves one second a reading: steps after the last logged one count too."""
+    from lmjax.runs.checkpoint import Checkpoints
     from lmjax.train import train
-    from lmjax.train.checkpoint import Checkpoints
 
     saved: list[float] = []
     save = Checkpoints.save
@@ -196,8 +196,8 @@ def test_another_text_is_refused_and_nothing_is_overwritten(home: Path, tmp_path
 
 @pytest.mark.long
 def test_a_run_goes_on_in_another_precision_if_it_may_cast(home: Path, tmp_path: Path) -> None:
+    from lmjax.runs.checkpoint import CheckpointError
     from lmjax.train import InputError, train
-    from lmjax.train.checkpoint import CheckpointError
 
     run = tmp_path / "run"
     train(tiny(home), run, stop_after=2, progress=False)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from run_helpers import result, rows, tiny, untimed
 
-from lmjax import sharding
 from lmjax.data import tokenized_corpus, train_iterator
+from lmjax.parallel import sharding
 from lmjax.train import TrainingFailed, train
 
 POISON = 7

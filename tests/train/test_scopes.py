@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lmjax import sharding
 from lmjax.hlo.operations import Operation, operations
 from lmjax.hlo.scopes import Scope, scope_of
 from lmjax.model import layout
+from lmjax.parallel import sharding
 from lmjax.plan import partitioned
 from lmjax.train import Config, abstract_state
 from lmjax.train.step import PARTS, train_step

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from lmjax import sharding
 from lmjax.model.layers import dropout
+from lmjax.parallel import sharding
 from lmjax.precision import paths
+from lmjax.runs.config import from_json, to_json
+from lmjax.runs.state import KEY_KIND
 from lmjax.train import create_state, seed_key
-from lmjax.train.config import from_json, to_json
-from lmjax.train.state import KEY_KIND
 
 FAR_APART = (1, 2**32 + 1, 2**33 + 1, 2**63 + 1, 2**64 - 1)
 """Seeds with the same low word, and the largest one."""

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax import sharding
+from lmjax.parallel import sharding
 from lmjax.precision import paths
+from lmjax.runs.state import initial_state
 from lmjax.train import make_eval_step, make_train_step
-from lmjax.train.state import initial_state
 from lmjax.train.step import make_scaled_loss
 
 POLICIES = ["f32", "mixed_bf16", "mixed_f16", "pure_bf16", "pure_f16"]

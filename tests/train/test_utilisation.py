@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from run_helpers import rows
 
-from lmjax import sharding
 from lmjax.chips import H100, V5P, peak_flops
+from lmjax.parallel import sharding
 from lmjax.precision import native
 from lmjax.train import train, utilisation
 from lmjax.train.utilisation import (

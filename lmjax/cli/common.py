@@ -1,0 +1,278 @@
+"""The command line of experiments, and what all command lines here have in common.
+
+Flags are derived from typed dataclasses and functions, and what goes wrong becomes one line on
+stderr and an exit code:
+
+    0 done    2 bad input, nothing written    75 stopped early with a checkpoint
+    130, 143 ended at once by SIGINT (Ctrl-C) or SIGTERM    1 anything else
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from lmjax import strict_json
+from lmjax.checks import at_least, validate
+from lmjax.cli.flags import NAMED, parsed, program, reopened, with_file
+from lmjax.console import interrupts, opening, stages
+from lmjax.console.decoration import decoration
+from lmjax.console.streams import tolerant
+from lmjax.console.wording import counted
+from lmjax.data import CacheFailed, DataError
+from lmjax.errors import CheckpointError, OutOfMemory, StorageFailed
+from lmjax.files.filenames import expanded, printable
+from lmjax.inference import NonFiniteError, load_model
+from lmjax.inference import generate as generate_text
+from lmjax.parallel import distributed
+from lmjax.parallel.agreement import is_first
+from lmjax.parallel.distributed import DistributedConfig
+from lmjax.plan.program import PlanError
+from lmjax.runs.store.remote import fetched
+from lmjax.train import Config, InputError, TrainingFailed, read_config, train
+from lmjax.train.exhaustion import explained, is_exhaustion
+from lmjax.train.memory import keep_freed_memory
+
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+
+T = TypeVar("T")
+
+UserPath = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda typed: expanded(typed[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""A path from the command line, in which `~` is a home directory."""
+
+RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+"""A path, or a URL: a `Path` would make one slash of two."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Flags of an experiment: its config, and how this launch of it is carried out."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    workdir: Annotated[str, tyro.conf.arg(metavar="DIR")]
+    """The run directory; the same command again goes on with the run in it. s3://BUCKET/RUN and
+    gs://BUCKET/RUN are in an object store: any machine goes on with the run there."""
+    config_file: Annotated[str, tyro.conf.arg(name=NAMED["config_file"], metavar="FILE")] = ""
+    """Settings to start from, which other flags override: the config.json of a run, or a part."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    stop_after: Annotated[int, at_least(1)] | None = None
+    """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
+    sample: Annotated[int, at_least(0)] = 200
+    """Tokens of text generated for a look when a run of one process is done; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range now, and not when the run is done."""
+        validate(self)
+
+
+def run_experiment(config: Callable[[], Config]) -> NoReturn:
+    """Runs the module that was started, an experiment, from the command line and exits.
+
+    Args:
+      config: the module's `config`.
+    """
+    opening.begin()
+    keep_freed_memory()
+    module, command = program()
+    sys.exit(guarded(lambda: _run_experiment(module, config, sys.argv[1:], command)))
+
+
+def _run_experiment(
+    module: str,
+    config: Callable[[], Config],
+    arguments: Sequence[str],
+    command: str = "",
+) -> int:
+    default = Launch(config=config(), workdir=str(Path("runs", module.rpartition(".")[2])))
+    command = command or f"python -m {module}"
+    return _launched(parsed(Launch, with_file(arguments), default=default, command=command))
+
+
+def resume_run(arguments: Sequence[str]) -> int:
+    """Goes on with a run as it is recorded; flags as those of an experiment.
+
+    Args:
+      arguments: the run directory or its URL, and flags.
+    """
+    run = next(iter(arguments), "-")
+    if run.startswith("-"):
+        if {"-h", "--help"} & set(arguments):
+            parsed(Launch, arguments, default=Launch(Config(), "RUN"), command=RESUME)
+        raise InputError(f"name the run directory first: {RESUME}")
+    with fetched(run, checkpoint=False) as folder:
+        recorded, path = read_config(folder), folder / "result.json"
+        result = strict_json.read(path) if path.exists() else None
+    default = Launch(config=reopened(recorded), workdir=run)
+    launch = parsed(Launch, with_file(arguments[1:]), default=default, command=RESUME)
+    if launch.workdir != run:
+        raise InputError(f"{RESUME} goes on in RUN itself; leave --workdir out")
+    if result is not None:
+        print(
+            f"{run} is finished: held-out loss {float(result['eval_loss']):.4f} nats per token "
+            f"after {result['steps']} steps. For a longer run, start another one: an experiment "
+            f"with --config {run}/config.json, --steps and --workdir"
+        )
+        return DONE
+    keep_freed_memory()
+    return _launched(launch)
+
+
+RESUME = "python -m lmjax resume RUN [FLAGS]"
+
+
+def _launched(launch: Launch) -> int:
+    if parts := launch.config.deterministic_reductions:
+        # On CPU sums depend on the size of XLA's thread pool too: the number of cores or of
+        # devices, whichever is larger, unless this says otherwise before there is a backend.
+        os.environ.setdefault("PJRT_NPROC", str(parts))
+    alone = not _joined(launch.distributed)
+    outcome = train(launch.config, launch.workdir, stop_after=launch.stop_after)
+    if outcome.result is None:
+        return STOPPED
+    console = Console(highlight=False, emoji=False, quiet=not is_first())
+    if launch.sample and alone:
+        with decoration("a sample"):
+            with stages.stage("generating a sample"):
+                text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
+            if is_first():
+                write_text(f"A sample:\n{text}\n")
+    loss = float(outcome.result["eval_loss"])
+    console.print(
+        f"held-out loss {loss:.4f} nats per token after {counted(outcome.step, 'step')} "
+        f"({outcome.result['train_seconds']:.1f} s of training); everything is in "
+        f"{printable(launch.workdir)}",
+        markup=False,
+        soft_wrap=True,
+    )
+    return DONE
+
+
+def _joined(config: DistributedConfig) -> bool:
+    """Whether several processes train; this one is one of them then."""
+    try:
+        with stages.stage("waiting for the other processes"):
+            return distributed.start(config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def guarded(call: Callable[[], int], *, prints_results: bool = False) -> int:
+    """The exit code of a call; what it raises about its input or its run becomes one line.
+
+    Args:
+      call: what to do; it prints as it likes, and a terminal that cannot show it is no failure.
+      prints_results: what it prints is what it was asked for, and has to get where it should.
+    """
+    with tolerant() as out:
+        code = _guarded(call)
+        out.flush()
+        # A reader that has left has what it wanted.
+        if prints_results and code == DONE and not isinstance(out.failure, BrokenPipeError | None):
+            _say_error(f"cannot write to standard output: {out.failure.strerror}")
+            return FAILED
+    return code
+
+
+def _guarded(call: Callable[[], int]) -> int:
+    try:
+        with interrupts.catching():
+            return call()
+    except KeyboardInterrupt as error:
+        if not isinstance(error, interrupts.Interrupted):
+            error = interrupts.Interrupted(signal.SIGINT)
+            print(f"stopped by {error}", file=sys.stderr)
+        distributed.leave_at_once(error.exit_code)
+        return error.exit_code
+    except (InputError, DataError) as error:
+        _say_error(error)
+        return BAD_INPUT
+    except (TrainingFailed, CheckpointError, PlanError, NonFiniteError, CacheFailed) as error:
+        _say_error(error)
+        return FAILED
+    except (StorageFailed, OutOfMemory) as error:
+        _say_error(error)
+        distributed.leave_at_once(FAILED)
+        return FAILED
+    except Exception as error:
+        if is_exhaustion(error):
+            _say_error(explained(error))
+            distributed.leave_at_once(FAILED)
+            return FAILED
+        if distributed.started():
+            if not distributed.is_of_the_backend(error):
+                traceback.print_exc()
+            print(f"error: {distributed.explained(error)}", file=sys.stderr)
+            distributed.leave_at_once(FAILED)
+        raise
+
+
+def _say_error(error: object) -> None:
+    """One line, whatever is in the names that the message quotes."""
+    print(f"error: {printable(error)}", file=sys.stderr)
+
+
+def write_text(text: str) -> None:
+    """Writes text to stdout at once: unchanged to a file or pipe, `visible` to a terminal."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """The text with pictures (U+2400 to U+2421) of its control characters but tabs and newlines.
+
+    A model may generate any character, and a terminal obeys some.
+    """
+    return "".join(map(_picture, text))
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if code < 0x20 and character not in "\t\n":
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else "\ufffd" if 0x80 <= code < 0xA0 else character
+
+
+def bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """Calls something that checks user input, whose ValueErrors are therefore the user's."""
+    try:
+        return call(*arguments, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def print_json(value: Any) -> None:
+    """Prints strict JSON."""
+    print(strict_json.dumps(value))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
+    """Prints rows under a header in columns, as wide as they are; only the last may be wrapped."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in header[:-1]:
+        table.add_column(title, no_wrap=True)
+    table.add_column(header[-1], overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # Nothing is cut off where the width is unknown, in a file or a pipe.
+    width = None if sys.stdout.isatty() else 1000
+    # Cells are text: `[v2]` in a name is no markup.
+    Console(highlight=False, emoji=False, width=width, markup=False).print(table)

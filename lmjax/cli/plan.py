@@ -1,0 +1,200 @@
+"""How a plan is shown: `python -m lmjax sharding experiments.NAME`.
+
+Knows `lmjax.plan` and how tables are printed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lmjax import plan
+from lmjax.checks import validate
+from lmjax.cli.common import print_json, print_table
+from lmjax.console.wording import counted
+from lmjax.parallel.sharding import MeshSize
+from lmjax.plan import Plan, Roofline
+from lmjax.train import Config
+
+WEAK_SCALING = (8, 64, 256)
+"""Numbers of chips that the roofline page compares."""
+
+READ = """\
+Collectives of the step as XLA's partitioner leaves it, before passes that only its CPU compiler
+has; bytes that one device sends in a step, by ring algorithms.
+Arithmetic: lmjax/plan/arithmetic.py"""
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """Sizes of mesh axes, where they are not to be the experiment's own."""
+
+    data: MeshSize | None = None
+    """Batches are divided; parameters are whole on every device."""
+    fsdp: MeshSize | None = None
+    """Batches, parameters and optimizer state are divided."""
+    tensor: MeshSize | None = None
+    """Heads, MLP and vocabulary are divided."""
+    sequence: MeshSize | None = None
+    """Positions of the context are divided."""
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that no number of devices fits."""
+        validate(self, "mesh")
+
+    def given(self) -> dict[str, int]:
+        """Those that are."""
+        return {name: size for name, size in dataclasses.asdict(self).items() if size is not None}
+
+
+def changed(
+    config: Config,
+    precision: str | None,
+    mesh: MeshSizes,
+    batch_size: int | None,
+    micro_batches: int | None,
+) -> Config:
+    """A config with what the flags change."""
+    changes: dict[str, Any] = {
+        "precision": precision,
+        "batch_size": batch_size,
+        "micro_batches": micro_batches,
+    }
+    given = {name: value for name, value in changes.items() if value is not None}
+    sizes = dataclasses.replace(config.mesh, **mesh.given())
+    return dataclasses.replace(config, mesh=sizes, **given)
+
+
+def show_plan(config: Config, devices: int, *, json: bool) -> None:
+    """Prints how arrays are divided, what a step sends, and what it holds."""
+    made = plan.make_plan(config, devices)
+    arrays = list(plan.cuts(made.config, devices))
+    if json:
+        print_json(_plan_json(made, arrays))
+        return
+    sizes = " x ".join(f"{name}={size}" for name, size in made.mesh.items())
+    print(f"{counted(devices, 'device')}, {sizes}; policy {made.config.precision}\n")
+    _print_arrays(arrays)
+    print()
+    _print_traffic(made)
+    print()
+    _print_memory(made)
+    for warning in made.program.warnings:
+        print(f"XLA could move this only by making it whole on every device: {warning}")
+
+
+def show_rooflines(config: Config, devices: int, *, json: bool) -> None:
+    """Prints the bounds of a step on each chip, for growing numbers of them."""
+    plans = [
+        plan.make_plan(plan.scaled(config, devices, count) if count != devices else config, count)
+        for count in sorted({*WEAK_SCALING, devices})
+    ]
+    found = [
+        (made, plan.roofline(made.config, made.mesh, made.sent, chip), chip)
+        for chip in plan.CHIPS
+        for made in plans
+    ]
+    if json:
+        print_json(
+            {
+                "assumptions": plan.ASSUMPTIONS,
+                "chips": [dataclasses.asdict(chip) for chip in plan.CHIPS],
+                "rooflines": [
+                    dataclasses.asdict(line) | {"bound": line.bound} for _, line, _ in found
+                ],
+            }
+        )
+        return
+    print(f"Bounds of a step; policy {plans[0].config.precision}; rows per device are kept\n")
+    header = (
+        *("chip", "chips", "mesh", "rows", "compute", "memory", "wires", "bound"),
+        *("least", "most", "tokens/s/chip at most", "needs"),
+    )
+    print_table(header, (_roofline_row(made, line, chip.memory) for made, line, chip in found))
+    print("\nTimes in ms. Assumptions:")
+    for assumption in plan.ASSUMPTIONS:
+        print(f"- {assumption}")
+    for chip in plan.CHIPS:
+        print(f"{chip.name}:")
+        for source in chip.sources:
+            print(f"- {source}")
+
+
+def _print_arrays(arrays: Iterable[plan.Cut]) -> None:
+    total = 0
+    rows = []
+    for cut in arrays:
+        total += cut.bytes
+        shape = " x ".join(map(str, cut.shape))
+        rows.append((cut.path, shape, cut.dtype, " ".join(cut.spec), _size(cut.bytes)))
+    rows.append(("in all", "", "", "", _size(total)))
+    print_table(("array", "shape", "dtype", "divided by", "per device"), rows)
+
+
+def _print_traffic(made: Plan) -> None:
+    rows = [_traffic_row(row) for row in made.rows]
+    sent = sum(row.sent for row in made.rows)
+    expected = sum(row.expected for row in made.rows)
+    ratio = f"{sent / expected:.4f}" if expected else ""
+    rows.append(("in all", "", "", "", "", _size(sent), _size(expected), ratio))
+    header = ("for", "collective", "dtype", "along", "count", "sent", "arithmetic", "ratio")
+    print_table(header, rows)
+    print(READ)
+
+
+def _traffic_row(row: plan.Row) -> tuple[str, ...]:
+    ratio = "" if row.ratio is None else f"{row.ratio:.4f}"
+    along = " x ".join(row.axes)
+    expected = _size(row.expected) if row.expected else ""
+    return (
+        row.purpose, row.kind, row.dtype, along, str(row.count), _size(row.sent), expected, ratio
+    )  # fmt: skip
+
+
+def _print_memory(made: Plan) -> None:
+    parts = made.memory
+    total, peak = sum(parts.values()), made.program.memory.peak
+    rows = [(name, _size(size)) for name, size in parts.items()]
+    rows += [
+        ("sum", _size(total)),
+        ("compiled, on CPU", _size(peak)),
+        ("compiled / sum", f"{peak / total:.4f}"),
+        ("elsewhere, by the sum", _size(total - parts[plan.CPU_ONLY])),
+    ]
+    print_table(("peak memory", "per device"), rows)
+
+
+def _roofline_row(made: Plan, line: Roofline, memory: float) -> tuple[str, ...]:
+    mesh = " x ".join(f"{name}={size}" for name, size in made.mesh.items() if size > 1)
+    times = (line.compute, line.memory, line.sent)
+    needs = sum(size for name, size in made.memory.items() if name != plan.CPU_ONLY)
+    speed = line.tokens / line.devices / line.least
+    return (
+        line.chip, str(line.devices), mesh or "1", str(made.config.batch_size),
+        *(f"{1000 * time:.1f}" for time in times), line.bound,
+        f"{1000 * line.least:.1f}", f"{1000 * line.most:.1f}", f"{speed:,.0f}",
+        f"{needs / memory:.0%} of {_size(memory)}",
+    )  # fmt: skip
+
+
+def _plan_json(made: Plan, arrays: list[plan.Cut]) -> dict[str, Any]:
+    memory = made.program.memory
+    return {
+        "mesh": made.mesh,
+        "precision": made.config.precision,
+        "arrays": [dataclasses.asdict(cut) for cut in arrays],
+        "collectives": [dataclasses.asdict(row) | {"ratio": row.ratio} for row in made.rows],
+        "memory": {"parts": made.memory, "compiled": dataclasses.asdict(memory)},
+        "warnings": made.program.warnings,
+    }
+
+
+def _size(size: float) -> str:
+    """Bytes in decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5 or unit == "GB":
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+        size /= 1000
+    raise AssertionError

@@ -1,0 +1,340 @@
+"""The verbs of `python -m lmjax VERB`: each a function, whose parameters are its flags.
+
+Knows all rooms; how flags are parsed, errors caught and tables printed is in `cli/common.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import tyro
+
+from lmjax import checks
+from lmjax.checks import at_least
+from lmjax.cli.common import (
+    DONE,
+    FAILED,
+    STOPPED,
+    RunDirectory,
+    UserPath,
+    bad_input,
+    guarded,
+    print_json,
+    print_table,
+    resume_run,
+)
+from lmjax.cli.data import show_prepared
+from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
+from lmjax.cli.inference import evaluate, generate, score
+from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
+from lmjax.data import DataConfig
+from lmjax.data import prepare as prepare_data
+from lmjax.model import Sites
+from lmjax.precision.formats import format_table
+from lmjax.precision.grammar import KEYS
+from lmjax.precision.native import Arithmetic, in_words, this_backend
+from lmjax.runs.store.object_store import as_url
+from lmjax.runs.store.remote import fetched
+from lmjax.train import Config, InputError
+
+Count = Annotated[int, at_least(1)]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Uses what experiments have trained, and shows what they would do."""
+    verbs: dict[str, Callable[..., int]] = {
+        "resume": resume,
+        "generate": generate,
+        "score": score,
+        "evaluate": evaluate,
+        "prepare": prepare,
+        "sites": sites,
+        "sharding": sharding,
+        "formats": formats,
+        "report": report,
+        "reproduce": reproduce,
+    }
+    deferred = {name: _deferred(verb) for name, verb in verbs.items()}
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verb, *flags = arguments or [""]
+    if verb == "resume":  # its flags have the values that the run has recorded
+        sys.exit(guarded(lambda: resume_run(flags)))
+
+    def run() -> int:
+        if verb in verbs:
+            refuse_unknown(flags, known_flags(verbs[verb]))
+        call = parse_flags(
+            lambda: tyro.extras.subcommand_cli_from_dict(
+                deferred, prog="python -m lmjax", description=main.__doc__, args=arguments
+            )
+        )
+        return call()
+
+    sys.exit(guarded(run, prints_results=True))
+
+
+def resume(run: RunDirectory, /) -> int:
+    """Goes on with a run as it is recorded, wherever it was stopped; takes an experiment's flags.
+
+    Args:
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
+    """
+    return resume_run([run])
+
+
+def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """The same signature, but a call only binds: complaints about flags end before work begins."""
+
+    @functools.wraps(verb)
+    def bind(*arguments: Any, **options: Any) -> Callable[[], int]:
+        given = inspect.signature(verb).bind(*arguments, **options).arguments
+        checks.validate_arguments(verb, given)
+        return functools.partial(verb, *arguments, **options)
+
+    return bind
+
+
+def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")], json: bool = False) -> int:
+    """Prepares a corpus; the only command that downloads, and only a tfds: dataset it is told to.
+
+    Args:
+      data: Which corpus, and how it is tokenized.
+      json: Print JSON.
+    """
+    show_prepared(data, prepare_data(data, progress=not json), json=json)
+    return DONE
+
+
+def sites(
+    experiment: tyro.conf.Positional[str], /, precision: str | None = None, json: bool = False
+) -> int:
+    """What each tensor of each site of an experiment's model resolves to, phase by phase.
+
+    The last column says which products are native on this machine, and in what the others are
+    emulated: the product y and its gradients dx and dw.
+
+    Args:
+      experiment: Module, such as experiments.quickstart.
+      precision: Policy, if not the experiment's own.
+      json: Print JSON.
+    """
+    config = load_experiment(experiment)
+    if precision is not None:
+        config = bad_input(dataclasses.replace, config, precision=precision)
+    resolved = {start: phase.sites for start, phase in config.phases}
+    products = {start: phase.products() for start, phase in config.phases}
+    if json:
+        phases = {start: _sites_json(sites, products[start]) for start, sites in resolved.items()}
+        print_json(phases if len(phases) > 1 else phases[0])
+        return DONE
+    for start, sites in resolved.items():
+        if len(resolved) > 1:
+            print(f"from step {start} on: {config.at(start).precision}")
+        words = {path: in_words(product) for path, product in products[start].items()}
+        rows = ((path, *site.rows().values(), words.get(path, "")) for path, site in sites.items())
+        print_table(("site", *KEYS, f"products on {this_backend().platform}"), rows)
+    return DONE
+
+
+def _sites_json(
+    sites: Sites, products: Mapping[str, Mapping[str, Arithmetic]]
+) -> dict[str, dict[str, Any]]:
+    """The settings of every site, and of each product how it is computed."""
+    words = {
+        path: {"products": {name: str(one) for name, one in product.items()}}
+        for path, product in products.items()
+    }
+    return {path: site.rows() | words.get(path, {}) for path, site in sites.items()}
+
+
+def sharding(
+    experiment: tyro.conf.Positional[str],
+    /,
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008
+    devices: Count = 8,
+    precision: str | None = None,
+    batch_size: Count | None = None,
+    micro_batches: Count | None = None,
+    roofline: bool = False,
+    json: bool = False,
+) -> int:
+    """How an experiment is divided over devices, which need not exist, and what a step sends.
+
+    The step is compiled for that many CPU devices by a process of its own; nothing is allocated.
+
+    Args:
+      experiment: Module, such as experiments.llama_1b.
+      mesh: Sizes of the device mesh, if not the experiment's own; -1 is what is left.
+      devices: How many.
+      precision: Policy, if not the experiment's own.
+      batch_size: Sequences in a step, if not the experiment's own.
+      micro_batches: Parts of a batch, if not the experiment's own.
+      roofline: Print instead how long a step takes at least on two kinds of chips, for 8, 64 and
+        256 of them and this number, with as many rows on each.
+      json: Print JSON.
+    """
+    config = load_experiment(experiment)
+    config = bad_input(changed, config, precision, mesh, batch_size, micro_batches)
+    bad_input(show_rooflines if roofline else show_plan, config, devices, json=json)
+    return DONE
+
+
+def report(
+    directories: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    out: UserPath | None = None,
+    json: bool = False,
+) -> int:
+    """Writes reports from the files of runs; trains nothing.
+
+    Args:
+      directories: Of ablations, each of which gets its report; or of runs, which are compared with
+        the first of them. Runs may be in an object store: s3://BUCKET/RUN.
+      out: Where the comparison of runs goes, a directory or a page *.html, if not beside the first.
+      json: Print JSON.
+    """
+    if not directories:
+        raise InputError("name the directories of ablations or runs")
+    if out is None and any(map(as_url, directories)):
+        raise InputError("say with --out DIR where the report on runs in an object store goes")
+    with ExitStack() as stack:
+        here = [stack.enter_context(fetched(name, checkpoint=False)) for name in directories]
+        _report(here, out, json=json)
+    return DONE
+
+
+def _report(directories: Sequence[Path], out: Path | None, *, json: bool) -> None:
+    from lmjax.ablation.grid import DEFINITION
+    from lmjax.cli.ablation import report_on, report_on_runs
+
+    for directory in directories:
+        if not any((directory / name).exists() for name in (DEFINITION, "config.json")):
+            raise InputError(f"{directory} is the directory of neither an ablation nor a run")
+    runs = [directory for directory in directories if not (directory / DEFINITION).exists()]
+    for directory in directories:
+        if directory not in runs:
+            report_on(directory, json=json)
+    if runs:
+        report_on_runs(runs, out, json=json)
+
+
+def reproduce(
+    claims: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    all: bool = False,
+    quick: bool = False,
+    large: bool = False,
+    workdir: UserPath = Path("runs/reproduce"),
+    processes: Count = 1,
+    seeds: str | None = None,
+    json: bool = False,
+) -> int:
+    """Replays published claims about precision; without arguments, lists them.
+
+    Exit code 0 if every claim was confirmed, 1 if one was refuted or stays undecided.
+
+    Args:
+      claims: Which ones, by name or number.
+      all: All of them.
+      quick: Those that take ten minutes together on two cores.
+      large: The size of the paper, on the hardware that the list names.
+      workdir: Where runs and reports go; the same command again goes on with what is there.
+      processes: Runs at a time, each in a process of its own.
+      seeds: Which seeds, such as 0,1,2, if not the claim's own.
+      json: Print JSON.
+    """
+    from lmjax.cli import claims as claims_of
+
+    if not claims and not all and not quick:
+        claims_of.list_claims(json=json)
+        return DONE
+    chosen = claims_of.choose(claims, everything=all, quick=quick)
+    outcome = claims_of.replay(
+        chosen,
+        workdir,
+        large=large,
+        processes=processes,
+        seeds=seeds,
+        json=json,
+    )
+    return STOPPED if outcome is None else DONE if outcome == "confirmed" else FAILED
+
+
+def formats(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    plot: UserPath | None = None,
+    json: bool = False,
+) -> int:
+    """The number formats: bits, range, special values, and whether JAX has them natively.
+
+    Args:
+      names: Which ones, such as e4m3 or e5m7 or int8; by default those with a name.
+      plot: Draw their number lines into this PNG.
+      json: Print JSON.
+    """
+    rows = bad_input(format_table, names or None)
+    if plot is not None:
+        from lmjax.telemetry.format_plot import DEFAULT_FORMATS, draw_number_lines
+
+        with _written(plot):
+            bad_input(draw_number_lines, plot, names or DEFAULT_FORMATS)
+    if json:
+        print_json([dataclasses.asdict(row) for row in rows])
+    else:
+        header = ("name", "bits", "layout", "bias", "largest", "normal", "subnormal", "inf", "NaN")
+        print_table((*header, "native"), (map(_cell, dataclasses.astuple(row)) for row in rows))
+    return DONE
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """A block that writes a file; where it fails, it leaves none that was not there before."""
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        try:
+            yield
+        except BaseException:
+            if new:
+                path.unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _cell(value: object) -> str:
+    """A value as a table shows it: powers of two and other floats short, yes and no in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        mantissa, exponent = math.frexp(value)
+        return f"2^{exponent - 1}" if mantissa == 0.5 and abs(value) < 1 else f"{value:.5g}"
+    return "" if value is None else str(value)
+
+
+def load_experiment(name: str) -> Config:
+    """The config of an experiment module.
+
+    Raises:
+      InputError: there is no such module, or it defines no `config`.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
+        ) from error
+    if not callable(getattr(module, "config", None)):
+        raise InputError(f"{name} is no experiment: it defines no config()")
+    return module.config()

@@ -1,0 +1,138 @@
+"""What a person sees while a run trains.
+
+In a terminal or a notebook, a live bar; elsewhere (a log file, CI) one line every few seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import jax
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lmjax.console import stages
+from lmjax.files.filenames import printable
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Bar(Progress):
+    """A bar that looks before each drawing for what has been done since the last one."""
+
+    look: Callable[[], None] = staticmethod(lambda: None)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn."""
+        self.look()
+        return super().get_renderables()
+
+
+class Reporter:
+    """Shows the course of a run; a context manager, silent when `enabled` is false."""
+
+    def __init__(self, first_step: int, steps: int, *, enabled: bool = True):
+        self._console = Console(stderr=True, highlight=False, emoji=False, quiet=not enabled)
+        self._live = self._console.is_terminal or self._console.is_jupyter
+        self._steps = steps
+        self._on_their_way: deque[tuple[int, jax.Array]] = deque()
+        self._metrics = ""
+        self._stack = ExitStack()
+        self._last_line = -SECONDS_BETWEEN_LINES
+        self._bar = _Bar(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not (enabled and self._live),
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=first_step, metrics="")
+        self._bar.look = self._look
+
+    def __enter__(self) -> Reporter:
+        """Starts the bar."""
+        if not self._bar.disable:
+            self._stack.enter_context(stages.hidden())
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the bar where it is."""
+        self._bar.stop()
+        self._stack.close()
+
+    def dispatched(self, step: int, loss: jax.Array) -> None:
+        """Remembers a step that devices may still be computing; the bar shows it when it is done.
+
+        Args:
+          step: which one.
+          loss: its loss, which is ready when the step is done.
+        """
+        self._on_their_way.append((step, loss))
+        self._look()
+
+    def _look(self) -> None:
+        """Moves the bar to the last step that is done."""
+        done = None
+        with contextlib.suppress(IndexError):  # two threads look
+            while self._on_their_way[0][1].is_ready():  # type: ignore[attr-defined]
+                done, _ = self._on_their_way.popleft()
+        if done is not None:
+            self._bar.update(self._task, completed=done)
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """A block between two steps, which the bar names."""
+        self._bar.update(self._task, metrics=text)
+        try:
+            with stages.stage(text):
+                yield
+        finally:
+            self._bar.update(self._task, metrics=self._metrics)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        """Shows the metrics of a logged step."""
+        text = f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in row:
+            text += f"  MFU {row['mfu']:.1%}"
+        if "peak_memory_bytes" in row:
+            text += f"  {row['peak_memory_bytes'] / 2**30:.2f} GiB"
+        if row["loss_scale"] != 1.0 or row["skipped_steps"]:
+            text += f"  scale {_power_of_two(row['loss_scale'])}"
+        if row["skipped_steps"]:
+            text += f"  {row['skipped_steps']} skipped"
+        self._metrics = text
+        self._bar.update(self._task, completed=row["step"], metrics=text)
+        now = time.monotonic()
+        if not self._live and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.note(f"step {row['step']}/{self._steps}  {text}")
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._console.print(printable(text), markup=False, soft_wrap=True)
+
+
+def say(text: str, *, enabled: bool = True) -> None:
+    """Prints a line that stays, where no reporter is at work."""
+    Console(stderr=True, highlight=False, emoji=False, quiet=not enabled).print(
+        printable(text), markup=False, soft_wrap=True
+    )
+
+
+def _power_of_two(scale: float) -> str:
+    return f"2^{scale.hex().partition('p')[2].lstrip('+')}"

@@ -1,0 +1,1 @@
+"""What makes files durable: manifests, locks, background writing, names that are safe."""

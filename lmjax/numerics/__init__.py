@@ -1,1 +1,0 @@
-"""Looking at numbers: pictures of formats, and what tensors do in them."""

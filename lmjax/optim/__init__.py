@@ -1,0 +1,1 @@
+"""What turns gradients into updates: optimizer, loss scale, and how moments are stored."""

@@ -1,0 +1,295 @@
+"""Loss scaling: none, static, dynamic or predictive, as one optax transformation around all others.
+
+f16 has no numbers below 2^-24, and the gradients of a language model are mostly smaller. Loss
+scaling multiplies the loss by a power of two, so that every cotangent of the backward pass is
+shifted up into the range of f16, and divides the gradients by the same number afterwards, in f32
+(Micikevicius et al. 2018, section 3.2).
+
+The scale lives in the optimizer state, so it is checkpointed, sharded and donated with it. One
+training step uses it three times:
+
+    scale = loss_scale.current(opt_state)                    # 1. multiply the loss by it
+    gradients = loss_scale.unscale(scaled_gradients, scale)  # 2. divide by the same value, in f32
+    updates, opt_state = optimizer.update(gradients, opt_state, params)   # 3. skip or step; adjust
+
+Every kind takes the same path: with `none` the scale is the constant 1. A step whose gradients are
+not all finite is skipped whatever the kind: parameters, moments, counts and the schedule stay what
+they were, and a dynamic scale is lowered. Under a dynamic or predictive scale, cotangents beyond
+the range of a format without infinities become NaN instead of being clamped, so that they count as
+an overflow (`precision/rounding.py` states the rule). A predictive scale is told in step 3 how the
+cotangents spread (`cotangents=...`, see `optim/forecast.py`).
+
+There may be a scale for each block of the model (`per_block`). Then the scale is a vector: one
+number a block, and last that of everything outside of the blocks, which the loss is multiplied by;
+the model multiplies cotangents by the ratio where they pass from one block into the next.
+
+Knows JAX, optax, formats and how forecasts are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmjax.checks import at_least, housekeeping, power_of_two, validate
+from lmjax.optim.forecast import Forecast, initial_forecast, predict, remember
+from lmjax.precision import paths
+from lmjax.precision.exact import at_least_f32
+from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.probes import Spread
+from lmjax.precision.sites import Stack
+
+Kind = Literal["auto", "none", "static", "dynamic", "predictive"]
+
+Scale = Annotated[
+    float, power_of_two(2.0**-64, 2.0**64, hint="scaling by it is exact and keeps f32 in range")
+]
+
+
+@dataclass(frozen=True)
+class LossScaleConfig:
+    """How the loss is scaled. Every number is a power of two, so that scaling is exact."""
+
+    kind: Kind = "auto"
+    """none, static, dynamic, predictive; auto: dynamic where parameters, compute or cotangents
+    without a factor have fewer than 8 exponent bits, unless the model is unit scaled, else none."""
+    initial: Scale = 2.0**15
+    """The scale of the first step, and of every step when static."""
+    per_block: bool = False
+    """A dynamic or predictive scale for each block, instead of one for all."""
+    growth_interval: Annotated[int, at_least(1)] = 2000
+    """Finite steps in a row after which a dynamic scale grows."""
+    factor: Annotated[float, power_of_two(2, 2.0**64)] = 2.0
+    """A dynamic scale grows by this factor, and shrinks by it after a non-finite gradient."""
+    minimum: Scale = 1.0
+    """A dynamic or predictive scale never falls below this."""
+    maximum: Scale = 2.0**24
+    """A dynamic or predictive scale never rises above this."""
+    overflow_probability: Annotated[float, at_least(1e-12, 0.5)] = 1e-4
+    """A predictive scale keeps the chance that a step overflows below this."""
+    memory: Annotated[int, at_least(1)] = 20
+    """Steps over which a predictive scale forgets what it saw by a factor e."""
+    format: str = "auto"
+    """What a predictive scale keeps cotangents in the range of; auto: the policy's narrowest."""
+    max_consecutive_skips: Annotated[
+        int, at_least(1), housekeeping("it decides when a run gives up, not what its steps compute")
+    ] = 50
+    """Training stops with an error after this many skipped steps in a row."""
+
+    def __post_init__(self) -> None:
+        """Refuses scales that would round, and bounds that contradict each other."""
+        validate(self, "loss_scale")
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(
+                f"loss_scale.initial is {self.initial}; it must be from loss_scale.minimum, "
+                f"{self.minimum}, to loss_scale.maximum, {self.maximum}; change one of the three"
+            )
+        if self.format != "auto":
+            parse_format(self.format)
+        if self.per_block and self.kind in ("none", "static"):
+            raise ValueError(
+                f"loss_scale.per_block needs a scale that adapts, but loss_scale.kind is "
+                f"{self.kind}; use dynamic or predictive"
+            )
+
+
+class LossScaleState(NamedTuple):
+    """State of the loss scale, around the state of the transformation it wraps.
+
+    Attributes:
+      scale: f32[], what the next step multiplies its loss by; f32[blocks + 1] with a scale for each
+        block.
+      good_steps: int32, of the same shape, finite steps since the scale last changed.
+      skipped_steps: int32[], steps skipped so far.
+      consecutive_skips: int32[], steps skipped since the last finite one.
+      forecast: what a predictive scale remembers; nothing for the other kinds.
+      inner: the wrapped transformation's state.
+    """
+
+    scale: jax.Array
+    good_steps: jax.Array
+    skipped_steps: jax.Array
+    consecutive_skips: jax.Array
+    forecast: Forecast | tuple[()]
+    inner: Any
+
+
+def with_loss_scale(
+    inner: optax.GradientTransformation, config: LossScaleConfig, stack: Stack | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that non-finite gradients skip the step and adjust the scale.
+
+    Args:
+      inner: everything that may only see finite, unscaled f32 gradients: clipping, the optimizer.
+      config: with `kind` and `format` resolved; see `resolve_kind`.
+      stack: the blocks of the model, for `per_block`.
+
+    Returns:
+      A transformation whose `update` takes *unscaled* f32 gradients (see `unscale`), over all
+      micro-batches, and for a predictive scale `cotangents`, a `Spread` with the shape of the scale
+      in front. On a skipped step the updates are zeros and `inner`'s state is unchanged.
+    """
+    if config.kind == "auto":
+        raise ValueError("loss_scale.kind is 'auto'; resolve it against a policy first")
+    predictive = config.kind == "predictive"
+    initial = 1.0 if config.kind == "none" else config.initial
+    shape = (_of(stack).size + 1,) if config.per_block else ()
+
+    def init(params: optax.Params) -> LossScaleState:
+        # An array each: a buffer that stands in the state twice could not be donated.
+        zero = lambda: jnp.zeros((), jnp.int32)
+        return LossScaleState(
+            scale=jnp.full(shape, initial, jnp.float32),
+            good_steps=jnp.zeros(shape, jnp.int32),
+            skipped_steps=zero(),
+            consecutive_skips=zero(),
+            forecast=initial_forecast(shape) if predictive else (),
+            inner=inner.init(params),
+        )
+
+    def update(
+        gradients: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        cotangents: Spread | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, LossScaleState]:
+        """Unscaled f32 gradients to f32 updates, zeros where the step is skipped."""
+        finite_groups = finite_by_scale(gradients, state.scale, stack)
+        finite = jnp.all(finite_groups)
+        updates, inner_state = inner.update(gradients, state.inner, params)
+        # A select, not a branch: it costs nothing beside the arithmetic, works under vmap, and
+        # never multiplies a NaN by 0.
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner)
+        if predictive:
+            state = _foresee(state, finite_groups, cotangents, config)
+        else:
+            state = _adjust(state, finite_groups, config)
+        skipped = 1 - finite.astype(jnp.int32)
+        return updates, state._replace(
+            skipped_steps=state.skipped_steps + skipped,
+            consecutive_skips=(state.consecutive_skips + 1) * skipped,
+            inner=kept,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@jax.named_scope("loss_scale")
+def _adjust(state: LossScaleState, finite: jax.Array, config: LossScaleConfig) -> LossScaleState:
+    """The count of finite steps, and for a dynamic scale the scale, after one step."""
+    good_steps = (state.good_steps + 1) * finite.astype(jnp.int32)
+    scale = state.scale
+    if config.kind == "dynamic":
+        grow = good_steps >= config.growth_interval
+        grown = jnp.minimum(scale * config.factor, config.maximum)
+        shrunk = jnp.maximum(scale / config.factor, config.minimum)
+        scale = jnp.where(finite, jnp.where(grow, grown, scale), shrunk)
+        good_steps = jnp.where(grow, 0, good_steps)
+    return state._replace(scale=scale, good_steps=good_steps)
+
+
+@jax.named_scope("loss_scale")
+def _foresee(
+    state: LossScaleState, finite: jax.Array, cotangents: Spread | None, config: LossScaleConfig
+) -> LossScaleState:
+    """The forecast after one step, and the scale that follows from it."""
+    if cotangents is None:
+        raise ValueError("a predictive loss scale needs cotangents=..., how they spread")
+    assert isinstance(state.forecast, Forecast)
+    number_format = parse_format(config.format)
+    maximum = jnp.where(finite, cotangents.maximum, np.float32(np.inf))
+    spread = cotangents._replace(maximum=maximum)
+    forecast = remember(state.forecast, spread, state.scale, number_format, config.memory)
+    best = predict(
+        forecast, number_format, config.overflow_probability, config.minimum, config.maximum
+    )
+    best = jnp.where(forecast.weight > 0, best, state.scale)
+    # Whatever the model of the tail says, a scale that was too large must not stay.
+    lower = jnp.maximum(state.scale / config.factor, config.minimum)
+    scale = jnp.where(finite, best, jnp.minimum(best, lower))
+    good_steps = (state.good_steps + 1) * (finite & (scale == state.scale)).astype(jnp.int32)
+    return state._replace(scale=scale, good_steps=good_steps, forecast=forecast)
+
+
+def current(state: LossScaleState) -> jax.Array:
+    """f32[] or f32[blocks + 1]: what this step multiplies its loss (and its cotangents) by."""
+    return state.scale
+
+
+def of_the_loss(scale: jax.Array) -> jax.Array:
+    """f32[]: what the loss is multiplied by, out of the scales of all blocks."""
+    return scale[-1] if scale.ndim else scale
+
+
+@jax.named_scope("loss_scale")
+def unscale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> Any:
+    """Gradients of the scaled loss, widened to f32 (f64 stays) and then divided by the scale.
+
+    Args:
+      gradients: by the paths of parameters.
+      scale: f32[], or f32[blocks + 1] with a scale for each block.
+      stack: the blocks, where each has a scale.
+    """
+
+    def one(keys: Any, gradient: jax.Array) -> jax.Array:
+        wide = at_least_f32(gradient.dtype)
+        divisor = scale.astype(wide)
+        if scale.ndim:
+            stacked = _of(stack).holds(paths.path_string(keys))
+            shape = (-1, *[1] * (gradient.ndim - 1))
+            divisor = divisor[:-1].reshape(shape) if stacked else divisor[-1]
+        return gradient.astype(wide) / divisor
+
+    return jax.tree_util.tree_map_with_path(one, gradients)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """bool[]: no leaf anywhere, on any device, holds an infinity or a NaN."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _of(stack: Stack | None) -> Stack:
+    if stack is None:
+        raise ValueError("a loss scale for each block needs `stack`, the blocks of the model")
+    return stack
+
+
+@jax.named_scope("loss_scale")
+def finite_by_scale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> jax.Array:
+    """bool, of the shape of `scale`: the gradients that each scale applies to are all finite."""
+    if not scale.ndim:
+        return all_finite(gradients)
+    flat = paths.flatten(gradients)
+    holds = _of(stack).holds
+    outside = [leaf for path, leaf in flat.items() if not holds(path)]
+    inside = [
+        jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+        for path, leaf in flat.items()
+        if holds(path)
+    ]
+    blocks = jnp.all(jnp.stack(inside), axis=0)
+    return jnp.concatenate([blocks, all_finite(outside)[None]])
+
+
+def resolve_kind(kind: Kind, exponent_bits: int) -> Kind:
+    """What `auto` stands for, given the fewest exponent bits of parameters, compute and cotangents.
+
+    bf16 shares the 8 exponent bits of f32 and needs no scaling; f16 has 5.
+    """
+    if kind != "auto":
+        return kind
+    return "dynamic" if exponent_bits < 8 else "none"
+
+
+def narrowest(formats: Iterable[Format]) -> Format:
+    """The format that spans the fewest binades: what `format='auto'` stands for."""
+    return min(formats, key=lambda f: f.largest_exponent - f.smallest_exponent + f.mantissa_bits)

@@ -1,0 +1,214 @@
+"""From an optimizer config to one optax transformation, its arithmetic in f32 throughout.
+
+Order, outermost first: loss scale (finite test, skip) -> clip -> direction -> weight decay ->
+learning rate. Gradients arrive unscaled, in f32 and summed over micro-batches.
+
+Knows JAX, optax and paths of parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmjax.checks import above, at_least, from_to_below, validate
+from lmjax.optim.loss_scale import LossScaleConfig, with_loss_scale
+from lmjax.optim.storage import ParamSites, with_stored_moments
+from lmjax.precision import paths
+from lmjax.precision.exact import at_least_f32
+from lmjax.precision.sites import Stack
+
+Norm = Callable[[Any], jax.Array]
+"""From a tree of arrays to f32[], the root of the sum of their squares."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "lion", "muon"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019), Lion (Chen et al. 2023), Muon (Jordan et al. 2024)."""
+    learning_rate: Annotated[float, above(0)] = 1e-3
+    """Peak learning rate. For muon, that of the weight matrices."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay, stable then linear decay (warmup-stable-decay), constant."""
+    warmup_steps: Annotated[int, at_least(0)] = 100
+    """Steps of linear warm-up."""
+    final_fraction: Annotated[float, at_least(0, 1)] = 0.1
+    """Where the decay of cosine and wsd ends after the last step, as a share of the peak."""
+    decay_fraction: Annotated[float, at_least(0, 1)] = 0.2
+    """Share of all steps that wsd spends decaying."""
+    b1: Annotated[float, from_to_below(0, 1)] = 0.9
+    """Decay of the first moment; momentum of muon."""
+    b2: Annotated[float, from_to_below(0, 1)] = 0.99
+    """Decay of the second moment."""
+    eps: Annotated[float, above(0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, at_least(0)] = 0.1
+    """Decoupled weight decay, times the learning rate. With muon, of its matrices alone."""
+    no_decay: tuple[str, ...] = ("**/bias", "**/scale")
+    """Parameters that are not decayed, by path."""
+    adam_learning_rate: Annotated[float, above(0)] = 1e-3
+    """Muon only: peak learning rate of what is no weight matrix of a block."""
+    clip_norm: Annotated[float, at_least(0, hint="0 switches clipping off")] = 1.0
+    """Largest global norm of the gradients, or in a unit-scaled model largest root mean square; 0
+    switches clipping off."""
+
+    def __post_init__(self) -> None:
+        """Refuses values outside the range where the formulas mean anything."""
+        validate(self, "optimizer")
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, steps: int, peak: float | None = None
+) -> optax.Schedule:
+    """The learning rate as a function of the number of steps taken; skipped steps do not count.
+
+    Args:
+      config: shape of the schedule.
+      steps: planned length of the run.
+      peak: learning rate after the warm-up; by default `config.learning_rate`.
+    """
+    peak = config.learning_rate if peak is None else peak
+    warmup = min(config.warmup_steps, steps)
+    final = peak * config.final_fraction
+    rest = max(steps - warmup, 1)
+    # The first step already moves: the ramp is (step + 1) / warmup, not step / warmup.
+    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "wsd":
+        decay = min(max(round(config.decay_fraction * steps), 1), rest)
+        stable = optax.constant_schedule(peak)
+        fall = optax.linear_schedule(peak, final, decay)
+        after = optax.join_schedules([stable, fall], [rest - decay])
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([ramp, after], [warmup]) if warmup else after
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    loss_scale: LossScaleConfig,
+    steps: int,
+    sites: ParamSites,
+    stack: Stack | None = None,
+    rates: Mapping[str, float] = MappingProxyType({}),
+    norm: Norm = optax.tree.norm,
+) -> optax.GradientTransformationExtraArgs:
+    """The whole chain; its state is a `LossScaleState` with everything else inside.
+
+    Args:
+      config: optimizer and schedule.
+      loss_scale: with its kind resolved.
+      steps: planned length of the run, for the schedule.
+      sites: the formats of each parameter, by its path; they say how moments are stored.
+      stack: the blocks of the model, for Muon and for loss scales of their own.
+      rates: what the learning rates of parameters are multiplied by, by path; by default 1.
+      norm: of all gradients, by which they are clipped.
+
+    Returns:
+      A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
+      before they reach it, so moments and decay never see a narrow format: eps = 1e-8 is 0 in f16.
+    """
+    clip = [_clip(config.clip_norm, norm)] if config.clip_norm else []
+    multiply = [_multiply(rates)] if rates else []
+    chain = optax.chain(*clip, _direction(config, steps, stack), *multiply)
+    return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, stack)
+
+
+def _direction(
+    config: OptimizerConfig, steps: int, stack: Stack | None
+) -> optax.GradientTransformation:
+    schedule = learning_rate_schedule(config, steps)
+    decayed = lambda params: _by_path(
+        lambda p, _: not paths.matches_any(config.no_decay, p), params
+    )
+    if config.name == "muon":
+        return optax.contrib.muon(
+            schedule,
+            beta=config.b1,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
+            mu_dtype=jnp.float32,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=0.0,  # optax cannot mask it, and it would reach biases and norms
+            adam_learning_rate=learning_rate_schedule(config, steps, config.adam_learning_rate),
+            muon_weight_dimension_numbers=functools.partial(_block_matrices, stack),
+            consistent_rms=0.2,  # Moonlight (Liu et al. 2025): updates as large as AdamW's
+        )
+    if config.name == "lion":
+        scale = optax.scale_by_lion(config.b1, config.b2, mu_dtype=jnp.float32)
+    else:
+        scale = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
+    return optax.chain(
+        scale,
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def ordered_norm(tree: Any) -> jax.Array:
+    """f32[]: as `optax.tree.norm`, with every array summed in the order of its elements.
+
+    Otherwise a sum goes through memory, in which arrays lie as suits what made them. Arrays must be
+    whole: one that is cut would be sent to every device.
+    """
+    squares = (jnp.sum(jnp.square(leaf.reshape(-1))) for leaf in jax.tree.leaves(tree))
+    return jnp.sqrt(functools.reduce(jnp.add, squares))
+
+
+def _clip(limit: float, norm: Norm) -> optax.GradientTransformation:
+    """Multiplies gradients by the factor, at most 1, that makes their norm at most `limit`.
+
+    XLA may write x / sqrt(s) as x rsqrt(s), which rounds otherwise, and does so where it sees both;
+    that depends on how arrays are cut. Behind a barrier the factor is one number for all of them.
+    """
+
+    def update(gradients: Any, _: Any) -> Any:
+        factor = limit / jnp.maximum(norm(gradients), limit)
+        factor = jax.lax.optimization_barrier(factor)
+        return jax.tree.map(lambda g: g * factor, gradients)
+
+    return optax.stateless(update)
+
+
+def _multiply(rates: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies the update of each parameter, its weight decay included, by a number."""
+    return optax.stateless(
+        lambda updates, _: _by_path(lambda path, u: u * rates.get(path, 1.0), updates)
+    )
+
+
+def _block_matrices(stack: Stack | None, params: Any) -> Any:
+    """Muon's weights: the matrices of blocks, stacked `[layers, in, out]`, one for each layer."""
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    is_matrix = lambda path, leaf: stack is not None and stack.holds(path) and leaf.ndim == 3
+    return _by_path(lambda path, leaf: dimensions if is_matrix(path, leaf) else None, params)
+
+
+def _by_path(choose: Any, params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: choose(paths.path_string(keys), leaf), params
+    )
+
+
+def _in_f32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows the inner transformation parameters in at least f32, so that its moments are too."""
+
+    def widen(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.astype(at_least_f32(p.dtype)), params)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(gradients, state, widen(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)

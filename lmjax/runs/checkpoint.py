@@ -1,0 +1,399 @@
+"""Checkpoints: the only file that knows Orbax.
+
+A checkpoint holds the train state, the position in the data, and how far the run has come:
+
+    checkpoints/500/state/            the arrays, as Orbax writes them
+                    data.json         state of the data iterator
+                    progress.json     counters of the run
+                    manifest.sha256   a digest of every file above
+    checkpoints/damaged/500/          what was found damaged: set aside, never read, never removed
+
+It is written in the background into a hidden folder. That gets its manifest when all of it is
+there, is flushed to the disk and only then renamed, so a folder named by a step is complete,
+whenever the process is killed. A manifest proves bytes, not that they can be restored, so that is
+tried before older checkpoints are removed. A folder is renamed before it is removed, so that none
+is ever half there under its own name.
+
+Orbax globs paths and reads `gs:/` as a URL, so it is given plain ones (see files/filenames.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from lmjax import strict_json
+from lmjax.files.filenames import plain
+from lmjax.precision import paths
+from lmjax.files import manifest
+from lmjax.parallel.agreement import from_first, is_first
+from lmjax.errors import CheckpointError, StorageFailed
+from lmjax.runs.proof import Proof, described, in_words
+from lmjax.runs.state import TrainState
+
+CLOCK_MAY_JUMP = ocp.AsyncOptions(
+    timeout_secs=10 * 365 * 24 * 3600, create_directories_asynchronously=False
+)
+"""Orbax measures its time limits by the wall clock: the first is out of the way so, and without
+folders made in the background the second does not apply."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held: the state, the data iterator's state, and counters of the run."""
+
+    state: TrainState
+    data: dict[str, Any]
+    progress: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory, newest `keep` of them; without `keep`, only to read.
+
+    `mirror` is given the steps of those that stay, once another is complete and before older ones
+    are removed. It is a part of writing: the next one waits for it, and hears of its failure.
+
+    The one that writes also removes what a killed process left unfinished, and sets aside what is
+    damaged. A reader touches nothing: another process may be training.
+
+    Where several processes train together, all make the same calls; the first one writes what is
+    not arrays, and what it finds intact is what all of them restore.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int | None = None,
+        note: Callable[[str], None] | None = None,
+        mirror: Callable[[Sequence[int]], None] | None = None,
+    ):
+        # Orbax logs every save through absl; a run reports its saves, and their failures, itself.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._directory = directory.absolute()
+        self._keep = keep
+        self._note = note or (lambda text: None)
+        self._mirror = mirror or (lambda steps: None)
+        self._checked: set[int] = set()
+        self._proved = False
+        self._arrays = ocp.StandardCheckpointer(async_options=CLOCK_MAY_JUMP)
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        if keep is not None and is_first():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, damaged or not, ascending."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint, damaged or not."""
+        return max(self.steps(), default=None)
+
+    def newest_intact(self, before: int | None = None) -> int | None:
+        """Step of the newest checkpoint whose files are all what they were when it was written.
+
+        Damaged ones that are newer are reported and, unless this is a reader, moved into `damaged`.
+
+        Args:
+          before: only steps less than this count.
+
+        Returns:
+          The step; None if there is no checkpoint and never was.
+
+        Raises:
+          CheckpointError: there are checkpoints, but none is intact.
+        """
+        found, why = -1, ""
+        if is_first():
+            found, why = self._search(before)
+        found = from_first(found)
+        if found >= 0:
+            self._checked.add(found)
+            return found
+        damaged = self._directory / "damaged"
+        if before is None and (why or (damaged.is_dir() and any(damaged.iterdir()))):
+            raise CheckpointError(
+                f"no checkpoint in {self._directory} is intact{why}; put a copy of one back there, "
+                f"or delete {self._directory} to start again from step 0"
+            )
+        return None
+
+    def _search(self, before: int | None) -> tuple[int, str]:
+        """The newest intact step or -1, and what was wrong with the last one that was not."""
+        why = ""
+        for step in reversed(self.steps()):
+            if before is not None and step >= before:
+                continue
+            try:
+                self._check(step)
+                return step, ""
+            except manifest.Damaged as error:
+                if not self._folder(step).exists():
+                    continue  # the process that trains has removed it while this one looked
+                why = f" (of {step}, {error})"
+                moved = "" if self._keep is None else f"; moved to {self._set_aside(step)}"
+                self._note(f"checkpoint {step} is damaged: {error}{moved}")
+        return -1, why
+
+    def _check(self, step: int) -> None:
+        if step in self._checked:
+            return
+        folder = self._folder(step)
+        if not _is_unsealed(folder):
+            manifest.check(folder)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: dict[str, Any],
+        progress: dict[str, Any],
+        *,
+        prune: bool = True,
+    ) -> None:
+        """Starts writing a checkpoint; returns when the arrays are copied, not when it is on disk.
+
+        Saving the same step twice writes it once: the state of a step is unique. With `prune` the
+        oldest ones beyond `keep` are removed once this one is complete.
+
+        Raises:
+          StorageFailed: this checkpoint or the one before could not be written, or not by the
+            mirror. Those that were complete before still are.
+        """
+        self.wait()
+        if from_first(step in self.steps()):
+            return
+        folder = self._directory / f".{step}.partial"
+        with self._writing(step, folder):
+            if is_first():
+                folder.mkdir()
+            self._arrays.save(plain(self._directory) / folder.name / "state", state)
+        texts = {"data.json": strict_json.dumps(data), "progress.json": strict_json.dumps(progress)}
+        # Once everything is read back, then the descriptions of arrays.
+        proof = Proof.of(state, content=not self._proved)
+        self._proved = True
+        self._pending = self._background.submit(self._complete, step, folder, texts, proof, prune)
+
+    def _complete(
+        self, step: int, folder: Path, texts: dict[str, str], proof: Proof, prune: bool
+    ) -> None:
+        with self._writing(step, folder):
+            self._arrays.wait_until_finished()
+            if is_first():
+                for name, text in texts.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+                manifest.seal(folder)
+                folder.rename(self._folder(step))
+                manifest.sync_directory(self._directory)
+                self._prove(step, proof)
+                steps = self.steps()
+                kept = steps[-self._keep :] if self._keep and prune else steps
+                self._mirror(kept)
+                for old in steps[: -len(kept)]:
+                    self._remove(old)
+
+    def _prove(self, step: int, proof: Proof) -> None:
+        """Returns if the checkpoint can be restored; else sets it aside, and older ones stay."""
+        state = plain(self._directory) / str(step) / "state"
+        # Other processes are training, and take no part in this.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix="proof",
+        )
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        try:
+            with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+                proof.compare_descriptions(_stored(reader.metadata(state)))
+                if proof.content is not None:
+                    args = ocp.args.StandardRestore(proof.template())
+                    proof.compare_content(reader.restore(state, args=args))
+        # Whatever a library raises here, the next start would meet it.
+        except Exception as error:
+            aside = self._set_aside(step)
+            latest = self.latest()
+            left = "no checkpoint is left" if latest is None else f"that of step {latest} is kept"
+            raise CheckpointError(
+                f"the checkpoint of step {step} was written but cannot be restored "
+                f"({_one_line(error)}); it was moved to {aside}, and {left}"
+            ) from error
+
+    @contextlib.contextmanager
+    def _writing(self, step: int, folder: Path) -> Iterator[None]:
+        """A block that writes a checkpoint: if it fails, nothing of that stays."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            reason = _system_error(error)
+            if reason is None:
+                raise
+            latest = self.latest()
+            left = "none is complete" if latest is None else f"that of step {latest} is complete"
+            raise StorageFailed(
+                f"the checkpoint of step {step} could not be written: {reason}; {left}. Once that "
+                "is mended, the same command goes on from there"
+            ) from error
+
+    def restore(self, step: int, target: TrainState, *, allow_cast: bool = False) -> Restored:
+        """Reads a checkpoint onto the devices that `target` names.
+
+        Args:
+          step: which checkpoint.
+          target: shapes, dtypes and shardings, as `abstract_state` gives them.
+          allow_cast: round arrays that are stored in another floating dtype to the target's, and
+            say which. Shapes and integers are never changed.
+
+        Raises:
+          CheckpointError: there is no such checkpoint, it is damaged, or it stores an array in
+            another shape or dtype than the target's. Orbax would cast that silently.
+        """
+        folder = self._folder(step)
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self._directory}")
+        try:
+            self._check(step)
+        except manifest.Damaged as error:
+            raise CheckpointError(f"checkpoint {step} is damaged: {error}") from error
+        arrays = plain(self._directory) / str(step) / "state"
+        try:
+            stored = paths.flatten(_stored(self._arrays.metadata(arrays)))
+            self._compare(step, stored, paths.flatten(target), allow_cast)
+            state = self._arrays.restore(arrays, target)
+            return Restored(state, _read(folder, "data"), _read(folder, "progress"))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            unsealed = ", which an earlier version of lmjax wrote without digests,"
+            raise CheckpointError(
+                f"checkpoint {step}{unsealed if _is_unsealed(folder) else ' has intact files but'} "
+                f"cannot be read ({_one_line(error)}); move {folder} away to resume from the one "
+                "before"
+            ) from error
+
+    def _compare(self, step: int, stored: Any, wanted: Any, allow_cast: bool) -> None:
+        """Refuses arrays that are not what is wanted, or that a cast does not make so."""
+        casts = []
+        for path in sorted(stored.keys() | wanted.keys()):
+            old, new = described(stored.get(path)), described(wanted.get(path))
+            if old == new:
+                continue
+            castable = old and new and old[0] == new[0] and _floating(old[1]) and _floating(new[1])
+            if not castable or not allow_cast:
+                advice = "; --restore.allow-cast rounds it" if castable else ""
+                raise CheckpointError(
+                    f"checkpoint {step} stores {path} as {in_words(old)}, but the run needs "
+                    f"{in_words(new)}; nothing is cast unasked{advice}"
+                )
+            casts.append(f"{path} from {in_words(old)} to {in_words(new)}")
+        if casts:
+            self._note(f"checkpoint {step} is cast while it is read: {', '.join(casts)}")
+
+    def wait(self) -> None:
+        """Returns when every checkpoint is on disk; raises what went wrong while writing."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        pending.result()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint is complete")
+
+    def __enter__(self) -> Checkpoints:
+        """The checkpoints themselves."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes them; but a process that fails does not wait for others, which may be lost."""
+        if error is None or jax.process_count() == 1:
+            self.close()
+
+    def close(self) -> None:
+        """Waits, then gives up the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._arrays.close()
+
+    def abandon_after(self, step: int) -> None:
+        """Moves checkpoints newer than a step into `rewound`: the run takes another way."""
+        self.wait()
+        for newer in self.steps():
+            if newer > step and is_first():
+                self._set_aside(newer, "rewound")
+
+    def _folder(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _set_aside(self, step: int, where: str = "damaged") -> Path:
+        """Moves a checkpoint where nobody reads it, beside what was moved there before."""
+        self._checked.discard(step)
+        place = self._directory / where
+        place.mkdir(exist_ok=True)
+        names = (str(step), *(f"{step}.{number}" for number in range(1, 10**6)))
+        aside = next(place / name for name in names if not (place / name).exists())
+        return self._folder(step).rename(aside)
+
+    def _remove(self, step: int) -> None:
+        self._checked.discard(step)
+        shutil.rmtree(self._folder(step).rename(self._directory / f".{step}.removed"))
+
+    def _remove_leftovers(self) -> None:
+        """Folders that a killed process was writing or removing, those of older versions too."""
+        for pattern in (".*.partial", ".*.removed", "*.orbax-checkpoint-tmp*"):
+            for folder in self._directory.glob(pattern):
+                shutil.rmtree(folder)
+
+
+def _system_error(error: BaseException) -> str | None:
+    """What the operating system said, through Python or through TensorStore; None: nothing."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror or str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else None
+
+
+def _is_unsealed(folder: Path) -> bool:
+    """Whether it has the layout of versions before there were manifests."""
+    return (folder / "data" / "metadata").is_file()
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name / "metadata" if _is_unsealed(folder) else folder / f"{name}.json"
+    return strict_json.read(path)
+
+
+def _floating(dtype: np.dtype) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _stored(metadata: Any) -> Any:
+    """The tree of what Orbax says of the arrays in a folder."""
+    if metadata.item_metadata is None:
+        raise ValueError("Orbax finds no arrays in it")
+    return metadata.item_metadata.tree
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

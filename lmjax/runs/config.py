@@ -1,0 +1,395 @@
+"""One experiment as one frozen dataclass tree: everything that decides what a run computes.
+
+Each part stands beside the code that reads it; this file only joins them and resolves what one part
+leaves to another. Two runs with equal resolved configs compute the same numbers; the mesh is part
+of the tree for convenience but not of a run's identity, as are other fields marked `housekeeping`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from lmjax import checks
+from lmjax.checks import at_least, housekeeping, power_of_two, validate
+from lmjax.data import DataConfig
+from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
+from lmjax.model import ModelConfig, Sites, layout, param_sites, resolve_sites
+from lmjax.telemetry.rows import TelemetryConfig, refuse_no_tensor
+from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.precision.formats import Format
+from lmjax.precision.grammar import parse_policy
+from lmjax.precision.native import Arithmetic, products
+from lmjax.precision.policy import SitePolicy
+from lmjax.parallel.sharding import MeshConfig
+from lmjax.runs.profile import ProfileConfig
+from lmjax.runs.sinks import MetricsConfig
+
+Count = Annotated[int, at_least(1)]
+
+SEEDS = 2**64
+"""How many seeds there are: a key of threefry has two words of 32 bits, so a larger number would be
+the stream of a smaller one."""
+
+Seed = Annotated[int, at_least(0, SEEDS - 1)]
+
+VERSION = 1
+"""Of `config.json`. A field that is new has a default which means what runs did before there was
+that field, so a file without it, or without a version, reads as what it meant; a field that changes
+its name or meaning raises the version."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and on how much held-out text a run is evaluated."""
+
+    every: Annotated[int, at_least(0), housekeeping("evaluation only reads the parameters")] = 250
+    """Steps between evaluations; 0: only at the end."""
+    batches: Annotated[int, at_least(0), housekeeping("of numbers that are only logged")] = 0
+    """Batches of an evaluation during training, spread over the split; 0: the whole split."""
+    batch_size: Annotated[
+        int, at_least(0), housekeeping("it rounds the held-out loss alone, not the parameters")
+    ] = 0
+    """Rows of an evaluation batch; 0: as in training."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        validate(self, "evaluation")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: Annotated[
+        int,
+        at_least(1),
+        housekeeping("a resumed run is the uninterrupted one, saved wherever"),
+    ] = 500
+    """Steps between checkpoints; one more is written at the end and when the run is stopped."""
+    keep: Annotated[int, at_least(1), housekeeping("a run reads only its newest checkpoint")] = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        validate(self, "checkpoint")
+
+
+@dataclass(frozen=True)
+class FaultsConfig:
+    """What is done when gradients stay non-finite. A single such step is always skipped."""
+
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """After loss_scale.max_consecutive_skips in a row: stop with an error; skip on; or rewind to a
+    checkpoint from before, and go on with the text that comes after."""
+    max_rewinds: Annotated[int, at_least(0)] = 3
+    """A run that has rewound so often stops instead."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        validate(self, "faults")
+
+
+@dataclass(frozen=True)
+class RestoreConfig:
+    """What a run may do to the checkpoint that it goes on from."""
+
+    allow_cast: bool = False
+    """Go on in another precision: round what is stored in another floating format. Otherwise a run
+    of another precision is another run."""
+
+    def __post_init__(self) -> None:
+        """Refuses what is not a switch."""
+        validate(self, "restore")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    precision: str = "p=f32,c=bf16,o=f32"
+    """The policy: which number format every tensor has; see the README."""
+    steps: Count = 1000
+    """Planned length in optimizer steps; it sets the learning-rate schedule."""
+    seed: Seed = 0
+    """Decides initial parameters, order of the data and dropout; from 0 to 2^64 - 1."""
+    context: Count = 256
+    """Tokens of context that the model is trained on."""
+    batch_size: Count = 16
+    """Sequences in a step, over all devices and micro-batches."""
+    micro_batches: Count = 1
+    """Parts that a batch is cut into; their gradients are summed in f32."""
+    deterministic_reductions: Annotated[int, power_of_two(also=(0,), hint="try 8")] = 0
+    """Parts (2^n) of each micro-batch, summed in a fixed order: losses and parameters are then bit
+    for bit the same on any number of devices (mesh.data x mesh.fsdp) that divides it. 0: they are
+    the same but for rounding, and a step is faster."""
+    log_every: Annotated[int, at_least(1), housekeeping("logging only reads metrics")] = 10
+    """Steps between rows of metrics.jsonl."""
+    loss_multiplier: Annotated[float, power_of_two(hint=f"2**-10, for example, is {2**-10}")] = 1.0
+    """What the gradients are multiplied by, without being divided by it again: 2^-k stands in for a
+    batch or a vocabulary 2^k times as large. Logged losses are without it, and so are the gradients
+    of a unit-scaled model: its constants cancel it, as they do the size of batch and vocabulary."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    restore: Annotated[
+        RestoreConfig,
+        housekeeping("what it allows shows in the fields that then change"),
+    ] = field(default_factory=RestoreConfig)
+    faults: Annotated[
+        FaultsConfig, housekeeping("it matters only to a run that could not go on without it")
+    ] = field(default_factory=FaultsConfig)
+    telemetry: Annotated[
+        TelemetryConfig, housekeeping("a watched step differs at most in the rounding of sums")
+    ] = field(default_factory=TelemetryConfig)
+    profile: Annotated[
+        ProfileConfig, housekeeping("a traced step computes what another one does")
+    ] = field(default_factory=ProfileConfig)
+    metrics: Annotated[
+        MetricsConfig, housekeeping("where numbers are shown does not change them")
+    ] = field(default_factory=MetricsConfig)
+    mesh: Annotated[
+        MeshConfig, housekeeping("where a run is computed changes the order of sums and no more")
+    ] = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses parts that do not fit each other."""
+        validate(self)
+        if self.model.positions == "learned" and self.context > self.model.max_positions:
+            raise ValueError(
+                f"context is {self.context}, but the model learns only {self.model.max_positions} "
+                "positions; lower --context or raise --model.max-positions"
+            )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} "
+                "micro-batches; choose numbers that divide"
+            )
+        if self.profile.range and self.profile.range[-1] > self.steps:
+            raise ValueError(
+                f"profile.steps is {self.profile.steps}, but the run ends after step {self.steps}; "
+                "choose earlier steps or raise --steps"
+            )
+        self._refuse_disorder()
+        refuse_no_tensor(self.telemetry, layout(self.model))
+        for start, policy in parse_policy(self.precision).phases:
+            resolve_sites(self.model, policy)
+            if start >= self.steps:
+                raise ValueError(
+                    f"the policy's phase from step {start} on would never run, for the run ends "
+                    f"after {self.steps} steps; start it earlier or raise --steps"
+                )
+
+    def _refuse_disorder(self) -> None:
+        """Refuses what `deterministic_reductions` cannot hold for."""
+        parts = self.deterministic_reductions
+        if not parts:
+            return
+        rows = self.batch_size // self.micro_batches
+        if rows % parts:
+            raise ValueError(
+                f"batch_size / micro_batches is {rows}, which deterministic_reductions {parts} "
+                "does not divide; choose a multiple"
+            )
+        if self.optimizer.name == "muon":
+            raise ValueError(
+                "muon multiplies matrices that mesh.fsdp cuts, so their sums would depend on the "
+                "mesh; with deterministic_reductions use --optimizer.name adamw or lion"
+            )
+
+    @property
+    def phases(self) -> tuple[tuple[int, Config], ...]:
+        """The first step of each phase of the policy, and the config of that phase."""
+        starts = (start for start, _ in parse_policy(self.precision).phases)
+        return tuple((start, self.at(start)) for start in starts)
+
+    def at(self, step: int) -> Config:
+        """The config of the phase that a step belongs to; without phases, this one.
+
+        It differs in the policy alone, and fixes what all phases have in common: the kind of loss
+        scaling, whose state passes from phase to phase.
+
+        Args:
+          step: number of steps attempted before it, as `TrainState.step` counts.
+        """
+        policy = parse_policy(self.precision)
+        if not policy.later:
+            return self
+        return dataclasses.replace(self.resolved(), precision=str(policy.at(step)))
+
+    def after(self, steps: int) -> Config:
+        """The config of the phase that a state is in after so many steps: that of the last one.
+
+        The state moves into the next phase's formats when that phase computes its first step.
+        """
+        return self.at(max(steps - 1, 0))
+
+    def is_watched(self, step: int) -> bool:
+        """Whether telemetry counts what rounding does in a step."""
+        return self.telemetry.every > 0 and step % self.telemetry.every == 0
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a row in `metrics.jsonl`."""
+        return step % self.log_every == 0 or self.is_watched(step) or step == self.steps
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a step is followed by an evaluation; the one at the end is not meant."""
+        every = self.evaluation.every
+        return every > 0 and step % every == 0 and step < self.steps
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a step is followed by a checkpoint even if the run neither ends nor stops."""
+        return step % self.checkpoint.every == 0
+
+    @property
+    def sites(self) -> Sites:
+        """The formats of every site of the model under this policy, which must have one phase."""
+        sites = resolve_sites(self.model, parse_policy(self.precision))
+        if self._loss_scale_kind() not in ("dynamic", "predictive"):
+            return sites
+        # Cotangents that a clamp would hide must skip the step, and so lower the scale.
+        return {path: dataclasses.replace(s, cotangents="fail") for path, s in sites.items()}
+
+    @property
+    def param_sites(self) -> dict[str, SitePolicy]:
+        """The formats of the site that each parameter belongs to, by the parameter's path."""
+        return param_sites(self.model, self.sites)
+
+    def products(self) -> dict[str, dict[str, Arithmetic]]:
+        """How each product of the model is computed on the backend in use, under one phase."""
+        return products(self.sites, self.batch_size // self.micro_batches * self.context)
+
+    def _loss_scale_kind(self) -> Kind:
+        """What the kind stands for under all phases of the policy.
+
+        A unit-scaled model has its cotangents where narrow formats want them: `auto` is none.
+        """
+        if self.loss_scale.kind != "auto":
+            return self.loss_scale.kind
+        if self.model.unit:
+            return "none"
+        sites = self._sites_of_all_phases()
+        formats = _of_cotangents(sites) + [site.params for site in sites]
+        return resolve_kind("auto", min(f.exponent_bits for f in formats))
+
+    def _sites_of_all_phases(self) -> list[SitePolicy]:
+        policies = [phase.policy for phase in parse_policy(self.precision).phases]
+        return [s for policy in policies for s in resolve_sites(self.model, policy).values()]
+
+    def resolved(self) -> Config:
+        """The same run with nothing left to be derived: what `config.json` records."""
+        policy = parse_policy(self.precision)
+        scale = dataclasses.replace(self.loss_scale, kind=self._loss_scale_kind())
+        if scale.kind == "predictive" and scale.format == "auto":
+            cotangents = _of_cotangents(self._sites_of_all_phases())
+            scale = dataclasses.replace(scale, format=narrowest(cotangents).name)
+        rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
+        return dataclasses.replace(
+            self,
+            precision=str(policy),
+            model=self.model.resolved(),
+            loss_scale=scale,
+            evaluation=dataclasses.replace(self.evaluation, batch_size=rows),
+        )
+
+
+HOUSEKEEPING = checks.housekeeping_fields(Config)
+"""The fields that a resumed run may change, by dotted name, and why they are no part of what it
+is: where it runs, how closely it is watched, how often it is saved, what is done when something
+goes wrong. They are recorded."""
+
+
+def _of_cotangents(sites: Collection[SitePolicy]) -> list[Format]:
+    """The formats that cotangents are rounded to without a scale factor of their own."""
+    quantizers = [site.grads.quantizer for site in sites if site.grads is not None]
+    raw = [quantizer.format for quantizer in quantizers if quantizer.groups == "none"]
+    return [site.compute for site in sites] + raw
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested dicts, lists, strings and numbers."""
+    return dataclasses.asdict(config)
+
+
+def from_json(values: dict[str, Any]) -> Config:
+    """The config that `to_json` wrote, with or without a `version` beside its fields.
+
+    Raises:
+      ValueError: a field or the version is unknown here: another version of lmjax wrote it.
+    """
+    if isinstance(values, dict):
+        version = values.get("version", 0)
+        if type(version) is not int or not 0 <= version <= VERSION:
+            raise ValueError(
+                f"its version is {version!r}, this lmjax reads up to {VERSION}; use the one that "
+                "wrote it (environment.json names its git_revision)"
+            )
+        values = {name: value for name, value in values.items() if name != "version"}
+    return _read(Config(), values, "")
+
+
+def _read(default: Any, values: Any, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the config'} must be an object, not {values!r}")
+    known = {f.name: getattr(default, f.name) for f in dataclasses.fields(default)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(
+            "unknown config field "
+            + ", ".join(prefix + name for name in unknown)
+            + "; another version of lmjax wrote it (environment.json names its git_revision)"
+        )
+    read = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(known[name]):
+            value = _read(known[name], value, f"{prefix}{name}.")
+        read[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(default, **read)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields of identity in which two runs differ, by dotted name."""
+    return _unequal(identity(old), identity(new))
+
+
+def all_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, housekeeping too, by dotted name."""
+    return _unequal(by_name(old), by_name(new))
+
+
+def _unequal(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The fields that decide what a run computes, by dotted name: all but housekeeping."""
+    return {name: value for name, value in by_name(config).items() if name not in HOUSEKEEPING}
+
+
+def by_name(config: Config) -> dict[str, Any]:
+    """All fields of a config by dotted name."""
+    return _flat(to_json(config))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def refuse_no_seed(name: str, seed: Any) -> None:
+    """Checks a seed that is not a field: each whole number in [0, 2**64) is a different stream.
+
+    Raises:
+      ValueError: it is anything else.
+    """
+    checks.validate_value(name, seed, Seed)

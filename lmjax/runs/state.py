@@ -1,0 +1,163 @@
+"""The train state: one pytree of plain arrays, which is also what a checkpoint holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lmjax.optim.loss_scale import LossScaleState
+from lmjax.model import (
+    Params,
+    initial_params,
+    layout,
+    learning_rate_factors,
+    parameter_count,
+    structure,
+)
+from lmjax.optim.optimizer import Norm, make_optimizer, ordered_norm
+from lmjax.precision import exact
+from lmjax.parallel.sharding import Mesh, state_shardings
+from lmjax.optim.storage import convert_moments, convert_params, initial_residuals
+from lmjax.runs.config import Config
+from lmjax.telemetry.measure import carried_scaling, initial_scaling
+
+KEY_KIND = "threefry2x32"
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes.
+
+    Attributes:
+      step: int32[], steps attempted; skipped ones count.
+      params: the parameters, each in its stored format.
+      opt_state: the loss scale, with the optimizer's state inside.
+      residuals: what Kahan-compensated updates have lost to rounding; empty without any.
+      scaling: histories of maxima of operands whose scaling is delayed; empty without any.
+      key: uint32[2], data of a threefry key; dropout and stochastic rounding fold the step in.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: LossScaleState
+    residuals: Params
+    scaling: dict[str, Any]
+    key: jax.Array
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run, with its loss scale around it."""
+    settings = config.optimizer
+    if config.model.unit:
+        # Gradients are of the order of 1, each of them: a bound on their root mean square.
+        norm = settings.clip_norm * math.sqrt(parameter_count(config.model))
+        settings = dataclasses.replace(settings, clip_norm=norm)
+    return make_optimizer(
+        settings,
+        config.loss_scale,
+        config.steps,
+        config.param_sites,
+        layout(config.model).stack,
+        learning_rate_factors(config.model),
+        gradient_norm(config),
+    )
+
+
+def gradient_norm(config: Config) -> Norm:
+    """How the norm of all gradients is computed, to clip them and as a metric."""
+    return ordered_norm if config.deterministic_reductions else optax.tree.norm
+
+
+def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:
+    """A fresh state; a pure function of the config and so of its seed. Call it under jit.
+
+    Args:
+      config: the run.
+      key: the key that its seed stands for, by default.
+    """
+    key = seed_key(config.seed) if key is None else key
+    init_key, dropout_key = jax.random.split(key)
+    params = initial_params(init_key, config.model, config.sites)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer_of(config).init(params),
+        residuals=initial_residuals(params, config.param_sites),
+        scaling=initial_scaling(layout(config.model), config.sites),
+        key=jax.random.key_data(dropout_key),
+    )
+
+
+def abstract_state(config: Config, mesh: Any) -> TrainState:
+    """Shapes, dtypes and shardings of the state on a mesh, which may be abstract."""
+    shapes = jax.eval_shape(lambda: initial_state(config))
+    shardings = state_shardings(mesh, structure(config.model)[2], shapes)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def create_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, each array made on the devices where it lives.
+
+    The seed is an argument of the compiled program and not a constant in it, so that runs which
+    differ in nothing else find it in the compilation cache.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+
+    def init(data: jax.Array) -> TrainState:
+        return initial_state(config, jax.random.wrap_key_data(data, impl=KEY_KIND))
+
+    seed = np.asarray(jax.random.key_data(seed_key(config.seed)))
+    return exact.jit(init, out_shardings=shardings)(seed)
+
+
+def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
+    """The state of one phase of a policy as the next phase stores it: a pure function.
+
+    Parameters with their residuals and moments are converted where their formats change (see
+    `convert_params` and `convert_moments`), and histories of delayed scaling kept where the next
+    phase has the same. Everything else is handed on bit for bit: the step, the loss scale and its
+    counters, the counts of the optimizer, the key.
+
+    Args:
+      state: as a step of `old` left it.
+      old: the config of the phase before; see `Config.at`.
+      new: the config of the phase to come.
+    """
+    before, after = old.param_sites, new.param_sites
+    params, residuals = convert_params(state.params, state.residuals, before, after)
+    return state._replace(
+        params=params,
+        residuals=residuals,
+        opt_state=convert_moments(state.opt_state, before, after),
+        scaling=carried_scaling(state.scaling, layout(new.model), old.sites, new.sites),
+    )
+
+
+def change_phase(state: TrainState, old: Config, new: Config, mesh: Mesh) -> TrainState:
+    """`carry_over` on the devices of a mesh; it donates the state it is given."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(new, mesh))
+    convert = lambda state: carry_over(state, old, new)
+    with warnings.catch_warnings():
+        # The memory of an array whose format changes is of no use, and nobody needs to be told.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return exact.jit(convert, donate_argnums=0, out_shardings=shardings)(state)
+
+
+def seed_key(seed: int) -> jax.Array:
+    """The threefry key of a seed in [0, 2**64): its high and its low 32 bits are the two words.
+
+    `jax.random.key` gives the same key for seeds below 2**32. Of larger ones it drops the high bits
+    unless 64-bit types are enabled, so that seeds 2**32 apart would share a key.
+    """
+    words = np.asarray(divmod(seed, 2**32), np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(words), impl=KEY_KIND)

@@ -1,0 +1,1 @@
+"""What rounding does to the tensors of a run, measured and drawn."""

@@ -1,0 +1,178 @@
+"""What a step measures of its own tensors, for whom, and what becomes of it.
+
+    delayed      maxima of operands     -> the histories in `TrainState.scaling`
+    loss_scale   spread of cotangents   -> the forecast in the state of a predictive loss scale
+    telemetry    a census of every site -> the metrics of watched steps
+
+The measurements are gradients of the slots that `slots` lays out; see `precision/probes.py`. A
+run that asks for none of the three gets no slots, and so the program it would get without this
+file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.model import Sites, site_tree
+from lmjax.precision import paths
+from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
+from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.scaling import DelayedScale, init_delayed_scale, update_delayed_scale
+from lmjax.precision.sites import Layout, Place, Stack
+from lmjax.telemetry.rows import TelemetryConfig, counted_roles
+
+Tree = dict[str, Any]
+"""Nested by the components of a site's path, then by role; sites in blocks are stacked."""
+
+
+def initial_scaling(layout: Layout, sites: Sites) -> Tree:
+    """A fresh `DelayedScale` for every operand whose scaling is delayed."""
+
+    def one(place: Place) -> dict[str, DelayedScale] | None:
+        quantizers = _delayed(place, sites)
+        return {role: init_delayed_scale(q) for role, q in quantizers.items()} or None
+
+    return site_tree(layout, one)
+
+
+def carried_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tree:
+    """The histories of one phase of a policy as the next one needs them.
+
+    An operand that is quantized alike in both keeps its history; any other starts a fresh one.
+    """
+    kept = paths.flatten(scaling, _is_delayed)
+    fresh = paths.flatten(initial_scaling(layout, new), _is_delayed)
+    same = {
+        path: kept[path]
+        for path in fresh
+        if path in kept and _quantizer(path, layout, old) == _quantizer(path, layout, new)
+    }
+    return paths.unflatten(fresh | same)
+
+
+def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
+    """The scale factor of every operand with delayed scaling, for a step at this loss scale.
+
+    Histories hold maxima of unscaled cotangents, so that a change of the loss scale does not make
+    them wrong; the factor is multiplied by the loss scale instead.
+    """
+    return paths.unflatten(
+        {
+            path: delayed.scale * _cotangent_scale(path, scale, stack)
+            for path, delayed in paths.flatten(scaling, _is_delayed).items()
+        }
+    )
+
+
+def slots(
+    layout: Layout, sites: Sites, *, predictive: bool, telemetry: TelemetryConfig | None
+) -> Tree:
+    """Everything that a step is to measure.
+
+    Args:
+      layout: the sites of the model.
+      sites: their formats.
+      predictive: whether the loss scale is told how cotangents spread.
+      telemetry: what a watched step counts; None for any other step.
+    """
+
+    def one(place: Place) -> dict[str, dict[str, Any]] | None:
+        asked: dict[str, dict[str, Any]] = {}
+        for role in _delayed(place, sites):
+            asked.setdefault(role, {})["delayed"] = Maximum.empty()
+        if predictive:
+            for role in place.site.gradients:
+                asked.setdefault(role, {})["loss_scale"] = Spread.empty()
+        if telemetry is not None:
+            counting = FullCensus if telemetry.exact else Census
+            for role in counted_roles(telemetry, place):
+                asked.setdefault(role, {})["telemetry"] = counting.empty()
+        return asked or None
+
+    return site_tree(layout, one)
+
+
+def updated_scaling(
+    scaling: Tree, measured: Tree, scale: jax.Array, layout: Layout, sites: Sites
+) -> Tree:
+    """The histories after a step, with the maxima it measured."""
+    maxima = _asked_by("delayed", measured)
+    updated = {}
+    for path, delayed in paths.flatten(scaling, _is_delayed).items():
+        quantizer = _quantizer(path, layout, sites)
+        maximum = maxima[path].maximum / _cotangent_scale(path, scale, layout.stack)
+        update = lambda state, amax, q=quantizer: update_delayed_scale(state, amax, q)
+        updated[path] = (jax.vmap(update) if maximum.ndim else update)(delayed, maximum)
+    return paths.unflatten(updated)
+
+
+def cotangent_spread(measured: Tree, scale: jax.Array, stack: Stack) -> Spread | None:
+    """How the cotangents of a step spread: one `Spread` with the shape of `scale` in front."""
+    asked = _asked_by("loss_scale", measured)
+    if not asked:
+        return None
+    inside = [spread for path, spread in asked.items() if stack.holds(path)]
+    outside = [spread for path, spread in asked.items() if not stack.holds(path)]
+    blocks, rest = _joined(inside), _joined(outside)
+    everything = Spread(*(jnp.concatenate([b, r[None]]) for b, r in zip(blocks, rest, strict=True)))
+    if scale.ndim:
+        return everything
+    return Spread(jnp.max(everything.maximum), jnp.sum(everything.histogram, axis=0))
+
+
+def census(measured: Tree) -> dict[str, Census]:
+    """What telemetry asked for, by site and role: `blocks/mlp/up/w`."""
+    return _asked_by("telemetry", measured)
+
+
+def _joined(spreads: list[Spread]) -> Spread:
+    first, *others = spreads
+    for other in others:
+        first = first.combine(other)
+    return first
+
+
+def _asked_by(who: str, measured: Tree) -> dict[str, Any]:
+    """The measurements for one of the three, by site and role."""
+    flat, end = paths.flatten(measured, is_slot), f"/{who}"
+    return {path.removesuffix(end): slot for path, slot in flat.items() if path.endswith(end)}
+
+
+def _delayed(place: Place, sites: Sites) -> dict[str, Quantizer]:
+    """The delayed quantizers of a site, by role; inside blocks, all blocks must agree."""
+    found: dict[str, Quantizer] = {}
+    if not place.site.is_product:
+        return found
+    for site in (sites[path] for path in place.paths):
+        for role, operand in {"w": site.second, "x": site.activations, "g": site.grads}.items():
+            if operand is None or not operand.quantizer.history:
+                continue
+            if found.setdefault(role, operand.quantizer) != operand.quantizer:
+                raise ValueError(
+                    f"the histories of all blocks are one array, but {role} of {place} is "
+                    f"{found[role]} in one block and {operand.quantizer} in another; give every "
+                    "block the same"
+                )
+    return found
+
+
+def _quantizer(path: str, layout: Layout, sites: Sites) -> Quantizer:
+    """The delayed quantizer of an operand, by its path in `TrainState.scaling`."""
+    site, _, role = path.rpartition("/")
+    return _delayed(layout.place(site), sites)[role]
+
+
+def _cotangent_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:
+    """What the loss scale multiplies the operand at `path` by: cotangents alone feel it."""
+    if not path.endswith("/g"):
+        return jnp.ones((), jnp.float32)
+    if not scale.ndim:
+        return scale
+    return scale[:-1] if stack.holds(path) else scale[-1]
+
+
+def _is_delayed(node: Any) -> bool:
+    return isinstance(node, DelayedScale)
