@@ -124,7 +124,7 @@ def test_a_command_in_a_terminal_says_what_it_does_and_stops(
 
 def test_only_the_standard_library_is_imported_before_a_command_speaks() -> None:
     program = (
-        "import sys; before = set(sys.modules); from lmjax import opening; opening.begin();"
+        "import sys; before = set(sys.modules); from lmjax.console import opening; opening.begin();"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
