@@ -1,18 +1,16 @@
 """Who takes part in `throughput`: the train step of lmjax, and its peers, behind one interface.
 
-A contestant trains one shape on one fixed batch, with AdamW at a constant rate. Those in this
-process start from the same initial parameters; PyTorch runs in a process of its own.
+A contestant trains one shape on one fixed batch, with AdamW at a constant rate, in a process of its
+own. Those in JAX are this file, run as `python -m experiments.benchmarks.contestants KIND POLICY
+SHAPE`; they start from the same initial parameters.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import subprocess
-import tempfile
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.peers import plain_jnp
+from experiments.benchmarks.processes import GIB, KEEP_FREED_MEMORY, Worker
 from lmjax import strict_json
+from lmjax.console import stages
 from lmjax.model import ModelConfig
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel import sharding
+from lmjax.plan.memory import expected_memory
 from lmjax.train import Config, create_state, make_train_step
+from lmjax.train.memory import free_bytes, keep_freed_memory
 from lmjax.train.utilisation import flops_per_token
 
 FORMATS = {"f32": jnp.float32, "mixed_bf16": jnp.bfloat16, "mixed_f16": jnp.float16}
@@ -45,6 +47,7 @@ TORCH = {
 class Shape:
     """What is trained, and how many steps a contestant takes in a round."""
 
+    name: str
     model: ModelConfig
     context: int
     batch_size: int
@@ -62,7 +65,14 @@ class Shape:
 
 
 def _shape(
-    layers: int, width: int, heads: int, vocab_size: int, context: int, batch: int, steps: int
+    name: str,
+    layers: int,
+    width: int,
+    heads: int,
+    vocab_size: int,
+    context: int,
+    batch: int,
+    steps: int,
 ) -> Shape:
     model = ModelConfig(
         vocab_size=vocab_size,
@@ -72,16 +82,27 @@ def _shape(
         heads=heads,
         unroll=layers,  # faster than a loop on CPU, and what the peers do
     )
-    return Shape(model, context, batch, steps)
+    return Shape(name, model, context, batch, steps)
 
 
 SHAPES = {
-    "S": _shape(4, 256, 4, 8192, context=256, batch=8, steps=3),
-    "M": _shape(12, 768, 12, 50304, context=512, batch=2, steps=1),
-    "char": _shape(4, 128, 4, 256, context=64, batch=12, steps=30),
-    "tiny": _shape(1, 16, 2, 64, context=16, batch=2, steps=2),
+    shape.name: shape
+    for shape in (
+        _shape("S", 4, 256, 4, 8192, context=256, batch=8, steps=3),
+        _shape("M", 12, 768, 12, 50304, context=512, batch=2, steps=1),
+        _shape("char", 4, 128, 4, 256, context=64, batch=12, steps=30),
+        _shape("tiny", 1, 16, 2, 64, context=16, batch=2, steps=2),
+    )
 }
 """S and M: 5.3 and 124 million parameters; char: `experiments.char_shakespeare`; tiny: a test."""
+
+
+PROCESS_BYTES = GIB // 2
+"""What a process has before it trains: Python, JAX or PyTorch, and the compiler at work."""
+
+
+class LeftOut(RuntimeError):
+    """A contestant that is not started; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +113,120 @@ class Contestant:
       name: as printed.
       format: its compute format, which says what its peak is.
       compile_seconds: what compiling took; None where it cannot be told from the first step.
-      run: trains for a number of steps and returns the seconds they took and the last loss.
-      close: ends what runs outside this process.
+      first_loss: that of the step which it took when it was started, and all its memory with it.
+      worker: its process.
     """
 
     name: str
     format: str
     compile_seconds: float | None
-    run: Callable[[int], tuple[float, float]]
-    close: Callable[[], None] = lambda: None
+    first_loss: float
+    worker: Worker
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """Trains for a number of steps: the seconds that they took, and the last loss.
+
+        Raises:
+          Died: its process ended.
+        """
+        answer = self.worker.ask(str(steps))
+        return answer["seconds"], answer["loss"]
+
+
+def estimated_bytes(shape: Shape) -> int:
+    """What a contestant of a shape needs: the step that `lmjax plan` expects, and its process."""
+    return int(sum(expected_memory(config_of(shape, "f32"), 1).values())) + PROCESS_BYTES
+
+
+def refuse_without_memory(name: str, shape: Shape) -> None:
+    """Refuses to start a contestant that the memory left is not enough for.
+
+    Raises:
+      LeftOut: it is not.
+    """
+    needed, free = estimated_bytes(shape), free_bytes(jax.devices()[0])
+    if free is not None and needed > free:
+        raise LeftOut(
+            f"{name}: it needs about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
+        )
+
+
+def contestant(
+    name: str,
+    number_format: str,
+    command: Sequence[str],
+    settings: Any = None,
+    *,
+    max_bytes: int | None = None,
+) -> Contestant:
+    """Starts a process and waits until it has taken a first step.
+
+    Args:
+      name: as printed.
+      number_format: its compute format, the name of a dtype.
+      command: what to run.
+      settings: the first line that it is given, as JSON.
+      max_bytes: most memory that it may allocate.
+
+    Raises:
+      Died: it ended instead.
+    """
+    # On a GPU each would take most of the memory for itself.
+    environment = {**KEEP_FREED_MEMORY, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    worker = Worker(name, command, environment=environment, max_bytes=max_bytes)
+    try:
+        answer = worker.ask(strict_json.dumps(settings))
+    except BaseException:
+        worker.close()
+        raise
+    return Contestant(name, number_format, answer.get("compile_seconds"), answer["loss"], worker)
+
+
+def jax_contestant(
+    kind: str, policy: str, shape: Shape, max_bytes: int | None = None
+) -> Contestant:
+    """The train step of `lmjax` or that of the peer `jnp`, on one device.
+
+    Raises:
+      LeftOut: there is not enough memory.
+      Died: its process ended.
+    """
+    name = f"{kind} {policy}"
+    refuse_without_memory(name, shape)
+    number_format = np.dtype(FORMATS.get(policy, jnp.float32)).name
+    command = [sys.executable, "-m", __spec__.name, kind, policy, shape.name]
+    return contestant(name, number_format, command, max_bytes=max_bytes)
+
+
+def torch_contestant(
+    name: str, python: str, shape: Shape, max_bytes: int | None = None
+) -> Contestant:
+    """PyTorch, run by a Python that has it.
+
+    Raises:
+      LeftOut: there is not enough memory.
+      Died: its process ended: there is no torch, or torch.compile finds no C++ compiler.
+    """
+    refuse_without_memory(name, shape)
+    number_format, compiled = TORCH[name]
+    model, optimizer = shape.model, config_of(shape, "f32").optimizer
+    rates = ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    settings = {
+        **{field: getattr(model, field) for field in ("layers", "width", "heads", "vocab_size")},
+        **{field: getattr(optimizer, field) for field in rates},
+        **{field: rows.tolist() for field, rows in draw_batch(shape).items()},
+        "context": shape.context,
+        "threads": os.cpu_count(),
+        "dtype": number_format,
+        "compile": compiled,
+    }
+    return contestant(
+        name,
+        "bfloat16" if number_format == "bf16" else "float32",
+        [python, str(Path(__file__).parent / "peers" / "torch_gpt.py")],
+        settings,
+        max_bytes=max_bytes,
+    )
 
 
 def config_of(shape: Shape, policy: str) -> Config:
@@ -122,18 +248,20 @@ def draw_batch(shape: Shape) -> dict[str, np.ndarray]:
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
-def lmjax_contestant(shape: Shape, policy: str) -> Contestant:
+Program = tuple[Any, Any, Any, Callable[[Any], jax.Array]]
+"""A jitted step, its state, its batch, and how the loss is found in what it returns."""
+
+
+def lmjax_program(shape: Shape, policy: str) -> Program:
     """The step of `make_train_step`, on a mesh of one device."""
     config = config_of(shape, policy)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    state = create_state(config, mesh)
     batch = sharding.global_batch(mesh, draw_batch(shape), 1)
-    step = make_train_step(config, mesh)
-    loss_of = lambda metrics: metrics["loss"]
-    return _compiled(f"lmjax {policy}", policy, step, state, batch, loss_of)
+    step, state = make_train_step(config, mesh), create_state(config, mesh)
+    return step, state, batch, lambda metrics: metrics["loss"]
 
 
-def jnp_contestant(shape: Shape, policy: str) -> Contestant:
+def jnp_program(shape: Shape, policy: str) -> Program:
     """The same arithmetic by hand, from the same initial parameters."""
     config = config_of(shape, policy)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -141,9 +269,10 @@ def jnp_contestant(shape: Shape, policy: str) -> Contestant:
     adam = plain_jnp.Adam(o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm)
     init, step = plain_jnp.make_step(FORMATS[policy], shape.model.heads, adam)
     state = init(plain_params(create_state(config, mesh).params))
-    return _compiled(
-        f"jnp {policy}", policy, step, state, jax.tree.map(jnp.asarray, draw_batch(shape))
-    )
+    return step, state, jax.tree.map(jnp.asarray, draw_batch(shape)), lambda loss: loss
+
+
+PROGRAMS = {"lmjax": lmjax_program, "jnp": jnp_program}
 
 
 def plain_params(params: Any) -> Any:
@@ -165,91 +294,26 @@ def plain_params(params: Any) -> Any:
     }
 
 
-def _compiled(
-    name: str,
-    policy: str,
-    step: Any,
-    state: Any,
-    batch: Any,
-    loss_of: Callable[[Any], jax.Array] = lambda loss: loss,
-) -> Contestant:
+def main() -> None:
+    """Answers each line of stdin: the first by compiling and a step, others by so many steps."""
+    stages.end(stages.IMPORTING)
+    keep_freed_memory()
+    kind, policy, shape = sys.argv[1:]
+    answer = lambda **values: print(strict_json.dumps(values), flush=True)
+    sys.stdin.readline()
+    step, state, batch, loss_of = PROGRAMS[kind](SHAPES[shape], policy)
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
-    seconds = time.perf_counter() - start
-
-    def run(steps: int) -> tuple[float, float]:
-        nonlocal state
+    compile_seconds = time.perf_counter() - start
+    state, result = compiled(state, batch)
+    answer(compile_seconds=compile_seconds, loss=float(loss_of(result)))
+    for line in sys.stdin:
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(int(line)):
             state, result = compiled(state, batch)
         loss = float(loss_of(result))
-        return time.perf_counter() - start, loss
-
-    number_format = np.dtype(FORMATS.get(policy, jnp.float32)).name
-    return Contestant(name, number_format, seconds, run)
+        answer(seconds=time.perf_counter() - start, loss=loss)
 
 
-class PeerMissing(RuntimeError):
-    """A peer that cannot run here; the message says why."""
-
-
-def torch_contestant(shape: Shape, name: str, python: str) -> Contestant:
-    """PyTorch in a process of its own.
-
-    Raises:
-      PeerMissing: there is no torch, or torch.compile finds no C++ compiler.
-    """
-    number_format, compiled = TORCH[name]
-    model, optimizer = shape.model, config_of(shape, "f32").optimizer
-    rates = ("learning_rate", "b1", "b2", "eps", "weight_decay", "clip_norm")
-    settings = {
-        **{field: getattr(model, field) for field in ("layers", "width", "heads", "vocab_size")},
-        **{field: getattr(optimizer, field) for field in rates},
-        **{field: rows.tolist() for field, rows in draw_batch(shape).items()},
-        "context": shape.context,
-        "threads": os.cpu_count(),
-        "dtype": number_format,
-        "compile": compiled,
-    }
-    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
-    keep_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-    try:
-        process = subprocess.Popen(
-            [python, str(Path(__file__).parent / "peers" / "torch_gpt.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | keep_memory,
-        )
-    except OSError as error:
-        errors.close()
-        raise PeerMissing(f"{name}: {error}") from error
-
-    def ask(request: str) -> dict[str, Any]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(request, file=process.stdin, flush=True)
-        answer = process.stdout.readline()
-        if answer:
-            return strict_json.loads(answer)
-        process.wait()
-        errors.seek(0)
-        said = [line for line in errors.read().splitlines() if re.match(r"\S*Error\b", line)]
-        raise PeerMissing(f"{name}: {said[-1] if said else f'exit code {process.returncode}'}")
-
-    def run(steps: int) -> tuple[float, float]:
-        answer = ask(str(steps))
-        return answer["seconds"], answer["loss"]
-
-    def close() -> None:
-        process.communicate()
-        errors.close()
-
-    try:
-        ask(strict_json.dumps(settings))
-    except PeerMissing:
-        close()
-        raise
-    return Contestant(name, "bfloat16" if number_format == "bf16" else "float32", None, run, close)
+if __name__ == "__main__":
+    main()

@@ -17,9 +17,13 @@ of parameters without the table of positions. The peak is the rate of a square m
 1024 rows in the same run: of operands in the contestant's format, or of the same operands widened
 to f32 beforehand where that is faster.
 
-The peers are `peers/plain_jnp.py`, in this process, from the same initial parameters, and
-`peers/torch_gpt.py`, in a process of its own (`--torch-python` names the Python that has torch).
-Where torch is not installed or its compiler cannot run, the output says so and goes on without.
+Every contestant is a process of its own, which the others outlive: lmjax; its peer in plain jnp,
+from the same initial parameters; and its peer in PyTorch, with the Python that `--torch-python`
+names. A contestant that the free memory is not enough for is not started; what it needs is what
+`python -m lmjax plan` expects of the step, and 0.5 GiB. One that ends before the others is reported
+with how it ended, and takes no part in the results; the exit code is 1 then. `--max-memory` caps
+what each may allocate. A chip that only one process can use at a time, such as a TPU, takes one
+contestant. Where torch is not installed or its compiler cannot run, the output says so.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,32 +46,55 @@ from experiments.benchmarks.contestants import (
     SHAPES,
     TORCH,
     Contestant,
-    PeerMissing,
+    LeftOut,
     Shape,
-    jnp_contestant,
-    lmjax_contestant,
+    config_of,
+    jax_contestant,
     torch_contestant,
 )
 from experiments.benchmarks.paired import paired_ratio
+from experiments.benchmarks.processes import GIB, Died, can_cap_memory
 from lmjax import strict_json
 from lmjax.console import stages
 from lmjax.precision.policy import PolicyError
-from lmjax.train.memory import keep_freed_memory
+
+Missing = list[tuple[str, bool]]
+"""Why contestants are missing from the results, and whether that is a failure."""
 
 
-def make_contestants(
-    shape: Shape, policies: Sequence[str], peers: Sequence[str], torch_python: str
-) -> tuple[list[Contestant], list[str]]:
-    """All that can run here, and why the others cannot."""
-    contestants = [lmjax_contestant(shape, policy) for policy in policies]
-    missing = []
-    if "jnp" in peers:
-        contestants += [jnp_contestant(shape, policy) for policy in policies if policy in FORMATS]
-    for name in TORCH if "torch" in peers else ():
+def start(
+    shape: Shape,
+    policies: Sequence[str],
+    peers: Sequence[str],
+    torch_python: str,
+    max_bytes: int | None = None,
+) -> tuple[list[Contestant], Missing]:
+    """All that can run here, and why the others cannot.
+
+    They are started one after another, and each takes a first step before the next is started, so
+    that the memory which is free then is what the others leave.
+    """
+    starts: list[Callable[[], Contestant]] = [
+        functools.partial(jax_contestant, kind, policy, shape, max_bytes)
+        for kind in ("lmjax", "jnp")
+        for policy in policies
+        if kind == "lmjax" or ("jnp" in peers and policy in FORMATS)
+    ]
+    ours = len(starts)
+    if "torch" in peers:
+        starts += [
+            functools.partial(torch_contestant, name, torch_python, shape, max_bytes)
+            for name in TORCH
+        ]
+    contestants: list[Contestant] = []
+    missing: Missing = []
+    for index, begin in enumerate(starts):
         try:
-            contestants.append(torch_contestant(shape, name, torch_python))
-        except PeerMissing as error:
-            missing.append(str(error))
+            contestants.append(begin())
+        except LeftOut as error:
+            missing.append((f"left out: {error}", True))
+        except Died as error:
+            missing.append((f"left out: {error}", index < ours))
     return contestants, missing
 
 
@@ -96,25 +124,39 @@ def product_rates(formats: Sequence[str], rows: int) -> dict[str, Callable[[], f
 
 
 def measure(contestants: Sequence[Contestant], shape: Shape, rounds: int) -> dict[str, Any]:
-    """Rounds in which every contestant trains once.
+    """Rounds in which every contestant trains once; one that ends has no part in the results.
 
     Returns:
       `tokens_per_second` by contestant and `peaks`, FLOP/s by format, a list over rounds each;
-      `losses`, the first and the last of each contestant.
+      `losses`, the first and the last of each contestant; `died`, how those ended that did.
     """
     rates = product_rates(sorted({c.format for c in contestants}), rows=1024)
-    losses = {c.name: [c.run(1)[1]] for c in contestants}
-    speeds: dict[str, list[float]] = {c.name: [] for c in contestants}
+    running = {c.name: c for c in contestants}
+    losses = {c.name: [c.first_loss] for c in contestants}
+    speeds: dict[str, list[float]] = {name: [] for name in running}
     peaks: dict[str, list[float]] = {name: [] for name in rates}
+    died: list[str] = []
+
+    def train(name: str, steps: int) -> float | None:
+        """Lets one train: the seconds, or None if it ended."""
+        try:
+            seconds, loss = running[name].run(steps)
+        except Died as error:
+            died.append(str(error))
+            del running[name], losses[name], speeds[name]
+            return None
+        losses[name][1:] = [loss]  # the first stays
+        return seconds
+
     for index in range(rounds):
-        first = index % len(contestants)
-        for contestant in (*contestants[first:], *contestants[:first]):
-            seconds, loss = contestant.run(shape.steps)
-            speeds[contestant.name].append(shape.tokens * shape.steps / seconds)
-            losses[contestant.name][1:] = [loss]
+        names = list(running)
+        first = index % max(len(names), 1)
+        for name in (*names[first:], *names[:first]):
+            if (seconds := train(name, shape.steps)) is not None:
+                speeds[name].append(shape.tokens * shape.steps / seconds)
         for name, rate in rates.items():
             peaks[name].append(rate())
-    return {"tokens_per_second": speeds, "peaks": peaks, "losses": losses}
+    return {"tokens_per_second": speeds, "peaks": peaks, "losses": losses, "died": died}
 
 
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -135,6 +177,8 @@ def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict
     speeds, flops = raw["tokens_per_second"], shape.flops_per_token
     rows = {}
     for contestant in contestants:
+        if contestant.name not in speeds:
+            continue
         speed = median(speeds[contestant.name])
         peak = median(raw["peaks"][contestant.format])
         rows[contestant.name] = {
@@ -142,6 +186,7 @@ def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict
             "flops": speed * flops,
             "share_of_peak": speed * flops / peak,
             "compile_seconds": contestant.compile_seconds,
+            "peak_bytes": contestant.worker.peak_bytes,
             "first_loss": raw["losses"][contestant.name][0],
             "last_loss": raw["losses"][contestant.name][-1],
         }
@@ -157,6 +202,7 @@ def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict
             f"{a} / {b}": paired_ratio(speeds[a], speeds[b])._asdict() for a, b in pairs(list(rows))
         },
         "tokens_per_second": speeds,
+        "died": raw["died"],
     }
 
 
@@ -168,13 +214,15 @@ def table(result: dict[str, Any]) -> str:
         "peak of a product: "
         + ", ".join(f"{name} {rate * giga:.0f} GFLOP/s" for name, rate in result["peaks"].items()),
         "",
-        f"{'':24}{'tokens/s':>10}{'GFLOP/s':>10}{'of peak':>9}{'compile':>9}{'losses':>18}",
+        f"{'':24}{'tokens/s':>10}{'GFLOP/s':>10}{'of peak':>9}{'compile':>9}"
+        f"{'memory':>11}{'losses':>18}",
     ]
     for name, row in result["contestants"].items():
         compile_ = "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s"
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.2f} GiB"
         lines.append(
             f"{name:24}{row['tokens_per_second']:10.0f}{row['flops'] * giga:10.1f}"
-            f"{row['share_of_peak']:9.1%}{compile_:>9}"
+            f"{row['share_of_peak']:9.1%}{compile_:>9}{memory:>11}"
             f"{row['first_loss']:9.4f}{row['last_loss']:9.4f}"
         )
     lines += ["", f"{'ratio of ' + str(result['rounds']) + ' rounds':46}{'median':>8}  interval"]
@@ -184,9 +232,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Flags to a report on stdout."""
-    stages.end(stages.IMPORTING)
+def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; bad ones end the program with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = lambda text: [name.strip() for name in text.split(",") if name.strip()]
     parser.add_argument("--shape", choices=SHAPES, default="S")
@@ -194,29 +241,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peers", type=names, default=["jnp"], help="jnp, torch, or nothing")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GIB",
+        help="most memory that each contestant may allocate (Linux)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags = parser.parse_args(arguments)
     if unknown := set(flags.peers) - {"jnp", "torch"}:
         parser.error(f"no peer {sorted(unknown)[0]!r}; the peers are jnp and torch")
     if flags.rounds < 1:
         parser.error(f"rounds is {flags.rounds}; it must be at least 1")
-    keep_freed_memory()
-    shape = SHAPES[flags.shape]
+    if flags.max_memory is not None and not 0 < flags.max_memory < math.inf:
+        parser.error(f"max-memory is {flags.max_memory}; it must be positive and finite")
+    if flags.max_memory is not None and not can_cap_memory():
+        parser.error("this system cannot cap the memory of a process; leave --max-memory out")
     try:
-        contestants, missing = make_contestants(
-            shape, flags.policies, flags.peers, flags.torch_python
-        )
+        for policy in flags.policies:
+            config_of(SHAPES[flags.shape], policy)
     except PolicyError as error:
         parser.error(str(error))
-    for reason in missing:
-        print(f"left out: {reason}", file=sys.stderr)
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Flags to a report on stdout; 1 if a contestant failed, else 0."""
+    stages.end(stages.IMPORTING)
+    flags = _flags(arguments)
+    shape = SHAPES[flags.shape]
+    max_bytes = None if flags.max_memory is None else int(flags.max_memory * GIB)
+    contestants, missing = start(shape, flags.policies, flags.peers, flags.torch_python, max_bytes)
+    for reason, _ in missing:
+        print(reason, file=sys.stderr)
     try:
         result = report(shape, contestants, flags.rounds)
     finally:
         for contestant in contestants:
-            contestant.close()
+            contestant.worker.close()
+    for reason in result["died"]:
+        print(f"died: {reason}", file=sys.stderr)
     print(strict_json.dumps(result) if flags.json else table(result))
+    return int(bool(result["died"]) or any(failure for _, failure in missing))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
