@@ -25,9 +25,11 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
 from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within
 from lmjax.model.unit_scaling import BranchWeights
+from lmjax.precision.bits import largest_magnitude
 from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.matmul import Key, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
+from lmjax.precision.squares import scale_for_squares
 
 Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
 
@@ -109,7 +111,9 @@ class Embedding(nnx.Module):
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last dimension.
 
-    Statistics, normalisation, scale and bias are one site, rounded once at its end.
+    Statistics, normalisation, scale and bias are one site, rounded once at its end. Rows are scaled
+    by a power of two where sums or squares of their elements would leave the range of f32, which
+    no normalised number feels. In f16, where a rule asks for it, squares overflow beyond 255.
     """
 
     def __init__(self, width: int, config: ModelConfig, *, kind: str | None = None):
@@ -124,14 +128,27 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
         """`[..., D]` to `[..., D]`."""
         x = take(x, site, context.probe)
+        scale = _scale_of_rows(x, self.epsilon)
+        x = x * scale
         if self.kind == "layer":
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        total = mean_square + self.epsilon * scale * scale
+        total = jnp.where(total > 0, total, jnp.ones_like(total))  # a row of equal numbers
         used = functools.partial(_used, uses=x.size // x.shape[-1], unit=self.unit)
-        y = x * jax.lax.rsqrt(mean_square + self.epsilon) * site.to_compute(used(self.scale))
+        y = x * jax.lax.rsqrt(total) * site.to_compute(used(self.scale))
         if self.bias is not None:
             y = y + site.to_compute(used(self.bias))
         return give(y, site, context.probe)
+
+
+def _scale_of_rows(x: jax.Array, epsilon: float) -> jax.Array:
+    """What rows `[..., D]` are multiplied by before they are squared, `[..., 1]`; no gradient."""
+    if x.dtype == jnp.float16:  # as narrow as asked: half of the ordinary numbers would be scaled
+        return jnp.ones((*x.shape[:-1], 1), x.dtype)
+    largest = largest_magnitude(jax.lax.stop_gradient(x), axis=-1)[..., None]
+    floor = jnp.asarray(math.sqrt(epsilon), largest.dtype)
+    return scale_for_squares(jnp.maximum(largest, floor)).astype(x.dtype)
 
 
 @at_site

@@ -16,8 +16,11 @@ Every kind takes the same path: with `none` the scale is the constant 1. A step 
 not all finite is skipped whatever the kind: parameters, moments, counts and the schedule stay what
 they were, and a dynamic scale is lowered. Under a dynamic or predictive scale, cotangents beyond
 the range of a format without infinities become NaN instead of being clamped, so that they count as
-an overflow (`precision/rounding.py` states the rule). A predictive scale is told in step 3 how the
-cotangents spread (`cotangents=...`, see `optim/forecast.py`).
+an overflow (`precision/rounding.py` states the rule). A step is also skipped, without touching the
+scale, if its gradients are finite but their norm, an update or a new moment is not: a second moment
+that has become infinite would freeze its parameter for good, and nothing in the loss would show it.
+A predictive scale is told in step 3 how cotangents spread (`cotangents=...`, see
+`optim/forecast.py`).
 
 There may be a scale for each block of the model (`per_block`). Then the scale is a vector: one
 number a block, and last that of everything outside of the blocks, which the loss is multiplied by;
@@ -28,7 +31,7 @@ Knows JAX, optax, formats and how forecasts are made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -121,7 +124,10 @@ class LossScaleState(NamedTuple):
 
 
 def with_loss_scale(
-    inner: optax.GradientTransformation, config: LossScaleConfig, stack: Stack | None = None
+    inner: optax.GradientTransformation,
+    config: LossScaleConfig,
+    stack: Stack | None = None,
+    norm: Callable[[Any], jax.Array] = optax.tree.norm,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that non-finite gradients skip the step and adjust the scale.
 
@@ -129,6 +135,7 @@ def with_loss_scale(
       inner: everything that may only see finite, unscaled f32 gradients: clipping, the optimizer.
       config: with `kind` and `format` resolved; see `resolve_kind`.
       stack: the blocks of the model, for `per_block`.
+      norm: of all gradients; a step where it is not finite is skipped as well.
 
     Returns:
       A transformation whose `update` takes *unscaled* f32 gradients (see `unscale`), over all
@@ -163,8 +170,11 @@ def with_loss_scale(
     ) -> tuple[optax.Updates, LossScaleState]:
         """Unscaled f32 gradients to f32 updates, zeros where the step is skipped."""
         finite_groups = finite_by_scale(gradients, state.scale, stack)
-        finite = jnp.all(finite_groups)
         updates, inner_state = inner.update(gradients, state.inner, params)
+        # What weight decay makes of a parameter that is not finite is no reason to skip: that a
+        # token which occurs nowhere has a broken embedding harms nothing else.
+        fresh = updates if params is None else jax.tree.map(_where_finite, updates, params)
+        finite = jnp.all(finite_groups) & all_finite((norm(gradients), fresh, inner_state))
         # A select, not a branch: it costs nothing beside the arithmetic, works under vmap, and
         # never multiplies a NaN by 0.
         updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
@@ -181,6 +191,10 @@ def with_loss_scale(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _where_finite(update: jax.Array, param: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(param), update, jnp.zeros_like(update))
 
 
 @jax.named_scope("loss_scale")
@@ -253,8 +267,9 @@ def unscale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> Any
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """bool[]: no leaf anywhere, on any device, holds an infinity or a NaN."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    """bool[]: no floating-point leaf, on any device, holds an infinity or a NaN."""
+    floats = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
 
 
 def _of(stack: Stack | None) -> Stack:

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import optax
 
 from lmjax.checks import above, at_least, from_to_below, validate
+from lmjax.optim import muon
 from lmjax.optim.loss_scale import LossScaleConfig, with_loss_scale
 from lmjax.optim.storage import ParamSites, with_stored_moments
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.sites import Stack
+from lmjax.precision.squares import Root, tree_root
 
-Norm = Callable[[Any], jax.Array]
-"""From a tree of arrays to f32[], the root of the sum of their squares."""
+Norm = Callable[[Any], Root]
+"""From a tree of arrays to f32[], the root of the sum of their squares, and its scale."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def make_optimizer(
     sites: ParamSites,
     stack: Stack | None = None,
     rates: Mapping[str, float] = MappingProxyType({}),
-    norm: Norm = optax.tree.norm,
+    norm: Norm = tree_root,
 ) -> optax.GradientTransformationExtraArgs:
     """The whole chain; its state is a `LossScaleState` with everything else inside.
 
@@ -112,7 +114,7 @@ def make_optimizer(
       sites: the formats of each parameter, by its path; they say how moments are stored.
       stack: the blocks of the model, for Muon and for loss scales of their own.
       rates: what the learning rates of parameters are multiplied by, by path; by default 1.
-      norm: of all gradients, by which they are clipped.
+      norm: of all gradients, by which they are clipped; a step where it is not finite is skipped.
 
     Returns:
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
@@ -121,7 +123,8 @@ def make_optimizer(
     clip = [_clip(config.clip_norm, norm)] if config.clip_norm else []
     multiply = [_multiply(rates)] if rates else []
     chain = optax.chain(*clip, _direction(config, steps, stack), *multiply)
-    return with_loss_scale(_in_f32(with_stored_moments(chain, sites)), loss_scale, stack)
+    inner = _in_f32(with_stored_moments(chain, sites))
+    return with_loss_scale(inner, loss_scale, stack, lambda tree: norm(tree).value)
 
 
 def _direction(
@@ -132,20 +135,22 @@ def _direction(
         lambda p, _: not paths.matches_any(config.no_decay, p), params
     )
     if config.name == "muon":
-        return optax.contrib.muon(
-            schedule,
-            beta=config.b1,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            mu_dtype=jnp.float32,
-            adam_b1=config.b1,
-            adam_b2=config.b2,
-            adam_weight_decay=0.0,  # optax cannot mask it, and it would reach biases and norms
-            adam_learning_rate=learning_rate_schedule(config, steps, config.adam_learning_rate),
-            muon_weight_dimension_numbers=functools.partial(_block_matrices, stack),
-            consistent_rms=0.2,  # Moonlight (Liu et al. 2025): updates as large as AdamW's
+        matrices = optax.chain(
+            muon.scale_by_muon(config.b1, config.eps),
+            muon.scale_by_shape(),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale_by_learning_rate(schedule),
         )
+        others = optax.nadamw(
+            learning_rate_schedule(config, steps, config.adam_learning_rate),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=0.0,
+            mu_dtype=jnp.float32,
+        )
+        label = functools.partial(_muon_or_adam, stack)
+        return optax.partition({"muon": matrices, "adam": others}, label)
     if config.name == "lion":
         scale = optax.scale_by_lion(config.b1, config.b2, mu_dtype=jnp.float32)
     else:
@@ -157,27 +162,22 @@ def _direction(
     )
 
 
-def ordered_norm(tree: Any) -> jax.Array:
-    """f32[]: as `optax.tree.norm`, with every array summed in the order of its elements.
-
-    Otherwise a sum goes through memory, in which arrays lie as suits what made them. Arrays must be
-    whole: one that is cut would be sent to every device.
-    """
-    squares = (jnp.sum(jnp.square(leaf.reshape(-1))) for leaf in jax.tree.leaves(tree))
-    return jnp.sqrt(functools.reduce(jnp.add, squares))
-
-
 def _clip(limit: float, norm: Norm) -> optax.GradientTransformation:
     """Multiplies gradients by the factor, at most 1, that makes their norm at most `limit`.
 
     XLA may write x / sqrt(s) as x rsqrt(s), which rounds otherwise, and does so where it sees both;
     that depends on how arrays are cut. Behind a barrier the factor is one number for all of them.
+
+    A large norm is compared with the limit, and gradients are multiplied, after both were scaled as
+    for the squares: the quotient of limit and norm alone may be too small for f32.
     """
 
     def update(gradients: Any, _: Any) -> Any:
-        factor = limit / jnp.maximum(norm(gradients), limit)
-        factor = jax.lax.optimization_barrier(factor)
-        return jax.tree.map(lambda g: g * factor, gradients)
+        root = norm(gradients)
+        lowered = jnp.minimum(root.scale, 1.0)
+        factor = limit / jnp.maximum(root.scaled * (lowered / root.scale), limit * lowered)
+        lowered, factor = jax.lax.optimization_barrier((lowered, factor))
+        return jax.tree.map(lambda g: g * lowered * factor, gradients)
 
     return optax.stateless(update)
 
@@ -189,11 +189,10 @@ def _multiply(rates: Mapping[str, float]) -> optax.GradientTransformation:
     )
 
 
-def _block_matrices(stack: Stack | None, params: Any) -> Any:
-    """Muon's weights: the matrices of blocks, stacked `[layers, in, out]`, one for each layer."""
-    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+def _muon_or_adam(stack: Stack | None, params: Any) -> Any:
+    """Muon turns the matrices of blocks, stacked `[layers, in, out]`, one for each layer."""
     is_matrix = lambda path, leaf: stack is not None and stack.holds(path) and leaf.ndim == 3
-    return _by_path(lambda path, leaf: dimensions if is_matrix(path, leaf) else None, params)
+    return _by_path(lambda path, leaf: "muon" if is_matrix(path, leaf) else "adam", params)
 
 
 def _by_path(choose: Any, params: Any) -> Any:
@@ -203,12 +202,17 @@ def _by_path(choose: Any, params: Any) -> Any:
 
 
 def _in_f32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Shows the inner transformation parameters in at least f32, so that its moments are too."""
+    """Shows the inner transformation parameters in at least f32, so that its moments are too.
+
+    Products that a library multiplies in there are those of f32 as well, unless it says otherwise
+    itself: without a word, GPUs would use TF32 and TPUs bf16.
+    """
 
     def widen(params: Any) -> Any:
         return jax.tree.map(lambda p: p.astype(at_least_f32(p.dtype)), params)
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return inner.update(gradients, state, widen(params))
+        with jax.default_matmul_precision("highest"):
+            return inner.update(gradients, state, widen(params))
 
     return optax.GradientTransformation(lambda params: inner.init(widen(params)), update)

@@ -28,6 +28,7 @@ from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.rounding import ldexp, quantize
 from lmjax.precision.scaling import Quantized
 from lmjax.precision.sites import Stack
+from lmjax.precision.squares import root_sum_square
 from lmjax.precision.stored import decode, encode
 
 ParamSites = Mapping[str, SitePolicy]
@@ -83,15 +84,15 @@ class UpdateCensus(NamedTuple):
       unchanged: elements that are the same number as before.
       lost: elements whose update is not 0, but less than half a unit in the last place of the
         element in its stored format.
-      squared_updates, squared_params: sums of squares, of what was added and of what it was added
+      update_norm, param_norm: roots of sums of squares, of what was added and of what it was added
         to.
     """
 
     size: jax.Array
     unchanged: jax.Array
     lost: jax.Array
-    squared_updates: jax.Array
-    squared_params: jax.Array
+    update_norm: jax.Array
+    param_norm: jax.Array
 
 
 def update_census(
@@ -122,8 +123,8 @@ def update_census(
             size=total(jnp.ones(wide.shape, jnp.float32)),
             unchanged=total(before == after),
             lost=total((update != 0) & (jnp.abs(update) < half_ulp.astype(update.dtype))),
-            squared_updates=total(jnp.square(update)),
-            squared_params=total(jnp.square(wide)),
+            update_norm=root_sum_square(update, axes),
+            param_norm=root_sum_square(wide, axes),
         )
     return census
 

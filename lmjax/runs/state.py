@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ from lmjax.model import (
     parameter_count,
     structure,
 )
-from lmjax.optim.optimizer import Norm, make_optimizer, ordered_norm
+from lmjax.optim.optimizer import Norm, make_optimizer
 from lmjax.precision import exact
 from lmjax.parallel.sharding import Mesh, state_shardings
 from lmjax.optim.storage import convert_moments, convert_params, initial_residuals
 from lmjax.runs.config import Config
 from lmjax.telemetry.measure import carried_scaling, initial_scaling
+from lmjax.precision.squares import tree_root
 
 KEY_KIND = "threefry2x32"
 
@@ -71,7 +73,8 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
 
 def gradient_norm(config: Config) -> Norm:
     """How the norm of all gradients is computed, to clip them and as a metric."""
-    return ordered_norm if config.deterministic_reductions else optax.tree.norm
+    in_order = config.deterministic_reductions > 0
+    return functools.partial(tree_root, in_order=in_order)
 
 
 def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:

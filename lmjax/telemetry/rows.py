@@ -184,7 +184,7 @@ def _update(census: UpdateCensus) -> dict[str, Any]:
         "size": int(size),
         "unchanged": float(census.unchanged) / size,
         "lost": float(census.lost) / size,
-        "relative": float(np.sqrt(census.squared_updates / census.squared_params))
-        if census.squared_params
+        "relative": float(census.update_norm) / float(census.param_norm)
+        if census.param_norm
         else float("inf"),
     }

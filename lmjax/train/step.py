@@ -107,7 +107,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
             updates, opt_state = optimizer.update(
                 gradients, state.opt_state, state.params, cotangents=cotangents
             )
-            norm = gradient_norm(config)(gradients)
+            norm = gradient_norm(config)(gradients).value
         metrics = {
             "loss": jnp.mean(losses),
             "grad_norm": norm,
@@ -194,7 +194,9 @@ def make_scaled_loss(
             losses = token_losses(
                 logits, batch["targets"], sites["loss"], probe, unit_weight=weight
             )
-            loss = jnp.mean(losses.cross_entropy) + config.model.z_loss * jnp.mean(losses.z)
+            loss = jnp.mean(losses.cross_entropy)
+            if config.model.z_loss:  # 0 times a square that overflowed would be NaN
+                loss = loss + config.model.z_loss * jnp.mean(losses.z)
             loss = loss.astype(at_least_f32(loss.dtype))
             factor = loss_scale.of_the_loss(scale).astype(loss.dtype)
             if config.loss_multiplier != 1:

@@ -120,7 +120,8 @@ def measured(device: jax.Device, name: str) -> float:
     """
     rows = ROWS.get(device.platform, ROWS_ELSEWHERE)
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "f64": jnp.float64}[name]
-    multiply = exact.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    how: Any = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    multiply = exact.jit(lambda x: jnp.matmul(x, x, **how))
     best = float("inf")
     for way in {dtype, jnp.float32}:
         operand = jax.device_put(jnp.full((rows, rows), 0.5, way), device)

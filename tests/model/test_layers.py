@@ -89,6 +89,57 @@ def test_norms_of_f16_activations_do_not_overflow(kind: str):
     assert not np.any(np.asarray(overflowed, np.float32) > 0.1)
 
 
+def normalised(x: np.ndarray, g: np.ndarray, kind: str, epsilon: float) -> tuple[np.ndarray, ...]:
+    """A norm of rows in f64, and the cotangent of `x` for the cotangent `g`."""
+    x, g = np.asarray(x, np.float64), np.asarray(g, np.float64)
+    centre = (lambda v: v - v.mean(-1, keepdims=True)) if kind == "layer" else (lambda v: v)
+    x = centre(x)
+    root = np.sqrt(np.mean(x**2, -1, keepdims=True) + epsilon)
+    y = x / root
+    return y, centre(g - y * np.mean(g * y, -1, keepdims=True)) / root
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("epsilon", [1e-37, 1e-30, 1e-5])
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-18, 1.0, 1e20, 1e33])
+def test_norms_are_right_where_squares_overflow_or_vanish(kind, epsilon, magnitude):
+    generator = np.random.default_rng(0)
+    x = (generator.normal(size=(1, 3, 16)) * magnitude).astype(np.float32)
+    g = generator.normal(size=x.shape).astype(np.float32)
+    norm = Norm(16, ModelConfig(width=16, norm=kind, norm_epsilon=epsilon))
+    y, pullback = jax.vjp(lambda x: norm(x, site("f32", "norm")), jnp.asarray(x))
+    expected_y, expected_dx = normalised(x, g, kind, epsilon)
+    np.testing.assert_allclose(y, expected_y, atol=2e-6 * np.abs(expected_y).max())
+    (dx,) = pullback(jnp.asarray(g))
+    np.testing.assert_allclose(dx, expected_dx, atol=1e-5 * np.abs(expected_dx).max())
+
+
+def test_rows_of_a_norm_are_scaled_each_by_itself():
+    x = np.random.default_rng(0).normal(size=(1, 3, 16)) * [[[1e25], [1.0], [3e38 / 8]]]
+    norm = Norm(16, ModelConfig(width=16, norm="layer"))
+    y = norm(jnp.asarray(x, jnp.float32), site("f32", "norm"))
+    np.testing.assert_allclose(y, normalised(x, x, "layer", 1e-5)[0], atol=1e-5)
+    alone = norm(jnp.asarray(x[:, 1:2], jnp.float32), site("f32", "norm"))
+    np.testing.assert_array_equal(y[:, 1:2], alone)
+
+
+@pytest.mark.parametrize("policy", ["f32", "mixed_bf16", "f32; norm: c=bf16"])
+def test_the_norm_of_a_constant_row_is_zero_however_large(policy: str):
+    for kind, expected in (("layer", 0.0), ("rms", 1.0)):
+        norm = Norm(16, ModelConfig(width=16, norm=kind))
+        rows = jnp.asarray([[[0.0] * 16, [2.0] * 16, [2.0**100] * 16]], jnp.float32)
+        y = np.asarray(norm(rows, site(policy, "norm")), np.float32)
+        np.testing.assert_allclose(y[0, :, 0], [0.0, expected, expected], rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bf16", "mixed_bf16; norm: c=bf16"])
+def test_norms_of_large_bf16_activations_are_right(policy: str):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 64)) * 1e25, jnp.bfloat16)
+    y = Norm(64, ModelConfig(width=64, norm="rms"))(x, site(policy, "norm"))
+    wanted = normalised(np.asarray(x, np.float64), np.zeros(x.shape), "rms", 0.0)[0]
+    np.testing.assert_allclose(np.asarray(y, np.float32), wanted, atol=0.05)
+
+
 def test_layer_norm_removes_the_mean_and_rms_norm_does_not():
     x = jnp.asarray(np.random.default_rng(0).normal(5.0, 1.0, (1, 1, 16)), jnp.float32)
     mean = lambda kind: float(

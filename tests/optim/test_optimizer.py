@@ -8,16 +8,17 @@ import numpy as np
 import optax
 import pytest
 
+from lmjax.optim import muon
 from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.optim.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
     make_optimizer,
-    ordered_norm,
 )
 from lmjax.optim.storage import apply_updates
 from lmjax.precision import parse_policy, paths
 from lmjax.precision.sites import Stack
+from lmjax.precision.squares import tree_root
 
 NO_SCALE = LossScaleConfig("none")
 KEY = jax.random.key(0)
@@ -143,12 +144,112 @@ def test_a_norm_in_order_is_the_norm_wherever_the_elements_lie_in_memory():
     draw = np.random.default_rng(0)
     tree = {"a": draw.normal(size=(64, 33)).astype("f4"), "b": draw.normal(size=7).astype("f4")}
     expected = np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in tree.values()))
-    assert float(ordered_norm(tree)) == pytest.approx(expected, rel=1e-6)
+    in_order = lambda tree: tree_root(tree, in_order=True).value
+    assert float(in_order(tree)) == pytest.approx(expected, rel=1e-6)
     # Transposed in the program itself, so that the compiler may sum it as it lies.
-    turned = jax.jit(lambda t: ordered_norm({"a": t["a"].T, "b": t["b"]}))
+    turned = jax.jit(lambda t: in_order({"a": t["a"].T, "b": t["b"]}))
     assert float(turned({"a": tree["a"].T.copy(), "b": tree["b"]})) == float(
-        jax.jit(ordered_norm)(tree)
+        jax.jit(in_order)(tree)
     )
+
+
+def alternating(magnitude: float) -> dict:
+    """Gradients of one magnitude and both signs."""
+    sign = lambda g: g * (-1.0) ** np.arange(g.size, dtype=np.float32).reshape(g.shape)
+    return jax.tree.map(sign, gradients(magnitude))
+
+
+def moments(state) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(state.inner) if x.ndim]
+
+
+@pytest.mark.parametrize("limit", [1.0, 1e-3, 1e6])
+@pytest.mark.parametrize("magnitude", [1e-25, 1e-3, 2e19, 1e30, 1e37])
+def test_clipping_is_right_where_squares_overflow_or_vanish(magnitude: float, limit: float):
+    momentum = OptimizerConfig(
+        name="lion", b1=0.0, b2=0.0, weight_decay=0.0, warmup_steps=0, clip_norm=limit
+    )  # with b2 = 0, Lion's moment is the clipped gradient
+    gradient = alternating(magnitude)
+    _, _, state = step(momentum, gradient)
+    count = sum(g.size for g in jax.tree.leaves(gradient))
+    expected = min(magnitude, limit / np.sqrt(count))
+    for moment in moments(state):
+        np.testing.assert_allclose(np.abs(moment), expected, rtol=1e-6)
+    assert int(state.skipped_steps) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_large_gradients_move_parameters_as_ordinary_ones_do(name: str):
+    config = OptimizerConfig(name=name, warmup_steps=0, weight_decay=0.0)
+    for large, ordinary in zip(
+        *(jax.tree.leaves(step(config, alternating(size))[1]) for size in (2e19, 100.0)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(large, ordinary, rtol=1e-4)
+        assert np.any(np.asarray(large))
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitude", "changes"),
+    [
+        ("adamw", 2e19, {"clip_norm": 0.0}),  # the second moment overflows
+        ("adamw", 2e38, {"clip_norm": 1.0}),  # so does the norm
+        ("lion", 2e38, {"clip_norm": 1.0}),
+        ("lion", 2e38, {"clip_norm": 0.0}),
+        ("muon", 2e38, {"clip_norm": 0.0}),
+    ],
+)
+def test_a_step_with_an_infinite_norm_or_moment_is_skipped(
+    name: str, magnitude: float, changes: dict
+):
+    config = OptimizerConfig(name=name, warmup_steps=0, **changes)
+    stored, updates, state = step(config, alternating(magnitude))
+    assert int(state.skipped_steps) == int(state.consecutive_skips) == 1
+    assert not any(np.any(np.asarray(u)) for u in jax.tree.leaves(updates))
+    assert not any(np.any(m) for m in moments(state) if m.shape != (3,))
+    for old, new in zip(jax.tree.leaves(params()), jax.tree.leaves(stored), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_second_moment_that_overflows_where_it_is_stored_skips_the_step():
+    stored = params()
+    sites = dict.fromkeys(paths.flatten(stored), parse_policy("f32,nu=f16").resolve("embed"))
+    config = OptimizerConfig(clip_norm=0.0, b2=0.5)
+    optimizer = make_optimizer(config, NO_SCALE, steps=100, sites=sites)
+    state = optimizer.init(stored)
+    for size, skipped in ((100.0, 0), (1000.0, 1), (1.0, 1)):  # 1000^2 / 2 is infinite in f16
+        _, state = optimizer.update(gradients(size), state, stored)
+        assert int(state.skipped_steps) == skipped
+    assert all(np.all(np.isfinite(m)) for m in moments(state))
+
+
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 2e19, 1e36])
+def test_muon_orthogonalises_matrices_of_any_size(magnitude: float):
+    matrices = np.random.default_rng(0).normal(size=(2, 4, 8)).astype(np.float32)
+    matrices[1] *= np.float32(1e-3)
+    turn = muon.scale_by_muon(0.9, eps=1e-35)
+    state = turn.init(jnp.asarray(matrices))
+    expected, _ = turn.update(jnp.asarray(matrices), state)
+    found, _ = turn.update(jnp.asarray(matrices * np.float32(magnitude)), state)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.linalg.svd(np.asarray(found), compute_uv=False).min() > 0.5
+
+
+def test_muon_is_that_of_optax():
+    matrices = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 4)), jnp.float32)}
+    dimensions = {"a": optax.contrib.MuonDimensionNumbers(1, 2)}
+    theirs = optax.contrib.scale_by_muon(
+        beta=0.9, mu_dtype=jnp.float32, weight_dimension_numbers=dimensions
+    )
+    ours, states = muon.scale_by_muon(0.9, 1e-8), [theirs.init(matrices)] * 2
+    for size in (1.0, -0.3, 2.0):
+        gradient = jax.tree.map(lambda x, size=size: jnp.sin(size * x), matrices)
+        expected, states[0] = theirs.update(gradient, states[0])
+        found, states[1] = ours.update(gradient, states[1])
+        np.testing.assert_allclose(found["a"], expected["a"], atol=1e-5)
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
 def test_clip_norm_0_switches_clipping_off():

@@ -49,6 +49,16 @@ def test_a_row_holds_shares_by_site_block_by_block(tiny):
     assert json.loads(json.dumps(row)) == row
 
 
+@pytest.mark.parametrize("size", [1e-25, 1.0, 2e19])
+def test_the_size_of_updates_is_right_where_squares_overflow_or_vanish(size: float, tiny):
+    sites = {"w": tiny("f32").param_sites["norm/scale"]}
+    old = {"w": jnp.asarray([3.0, -4.0], jnp.float32) * np.float32(size)}
+    updates = {"w": jnp.asarray([0.0, 0.5], jnp.float32) * np.float32(size)}
+    census = jax.device_get(update_census(old, old, updates, sites))
+    row = telemetry_row(1, {}, census, {}, layout(tiny().model))["updates"]["w"]
+    assert row["relative"] == pytest.approx(0.1)
+
+
 def test_a_row_says_what_became_of_updates(tiny):
     sites = {"w": tiny("pure_bf16").param_sites["norm/scale"]}
     old = {"w": jnp.asarray([1.0, 1.0, 1.0, 0.0], jnp.bfloat16)}

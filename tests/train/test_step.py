@@ -257,3 +257,13 @@ def test_padding_does_not_count_even_where_it_is_nan(tiny, draw_params):
     poisoned = params | {"embed": params["embed"] | {"table": table}}
     assert [float(x) for x in evaluate(poisoned, batch)] == expected
     assert expected[1] == 16
+
+
+def test_without_z_loss_large_logits_do_not_make_the_loss_nan(tiny, draw_params, draw_batch):
+    config = tiny("f32")
+    params = draw_params(config)
+    params["embed"]["table"] = params["embed"]["table"] * 1e22
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    scaled_loss = make_scaled_loss(config, mesh)
+    _, loss = scaled_loss(params, draw_batch(config), jax.random.key(0), jnp.ones(()))
+    assert 1e19 < float(loss) < np.inf
