@@ -37,11 +37,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from lmjax import strict_json
-from lmjax.files.filenames import plain
-from lmjax.precision import paths
-from lmjax.files import manifest
-from lmjax.parallel.agreement import from_first, is_first
 from lmjax.errors import CheckpointError, StorageFailed
+from lmjax.files import manifest
+from lmjax.files.filenames import plain
+from lmjax.parallel.agreement import from_first, is_first
+from lmjax.precision import paths
 from lmjax.runs.proof import Proof, described, in_words
 from lmjax.runs.state import TrainState
 

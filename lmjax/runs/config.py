@@ -15,17 +15,17 @@ from typing import Annotated, Any, Literal
 from lmjax import checks
 from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.data import DataConfig
-from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.model import ModelConfig, Sites, layout, param_sites, resolve_sites
-from lmjax.telemetry.rows import TelemetryConfig, refuse_no_tensor
+from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.parallel.sharding import MeshConfig
 from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
-from lmjax.parallel.sharding import MeshConfig
 from lmjax.runs.profile import ProfileConfig
 from lmjax.runs.sinks import MetricsConfig
+from lmjax.telemetry.rows import TelemetryConfig, refuse_no_tensor
 
 Count = Annotated[int, at_least(1)]
 

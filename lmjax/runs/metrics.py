@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from lmjax import strict_json
-from lmjax.files.filenames import no_math, plain
-from lmjax.files.background import Background
 from lmjax.console.decoration import decoration
+from lmjax.files.background import Background
+from lmjax.files.filenames import no_math, plain
 from lmjax.runs.sinks import Sink
 
 Row = Mapping[str, Any]

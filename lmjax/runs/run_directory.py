@@ -29,14 +29,14 @@ import jax
 import numpy as np
 
 from lmjax import strict_json
+from lmjax.errors import InputError
 from lmjax.files.filenames import plain
+from lmjax.files.locks import LocksUnavailable, holder, lock
+from lmjax.parallel.agreement import failing_together, is_first, whole
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
-from lmjax.parallel.agreement import failing_together, is_first, whole
 from lmjax.runs.config import VERSION, Config, all_differences, differences, from_json, to_json
-from lmjax.errors import InputError
-from lmjax.files.locks import LocksUnavailable, holder, lock
 from lmjax.runs.metrics import partial, replace_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy", "lmjax")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmjax.checks import validate
-from lmjax.files.background import Background
 from lmjax.console.decoration import decoration
+from lmjax.files.background import Background
 
 PATIENCE_SECONDS = 30.0
 """How long the end of a run waits for what is on its way to a service."""

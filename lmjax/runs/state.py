@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmjax.optim.loss_scale import LossScaleState
 from lmjax.model import (
     Params,
     initial_params,
@@ -22,13 +21,14 @@ from lmjax.model import (
     parameter_count,
     structure,
 )
+from lmjax.optim.loss_scale import LossScaleState
 from lmjax.optim.optimizer import Norm, make_optimizer
-from lmjax.precision import exact
-from lmjax.parallel.sharding import Mesh, state_shardings
 from lmjax.optim.storage import convert_moments, convert_params, initial_residuals
+from lmjax.parallel.sharding import Mesh, state_shardings
+from lmjax.precision import exact
+from lmjax.precision.squares import tree_root
 from lmjax.runs.config import Config
 from lmjax.telemetry.measure import carried_scaling, initial_scaling
-from lmjax.precision.squares import tree_root
 
 KEY_KIND = "threefry2x32"
 

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from lmjax.precision.policy import PolicyError
 from lmjax.parallel.sharding import MeshConfig
-from lmjax.train import Config
+from lmjax.precision.policy import PolicyError
 from lmjax.runs.config import differences, from_json, to_json
+from lmjax.train import Config
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 from run_helpers import result, strict_loads, tiny
 
 from lmjax import checks
-from lmjax.train import Config, InputError, read_config, train
 from lmjax.runs.config import HOUSEKEEPING, by_name
 from lmjax.runs.run_directory import HISTORY, open_run
+from lmjax.train import Config, InputError, read_config, train
 
 STEPS, STOPPED = 8, 3
 

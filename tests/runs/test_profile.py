@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from run_helpers import result, strict_loads, tiny
 
-from lmjax.train import train
 from lmjax.runs.config import identity
 from lmjax.runs.profile import ProfileConfig
+from lmjax.train import train
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -27,14 +27,14 @@ from run_helpers import NAMES, finish, result, rows, start, tiny, tiny_flags, un
 
 from experiments import quickstart
 from lmjax.cli import common as cli
-from lmjax.train import InputError, TrainingFailed, train
-from lmjax.files import manifest
-from lmjax.runs.store import remote
-from lmjax.runs.store import lease as claims
-from lmjax.runs.checkpoint import Checkpoints
 from lmjax.errors import CheckpointError, StorageFailed
+from lmjax.files import manifest
+from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.store import lease as claims
+from lmjax.runs.store import remote
 from lmjax.runs.store.object_store import Store, as_url
 from lmjax.runs.store.remote import fetched, staged
+from lmjax.train import InputError, TrainingFailed, train
 
 URL = "memory://bucket/run"
 

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from run_helpers import ROOT, strict_loads, tiny
 
-from lmjax.train import RestoreConfig
 from lmjax.runs.config import VERSION, from_json, to_json
 from lmjax.runs.run_directory import (
     InputError,
@@ -32,6 +31,7 @@ from lmjax.runs.run_directory import (
     record_changes,
     record_environment,
 )
+from lmjax.train import RestoreConfig
 
 
 @pytest.fixture

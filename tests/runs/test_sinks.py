@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from run_helpers import result, rows, tiny
 
-from lmjax.train import InputError, train
 from lmjax.runs.config import identity
 from lmjax.runs.sinks import MetricsConfig, open_sinks
+from lmjax.train import InputError, train
 
 ROWS = [(1, {"loss": 2.5}), (2, {"loss": math.nan}), (2, {"eval_loss": 2.0})]
 

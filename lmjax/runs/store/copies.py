@@ -12,8 +12,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from lmjax.runs.store import lease as claim
 from lmjax.files import manifest
+from lmjax.runs.store import lease as claim
 from lmjax.runs.store.object_store import Store
 
 CONFIG = "config.json"

@@ -32,13 +32,13 @@ from typing import NamedTuple
 import jax
 
 from lmjax.data import DataConfig
-from lmjax.files.filenames import expanded
-from lmjax.runs.store import lease as claims
-from lmjax.files import manifest
-from lmjax.runs.store.lease import Claim
-from lmjax.runs.store.copies import CONFIG, SEALED, Copy, folder_of, seal_of, stamp, step_of
 from lmjax.errors import CheckpointError, InputError, StorageFailed, TrainingFailed
+from lmjax.files import manifest
+from lmjax.files.filenames import expanded
 from lmjax.files.locks import holder, lock
+from lmjax.runs.store import lease as claims
+from lmjax.runs.store.copies import CONFIG, SEALED, Copy, folder_of, seal_of, stamp, step_of
+from lmjax.runs.store.lease import Claim
 from lmjax.runs.store.object_store import Store, StoreError, as_url
 
 SECONDS_BETWEEN_PUSHES = 60.0
