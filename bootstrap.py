@@ -1,7 +1,7 @@
 """Sets up lmjax with nothing but Python's standard library, then runs something in it.
 
     python3 bootstrap.py experiments.quickstart [flags]   any module of the project
-    python3 bootstrap.py test                             lint, types and the test suite
+    python3 bootstrap.py test                             lint, types, documentation and tests
 
 The first call makes a virtual environment in .venv beside this file and installs lmjax with the
 versions of constraints.txt; later calls find it ready. `test` also installs what testing needs.
@@ -24,6 +24,7 @@ CHECKS = (
     ("-m", "ruff", "check", "."),
     ("-m", "ruff", "format", "--check", "."),
     ("-m", "mypy"),
+    ("-m", "mkdocs", "build", "--strict", "--quiet"),
     ("-m", "pytest"),
 )
 
@@ -46,6 +47,7 @@ def main(arguments: list[str]) -> int:
             os.execv(PYTHON, command)
         return subprocess.call(command)
     install("[test]")
+    os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")  # an advertisement of mkdocs-material
     for check in CHECKS:
         extra = arguments[1:] if check[-1] == "pytest" else []
         print("+", " ".join(check), *extra, flush=True)

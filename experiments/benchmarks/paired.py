@@ -72,7 +72,7 @@ class Ratio(NamedTuple):
     confidence: float
 
     def __str__(self) -> str:
-        """As in the README: `1.13 (1.06 to 1.15, 96%)`."""
+        """As in docs/speed.md: `1.13 (1.06 to 1.15, 96%)`."""
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f}, {self.confidence:.0%})"
 
 

@@ -3,7 +3,7 @@
 Command:   python -m experiments.benchmarks.throughput --shape S --rounds 6
 Hardware:  any; the ratios below are of 2 CPU cores
 Time:      2 minutes
-Expected:  lmjax / jnp 1.07 in f32, 1.07 in bf16, 1.18 in f16; README, "Speed", has the intervals
+Expected:  lmjax / jnp 1.07 in f32, 1.07 in bf16, 1.18 in f16; docs/speed.md has the intervals
 
 Contestants take turns: in each round every one trains for a few steps, and the order rotates from
 round to round, so that whatever else the machine is doing meets all of them alike. A ratio is the

@@ -110,7 +110,7 @@ class Config:
     """A training run."""
 
     precision: str = "p=f32,c=bf16,o=f32"
-    """The policy: which number format every tensor has; see the README."""
+    """The policy: which number format every tensor has; see docs/policies.md."""
     steps: Count = 1000
     """Planned length in optimizer steps; it sets the learning-rate schedule."""
     seed: Seed = 0
