@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
             os.execv(PYTHON, command)
         return subprocess.call(command)
     install("[test]")
-    os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")  # an advertisement of mkdocs-material
+    os.environ.setdefault("NO_MKDOCS_2_WARNING", "1")  # its notice of a successor
     for check in CHECKS:
         extra = arguments[1:] if check[-1] == "pytest" else []
         print("+", " ".join(check), *extra, flush=True)
