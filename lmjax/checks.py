@@ -1,13 +1,13 @@
-"""What the fields of configs may hold: declared beside each field, checked in one place.
+"""Validation of config fields: each range is declared beside its field and checked in one place.
 
     every: Annotated[int, at_least(1), housekeeping("when the state is written")] = 500
 
-`validate`, called by a config's `__post_init__`, refuses any value that is not of the declared type
-or not in the declared range. A number without a range is a mistake in the config itself, so a new
-field cannot be forgotten. Comparisons are written so that NaN fails them, and infinity lies in no
-range: a setting that would need it has a finite value that means it, such as `clip_norm=0`.
+`validate`, called by a config's `__post_init__`, rejects any value that does not have the declared
+type or lies outside the declared range. Every numeric field must declare a range, so a new field
+cannot be forgotten. Comparisons are written so that NaN fails them, and no range contains infinity:
+settings that need it use a finite value instead, such as `clip_norm=0`.
 
-Below all other rooms; knows nothing but Python.
+Below all other rooms; depends on Python only.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ SMALLEST_NORMAL_F32 = 2.0**-126
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold. Use the functions below to make one.
+    """The numbers that a field may hold. Use the functions below to create one.
 
-    A float must lie in the range as f32 too, in which settings meet tensors: 1e-50 is 0 there, and
-    so is a subnormal number where hardware flushes them.
+    A float must also lie in the range after rounding to f32, the dtype in which settings meet
+    tensors: there 1e-50 is 0, and so is a subnormal on hardware that flushes them.
 
     Attributes:
       least, most: the bounds; None: those of the type.
       above, below: whether the bound itself is excluded.
-      also: single values outside of the bounds.
-      power_of_two: whether only powers of two are meant.
-      f64: the number is used by Python alone and does not become f32.
+      also: single values allowed outside the bounds.
+      power_of_two: whether only powers of two are allowed.
+      f64: only Python uses the number; it is never converted to f32.
       hint: what to write instead of a value that is out of range.
     """
 
@@ -58,7 +58,7 @@ class Range:
     hint: str = ""
 
     def holds(self, value: float, largest: float) -> bool:
-        """Whether it contains a number of a type whose largest is `largest`."""
+        """Whether the range contains a number of a type whose maximum is `largest`."""
         if value in self.also:
             return True
         least = -largest if self.least is None else self.least
@@ -109,9 +109,9 @@ def power_of_two(least: float = 0, most: float | None = None, **more: Any) -> Ra
 
 @dataclass(frozen=True)
 class Housekeeping:
-    """Marks a field that is not part of a run's identity: it leaves the parameters' course alone.
+    """Marks a field that is not part of a run's identity, as it does not affect the parameters.
 
-    A resumed run may change it. `why` says why nothing that is computed depends on it.
+    A resumed run may change it. `why` says why no computed result depends on it.
     """
 
     why: str
@@ -123,16 +123,16 @@ housekeeping = Housekeeping
 def validate(config: Any, part: str = "", error: type[ValueError] = ValueError) -> None:
     """Checks every field of a frozen dataclass against its annotation.
 
-    Numbers become plain Python ones: a NumPy scalar or an integer for a float is taken as what it
-    is, a list for a tuple too. So equal configs have equal representations, in JSON as well.
+    Converts numbers to plain Python ones: NumPy scalars are accepted, integers for floats, and
+    lists for tuples. Equal configs therefore have equal representations, in JSON as well.
 
     Args:
       config: an instance; called from its `__post_init__`.
-      part: its dotted name in the whole config, which messages begin with.
-      error: what is raised.
+      part: its dotted name in the whole config, the prefix of messages.
+      error: the exception type to raise.
 
     Raises:
-      ValueError (or `error`): names the field, its value, and what it must be.
+      ValueError (or `error`): names the field, its value and the allowed values.
       TypeError: a numeric field declares no range.
     """
     for name, hint in _hints(config.__class__).items():
@@ -152,7 +152,7 @@ def validate_arguments(
     arguments: Mapping[str, Any],
     error: type[ValueError] = ValueError,
 ) -> None:
-    """Checks arguments of a function that is a command, as `validate` does fields.
+    """Checks the arguments of a command's function, as `validate` does for fields.
 
     Messages name the flag: `--top-k` for `top_k`.
     """
@@ -162,7 +162,7 @@ def validate_arguments(
 
 
 def numeric_fields(config: type) -> dict[str, Range | None]:
-    """The fields of a dataclass, and of those inside it, that hold numbers, by dotted name."""
+    """The numeric fields of a dataclass and its nested dataclasses, by dotted name."""
     return {
         name: _range_of(hint)
         for name, hint in _walk(config)
@@ -171,7 +171,7 @@ def numeric_fields(config: type) -> dict[str, Range | None]:
 
 
 def housekeeping_fields(config: type) -> dict[str, str]:
-    """The fields marked as `housekeeping`, those of marked parts too, and why they are."""
+    """The fields marked `housekeeping`, including those of marked parts, and the reasons."""
     found: dict[str, str] = {}
     for name, hint in _walk(config, parts=True):
         marks = [mark.why for mark in _metadata(hint) if isinstance(mark, Housekeeping)]
@@ -193,13 +193,13 @@ def leaves(config: type) -> Iterator[tuple[str, Any]]:
 
 
 def choices(config: type) -> dict[str, tuple[str, ...]]:
-    """The values that fields with a closed list of them may have, by dotted name."""
+    """The choices of fields that have a closed list of values, by dotted name."""
     literals = ((name, _unannotated(hint)) for name, hint in _walk(config))
     return {n: typing.get_args(hint) for n, hint in literals if typing.get_origin(hint) is Literal}
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known word, or nothing."""
+    """`; did you mean X?` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), 1, 0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -229,7 +229,7 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
 
 
 def _bases(hint: Any) -> Iterator[Any]:
-    """The types that a hint is made of, without annotations, unions and containers."""
+    """The types in a hint, without annotations, unions and containers."""
     hint = _unannotated(hint)
     if typing.get_origin(hint) is Literal or not typing.get_args(hint):
         yield hint
@@ -239,7 +239,7 @@ def _bases(hint: Any) -> Iterator[Any]:
 
 
 def _range_of(hint: Any) -> Range | None:
-    """The range that is declared anywhere in a hint."""
+    """The range declared anywhere in a hint."""
     found = [mark for mark in _metadata(hint) if isinstance(mark, Range)]
     inner = _unannotated(hint)
     if found or typing.get_origin(inner) is Literal:
@@ -339,7 +339,7 @@ def _to_f32(value: float) -> float:
 
 
 def _short(number: float) -> str:
-    """A bound as people write it: powers of two as such, others without needless digits."""
+    """A bound in readable form: powers of two as such, others without unneeded digits."""
     if isinstance(number, int):
         wide = number > LARGEST_INT and number & (number + 1) == 0
         return f"2**{number.bit_length()} - 1" if wide else str(number)
@@ -349,17 +349,17 @@ def _short(number: float) -> str:
 
 
 def _brief(value: Any) -> str:
-    """A value in a message, which stays one line of bearable length."""
+    """A value for a message, on one line and of limited length."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # an integer with more digits than Python prints
         return f"a number of {value.bit_length()} bits"
     text = " ".join(text.split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def signature_of(function: Callable[..., Any]) -> dict[str, Range | None]:
-    """The numeric parameters of a function that is a command, and their declared ranges."""
+    """The numeric parameters of a command's function and their declared ranges."""
     hints = typing.get_type_hints(function, include_extras=True)
     return {
         name: _range_of(hints[name])

@@ -1,4 +1,4 @@
-"""What accelerators can do, by their makers' data sheets. Knows nothing but Python."""
+"""Peak rates of accelerators, from vendor data sheets. Depends on Python only."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Chip:
 
     Attributes:
       name: of the chip.
-      flops: floating-point operations a second of products, by the format of their operands.
-      memory: bytes it holds.
-      memory_bandwidth: bytes a second from and to them.
-      near: bytes a second that it sends to chips of its node, along one mesh axis.
-      node: chips that reach each other at that rate.
-      far: bytes a second that it sends to other nodes; 0: all chips are near.
-      sources: where the figures stand.
+      flops: FLOP/s of matrix products, by operand format.
+      memory: capacity in bytes.
+      memory_bandwidth: bytes per second to and from memory.
+      near: bytes per second sent to chips of the same node, along one mesh axis.
+      node: number of chips that reach each other at that rate.
+      far: bytes per second sent to other nodes; 0: all chips are near.
+      sources: of the figures.
     """
 
     name: str
@@ -68,12 +68,12 @@ CHIPS: Final = (H100, V5P)
 
 
 class PeakRate(NamedTuple):
-    """The peak of one kind of device for products.
+    """The peak product rate of one kind of device.
 
     Attributes:
       chip: its name.
-      format: of the operands whose rate this is.
-      flops: floating-point operations a second.
+      format: of the operands at this rate.
+      flops: floating-point operations per second.
     """
 
     chip: str
@@ -104,19 +104,19 @@ DEVICES: Final[tuple[tuple[str, str, dict[str, float]], ...]] = (
     (r"TPU v5", V5P.name, V5P.flops),
     (r"TPU v4", "TPU v4", _tpu(275)),
 )
-"""What JAX calls a device (a pattern of `device_kind`), the chip, and FLOP/s by format, dense, by
-the data sheets of NVIDIA and Google. The first that matches counts."""
+"""Pattern of JAX's `device_kind`, chip name, and dense FLOP/s by format, from the data sheets of
+NVIDIA and Google. The first match counts."""
 
 
 def peak_flops(device_kind: str, name: str) -> PeakRate | None:
-    """The peak rate of a device for products of a format.
+    """The peak rate of a device for products in a format.
 
     Args:
-      device_kind: as JAX has it, such as `NVIDIA H100 80GB HBM3`.
-      name: of the format; one that the device has no rate for is multiplied in f32.
+      device_kind: as JAX reports it, such as `NVIDIA H100 80GB HBM3`.
+      name: of the format; formats without a rate on this device are multiplied in f32.
 
     Returns:
-      The rate; None if the device is not known.
+      The rate; None if the device is unknown.
     """
     for pattern, chip, flops in DEVICES:
         if re.search(pattern, device_kind):

@@ -1,26 +1,26 @@
-"""What can go wrong with a run, by whom it concerns. Knows nothing else of lmjax."""
+"""Errors of a run, by who has to act on them. Depends on nothing else in lmjax."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input from the user: nothing was written, and the message says what to do."""
+    """Bad user input: nothing was written, and the message says what to do."""
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on: its gradients stay non-finite."""
+    """The run cannot continue: its gradients stay non-finite."""
 
 
 class OutOfMemory(RuntimeError):
-    """The machine or a device has less memory than a run needs; the message says what helps."""
+    """The machine or a device has too little memory for a run; the message says what helps."""
 
 
 class NonFiniteGradients(TrainingFailed):
-    """The limit of skipped steps in a row was reached.
+    """The limit of consecutive skipped steps was reached.
 
     Attributes:
       step: the last step whose metrics are known.
-      skips: how many steps up to it were skipped in a row.
+      skips: the number of consecutive skipped steps up to it.
     """
 
     def __init__(self, message: str, step: int, skips: int):
@@ -29,10 +29,8 @@ class NonFiniteGradients(TrainingFailed):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, or does not hold what the run asks for."""
+    """A checkpoint is damaged or does not hold what the run needs."""
 
 
 class StorageFailed(RuntimeError):
-    """Something of the run could not be written: the disk is full or has become read-only, or an
-    object store refuses.
-    """
+    """Writing failed: the disk is full or read-only, or an object store refused."""

@@ -1,10 +1,10 @@
-"""JSON as its specification has it, for every file that is written and every file that is read.
+"""Strict JSON, as specified, for every file that lmjax reads or writes.
 
-Python's own `json` writes `NaN` and `Infinity`, which are not JSON, and reads them too; only this
-file uses it. Infinities and NaNs are written as strings that `float` reads. Reading refuses what
-other programs could not read, and names that stand twice in an object, one of which would be lost.
+Python's own `json` reads and writes `NaN` and `Infinity`, which are not JSON; only this file uses
+it. Infinities and NaNs are written as strings that `float` parses. Reading rejects text that other
+parsers would reject, and duplicate names in an object.
 
-Below all other rooms; knows nothing but Python.
+Below all other rooms; depends on Python only.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def dumps(
 
 
 def loads(text: str | bytes) -> Any:
-    """The value of a JSON text.
+    """Parses a JSON text.
 
     Raises:
-      ValueError: it is not JSON, or an object has a name twice.
+      ValueError: it is not JSON, or an object has duplicate names.
     """
     return json.loads(text, parse_constant=_refused, object_pairs_hook=_unique)
 
