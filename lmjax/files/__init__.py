@@ -1,1 +1,1 @@
-"""What makes files durable: manifests, locks, background writing, names that are safe."""
+"""Durable files: manifests, locks, background writing and safe file names."""

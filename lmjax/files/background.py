@@ -1,6 +1,6 @@
-"""Work that may block, such as writing to a file system that hangs, away from the training loop.
+"""Runs blocking work, such as writing to a file system that hangs, outside the training loop.
 
-Knows nothing of what the work is.
+Knows nothing about the work itself.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 
 class Background:
-    """Does jobs one after another in a thread of its own, until the first one that fails.
+    """Runs jobs in order in its own thread until the first failure.
 
-    Handing over a job never waits. The thread does not keep a process alive whose end does not ask
-    for `drained`.
+    Submitting a job never blocks. The thread does not keep the process alive; call `drained` before
+    exiting.
     """
 
     def __init__(self) -> None:
@@ -25,12 +25,12 @@ class Background:
         threading.Thread(target=self._work, daemon=True).start()
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Hands over a job; raises what an earlier one raised."""
+        """Submits a job; raises the error of an earlier one."""
         self._raise()
         self._jobs.put(job)
 
     def drained(self, seconds: float) -> bool:
-        """Whether everything handed over is done, now or within some seconds; raises likewise."""
+        """Whether all jobs are done, now or within some seconds; raises the error of a job."""
         done = threading.Event()
         self._jobs.put(done)
         in_time = done.wait(seconds)
@@ -38,7 +38,7 @@ class Background:
         return in_time
 
     def stop(self) -> None:
-        """Lets the thread end after what was handed over."""
+        """Ends the thread after the submitted jobs."""
         self._jobs.put(None)
 
     def _raise(self) -> None:

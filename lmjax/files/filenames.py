@@ -1,8 +1,7 @@
-"""Names of files as people write them, and as libraries can bear them.
+"""File names as users type them, and as libraries accept them.
 
-A file may be called almost anything. Many libraries take a path as more than a name: as a pattern
-(`[1]`, `*`), as a URL (`gs:/`), as text that can be encoded. Whoever hands a path to such a library
-hands it `plain(path)`. Imports the standard library only.
+Many libraries read a path as more than a name: as a pattern (`[1]`, `*`), a URL (`gs:/`), or
+encodable text. Pass `plain(path)` to such a library. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Letters of any script, digits and punctuation that no library was found to give a meaning.
+# Letters of any script, digits, and punctuation without special meaning in any library we found.
 _PLAIN = re.compile(r"(?!/(?:gs|s3|az|hf)/)[\w/.,+=@ -]+")
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path that was typed, with `~` and `~user` replaced by a home directory.
+    """The path that was typed, with `~` and `~user` expanded.
 
-    Call it once, on what a person wrote: a directory may itself be called `~`.
+    Call it once, on user input: a directory may itself be named `~`.
     """
     return Path(os.path.expanduser(path))
 
 
 def printable(text: object) -> str:
-    r"""The text on one line: what is no visible character or space becomes an escape.
+    r"""The text on one line, with everything but visible characters and spaces escaped.
 
-    `printable("a\nb")` is `a\nb`, four characters, so that a message about a file stays one line
-    and cannot move the cursor or change colours.
+    `printable("a\nb")` is `a\nb`, four characters, so a message about a file stays on one line and
+    cannot move the cursor or change colours.
     """
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
@@ -42,32 +41,32 @@ def printable(text: object) -> str:
 
 
 def no_math(text: str) -> str:
-    r"""The text for Matplotlib, which reads what is between dollar signs as a formula: `\$`.
+    r"""The text with dollar signs escaped (`\$`), which Matplotlib reads as math delimiters.
 
-    Its own `parse_math=False` is forgotten where it wraps lines.
+    Matplotlib loses its own `parse_math=False` when it wraps lines.
     """
     return text.replace("$", r"\$")
 
 
 def is_plain(path: str | os.PathLike[str]) -> bool:
-    """Whether no library takes an absolute path for a pattern, a URL or undecodable bytes."""
+    """Whether no library reads an absolute path as a pattern, a URL or undecodable bytes."""
     return _PLAIN.fullmatch(os.fspath(path)) is not None
 
 
 def plain(path: Path) -> Path:
-    """A path to the same place that is plain: the path itself, or a symbolic link to it.
+    """A plain path to the same place: the path itself, or a symbolic link to it.
 
-    Links are in a private temporary directory which is removed when the process ends. The place
-    need not exist yet.
+    Links live in a private temporary directory that is removed at exit. The target need not exist
+    yet.
 
     Raises:
-      OSError: no temporary directory can be written whose own name is plain.
+      OSError: no writable temporary directory has a plain name.
     """
     absolute = Path(os.path.abspath(path))
     if is_plain(absolute):
         return absolute
     link = _links(os.getpid()) / hashlib.sha256(os.fsencode(absolute)).hexdigest()[:32]
-    # Made again where a cleaner of temporary files has removed it during a long run.
+    # Recreated if a cleaner of temporary files has removed it during a long run.
     link.parent.mkdir(mode=0o700, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         link.symlink_to(absolute)
@@ -76,7 +75,7 @@ def plain(path: Path) -> Path:
 
 @functools.cache
 def _links(process: int) -> Path:
-    """The directory of a process's links; a forked process gets its own."""
+    """The directory of the process's links; a forked process gets its own."""
     for parent in (tempfile.gettempdir(), "/tmp", "/var/tmp"):
         if not is_plain(parent):
             continue

@@ -1,8 +1,8 @@
-"""Locks on files, which the operating system releases when their process ends, however it ends.
+"""File locks, which the operating system releases when their process ends, however it ends.
 
-POSIX locks and not `flock`, because they also hold between the machines of a cluster that share a
-file system. They are a process's, not a thread's: within one process nothing is refused. Knows
-nothing of what is locked.
+POSIX locks rather than `flock`, because they also hold between machines that share a file system.
+They belong to a process, not a thread: within one process they never conflict. Knows nothing about
+what is locked.
 """
 
 from __future__ import annotations
@@ -25,20 +25,19 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class LocksUnavailable(InputError):
-    """The operating system or the file system has no locks."""
+    """The operating system or the file system does not support locks."""
 
 
 @contextlib.contextmanager
 def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Whether the lock belongs to this process for the length of the block.
+    """Holds a lock for the length of the block; yields whether this process got it.
 
     Args:
-      path: a file that stands for what is locked; it is made where it is missing, and says who had
-        the lock last.
-      wait: for as long as another process has it; then it always belongs to this one.
+      path: the lock file; created if missing, it names the last holder.
+      wait: block until the lock is free; the result is then always True.
 
     Raises:
-      LocksUnavailable: there are no such locks here.
+      LocksUnavailable: locks are not supported here.
     """
     if fcntl is None:
         raise LocksUnavailable("this operating system has no POSIX file locks; use WSL")
@@ -61,7 +60,7 @@ def lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def holder(path: Path) -> str:
-    """Who has the lock, in words. Not for a lock of this process, which reading would release."""
+    """Describes the holder. Do not call it on a lock of this process: reading would release it."""
     try:
         return path.read_text(encoding="utf-8").strip() or "another process"
     except OSError:

@@ -1,9 +1,9 @@
-"""The manifest of a folder: which files it has to have, and a digest of each.
+"""The manifest of a folder: the files it must have, with a digest of each.
 
 `manifest.sha256` has the format of `sha256sum`: `sha256sum -c manifest.sha256` checks a folder
-without lmjax. It is the last file that is written, so a folder without one was never complete.
+without lmjax. It is written last, so a folder without a manifest is incomplete.
 
-Knows files and digests; nothing of what they hold.
+Knows files and digests, not their content.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
 class Damaged(Exception):
-    """A folder is not what its manifest says."""
+    """A folder does not match its manifest."""
 
 
 def seal(folder: Path) -> None:
-    """Writes the manifest of a folder and returns when all of the folder is on the disk itself."""
+    """Writes the manifest of a folder; returns when the whole folder is flushed to disk."""
     lines = [f"{_digest(path, sync=True)}  {name}\n" for name, path in files(folder).items()]
     (folder / NAME).write_text("".join(lines), encoding="utf-8")
     _digest(folder / NAME, sync=True)
@@ -31,13 +31,13 @@ def seal(folder: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Returns if every file of a folder is what it was when the folder was sealed.
+    """Verifies that every file of a folder is unchanged since the folder was sealed.
 
-    A file that was added since is damage too, for a manifest cut short would look like that; hidden
-    files, which file systems and file managers leave behind, do not count.
+    An extra file counts as damage, as it could mean a truncated manifest; hidden files, which file
+    systems and file managers leave behind, are ignored.
 
     Raises:
-      Damaged: it is not, and why.
+      Damaged: a file differs; the message says which and how.
     """
     expected = _read(folder / NAME)
     present = files(folder)
@@ -68,7 +68,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """The files below a folder by their names, but for the manifest and hidden ones."""
+    """The files below a folder by name, except the manifest and hidden files."""
     found = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -86,7 +86,7 @@ def _digest(path: Path, *, sync: bool = False) -> str:
 
 
 def sync_directory(folder: Path) -> None:
-    """Returns when the names in a folder, not only what they name, are on the disk."""
+    """Flushes a folder's own entries, not only the files they name, to disk."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
