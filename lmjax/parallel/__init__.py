@@ -1,1 +1,1 @@
-"""Many devices and many processes: meshes, agreement between processes, sums over devices."""
+"""Many devices and processes: meshes, agreement between processes, reductions over devices."""

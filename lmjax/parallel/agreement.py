@@ -1,7 +1,7 @@
 """What the processes of a run agree on: failures, facts about files, when to stop.
 
-All of them must call these functions, in the same order. A run of one process goes through none of
-the collectives. `distributed.py` starts the processes. Knows JAX, signals and errors.
+All processes must call these functions in the same order. A single-process run skips the
+collectives. `distributed.py` starts the processes. Knows JAX, signals and errors.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MESSAGE_BYTES = 1024
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Whether this process writes the files that are written once."""
     return jax.process_index() == 0
 
 
 def from_first(value: int) -> int:
-    """An integer as process 0 has it. What one process sees of a file system, another may not."""
+    """Broadcasts an integer from process 0. Processes may see a file system differently."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
@@ -38,10 +38,10 @@ def from_first(value: int) -> int:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """A block, without collectives, whose bad input in one process is bad input in all.
+    """A block without collectives: bad input in one process is raised in all.
 
     Raises:
-      InputError: in processes where the block was fine, what it was in the first where it was not.
+      InputError: in processes whose block succeeded, the first failure of another process.
     """
     failure = None
     try:
@@ -61,11 +61,11 @@ def failing_together() -> Iterator[None]:
 
 
 def refuse_unequal(what: str, text: str) -> None:
-    """Raises `InputError` in all processes if they do not have the same of something.
+    """Raises `InputError` in all processes unless they have the same value.
 
     Args:
-      what: a name for it.
-      text: equal where it is equal.
+      what: what the value is, for the message.
+      text: the value as text.
     """
     if jax.process_count() == 1:
         return
@@ -79,7 +79,7 @@ def refuse_unequal(what: str, text: str) -> None:
 
 
 def _from_all(text: str) -> list[str]:
-    """A text of each process, cut at `MESSAGE_BYTES`, in the order of processes."""
+    """Gathers one text per process, cut at `MESSAGE_BYTES`, in process order."""
     mine = np.zeros(MESSAGE_BYTES, np.uint8)
     data = text.encode(errors="backslashreplace")[:MESSAGE_BYTES]
     mine[: len(data)] = np.frombuffer(data, np.uint8)
@@ -88,17 +88,17 @@ def _from_all(text: str) -> list[str]:
 
 
 def whole(array: jax.Array | np.ndarray) -> np.ndarray:
-    """All of an array, in every process."""
+    """Gathers the whole array in every process."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 class AgreedStop:
-    """A request to stop, once all processes know that one of them has it: at the same step in all.
+    """A stop request that all processes obey at the same step.
 
-    Each step is followed by a maximum over all devices, of the number of the signal that their
-    process has received. It is fetched one step later, so that devices are not kept waiting.
+    Each step is followed by a maximum over all devices of the signal number that their process
+    received. It is fetched one step later, to keep the devices busy.
     """
 
     def __init__(self, stop: StopRequest, mesh: Mesh):
@@ -111,7 +111,7 @@ class AgreedStop:
         self._on_its_way: jax.Array | None = None
 
     def after_step(self) -> str | None:
-        """The name of the signal, if it is time to stop; called once after each step."""
+        """The name of the signal if it is time to stop; call it once after each step."""
         if jax.process_count() == 1:
             return self._stop.received
         asked = self._on_its_way

@@ -1,15 +1,15 @@
-"""Several processes that train together: how they find each other, and how they end.
+"""Training in several processes: how they find each other, and how they end.
 
-A run takes one process a host, or one an accelerator, all started with the same command. Where the
-environment says who is who, nothing has to be said; else the flags below say it. What the processes
-do together is ordinary JAX from there on: `jax.devices()` are those of all of them.
+A run uses one process per host or per accelerator, all started with the same command. Launcher
+variables identify the processes where they exist; otherwise use the flags below. From then on it is
+ordinary JAX: `jax.devices()` lists the devices of all processes.
 
-One that is lost takes the others down instead of leaving them in a collective that never ends:
-backends notice a closed connection at once, JAX's coordination service a process that has been
-silent for `HEARTBEAT_SECONDS`. That service ends its clients by abort(), which has neither an exit
-code of its own nor a message for people; `start` sees to both.
+A lost process takes the others down instead of leaving them in a collective that never ends:
+backends notice a closed connection at once, and JAX's coordination service notices a process that
+is silent for `HEARTBEAT_SECONDS`. That service ends its clients with abort(), which has neither a
+distinct exit code nor a readable message; `start` provides both.
 
-Knows JAX, the variables that launchers set, and how fields are checked.
+Knows JAX, launcher variables, and how fields are checked.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HEARTBEAT_SECONDS = 30
 """Silence after which a process counts as lost."""
 
 SHUTDOWN_SECONDS = 60
-"""How long a process that is done waits for the others to be done."""
+"""How long a finished process waits for the others to finish."""
 
 Cluster = Literal["auto", "none", "torchrun", "slurm", "openmpi", "kubernetes", "tpu", "mpi4py"]
 
@@ -44,20 +44,20 @@ class DistributedConfig:
     """How this process finds the others: part of a launch, not of what the run computes."""
 
     coordinator: str | None = None
-    """HOST:PORT at which all can reach process 0; any port that is free there."""
+    """HOST:PORT of process 0, reachable by all; any free port on its host."""
     processes: Annotated[int, at_least(1)] | None = None
-    """How many processes train together."""
+    """Number of processes that train together."""
     process: Annotated[int, at_least(0)] | None = None
-    """Which of them this is, counted from 0."""
+    """Index of this process, from 0."""
     cluster: Cluster = "auto"
-    """Who says what is not given above. auto: torchrun, Slurm or Open MPI, if their variables say
-    that several processes were started; otherwise this is the only one. kubernetes, tpu and mpi4py:
-    JAX's own detection. none: nobody."""
+    """Source of values not given above. auto: torchrun, Slurm or Open MPI, if their variables show
+    several processes; otherwise a single process. kubernetes, tpu and mpi4py: JAX's own detection.
+    none: no detection."""
     timeout: Annotated[int, at_least(1)] = 300
-    """Seconds to wait at the start until all processes are there."""
+    """Seconds to wait for all processes at startup."""
 
     def __post_init__(self) -> None:
-        """Refuses what can be no process."""
+        """Rejects invalid process settings."""
         validate(self, "distributed")
         if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
             raise ValueError(
@@ -71,13 +71,13 @@ class DistributedConfig:
 
 
 class Place(NamedTuple):
-    """Which process this is among how many, as far as it is known without asking anyone.
+    """The index of this process and the number of processes, as far as known locally.
 
     Attributes:
       coordinator: HOST:PORT of process 0.
-      processes: how many there are.
-      process: which one this is.
-      devices: the accelerators of this host that it uses; None: all that it sees.
+      processes: their number.
+      process: the index of this one.
+      devices: the accelerators of this host that it uses; None: all visible ones.
     """
 
     coordinator: str | None = None
@@ -87,13 +87,13 @@ class Place(NamedTuple):
 
 
 def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Place | None:
-    """What the flags say and, where they say nothing, the environment.
+    """Combines the flags with the environment; flags take precedence.
 
     Returns:
-      The place of this process, complete unless JAX is to find the rest; None: it is alone.
+      The place of this process, complete unless JAX detects the rest; None: it is alone.
 
     Raises:
-      ValueError: neither says enough.
+      ValueError: flags and environment together do not say enough.
     """
     found = _found(config, environment)
     given = (config.coordinator, config.processes, config.process)
@@ -129,15 +129,15 @@ def _found(config: DistributedConfig, environment: Mapping[str, str]) -> Place |
     if config.cluster != "auto":
         return None
     launched = [find(environment) for find in LAUNCHERS.values()]
-    # A shell inside an allocation is one task, and waits for nobody.
+    # A shell inside an allocation is a single task and must not wait for others.
     return next((place for place in launched if place and place.processes != 1), None)
 
 
 def _torchrun(environment: Mapping[str, str]) -> Place | None:
-    """The variables of torchrun and its like."""
+    """Reads the variables of torchrun and compatible launchers."""
     if not {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} <= environment.keys():
         return None
-    # torchrun itself may be listening at the port that it names.
+    # torchrun itself may be listening on the port that it names.
     taken = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     port = environment.get("JAX_COORDINATOR_PORT", int(environment["MASTER_PORT"]) + taken)
     return Place(
@@ -153,9 +153,10 @@ def _torchrun(environment: Mapping[str, str]) -> Place | None:
 
 
 def _slurm(environment: Mapping[str, str]) -> Place | None:
-    """A task of a step that srun has started.
+    """Reads the variables of a step that srun has started.
 
-    Not `SLURM_NTASKS`, which JAX counts: in an interactive shell that is what an srun would start.
+    Not `SLURM_NTASKS`, which JAX uses: in an interactive shell it is the number that srun would
+    start.
     """
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():
         return None
@@ -163,7 +164,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
     nodes = int(environment.get("SLURM_STEP_NUM_NODES", 1))
     first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", environment["SLURM_STEP_NODELIST"])
     assert first is not None
-    # Two steps of a job may run at once on the same node.
+    # Two steps of a job may run on the same node at once.
     number = int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_STEP_ID", 0))
     return Place(
         f"{first[1]}{first[2] or ''}:{_port(environment, number)}",
@@ -174,7 +175,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
 
 
 def _openmpi(environment: Mapping[str, str]) -> Place | None:
-    """A process that mpirun has started; only before version 5 it says where the first one is."""
+    """Reads the variables of mpirun; only versions before 5 give the host of the first process."""
     if not {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} <= environment.keys():
         return None
     launcher = re.match(
@@ -184,7 +185,7 @@ def _openmpi(environment: Mapping[str, str]) -> Place | None:
     coordinator = None
     if launcher is not None:
         host = launcher[2] or launcher[3] + "]"
-        # Numbers of jobs are multiples of 2^12.
+        # Job numbers are multiples of 2^12.
         coordinator = f"{host}:{_port(environment, int(launcher[1]) >> 12)}"
     return Place(
         coordinator,
@@ -203,39 +204,39 @@ LAUNCHERS: dict[str, Callable[[Mapping[str, str]], Place | None]] = {
     "slurm": _slurm,
     "openmpi": _openmpi,
 }
-"""Read here, in this order, and not by JAX: it waits in an interactive shell of Slurm for tasks
-that nobody started, gives each task one GPU even alone on its host, and does not know torchrun."""
+"""Tried in this order instead of JAX's own detection, which in an interactive Slurm shell waits
+for tasks never started, gives each task one GPU even alone on its host, and lacks torchrun."""
 
 FOUND_BY_JAX = ("kubernetes", "tpu", "mpi4py")
-"""On request alone: what these need to know takes questions over a network, or MPI."""
+"""Only on request, because detection needs network requests or MPI."""
 
 
 def _port(environment: Mapping[str, str], number: int) -> str:
-    """A port of the upper end of the range, the same in all processes of a job."""
+    """A port at the upper end of the range, the same in all processes of a job."""
     return environment.get("JAX_COORDINATOR_PORT", str(2**16 - 2**12 + number % 2**12))
 
 
 def _own_devices(environment: Mapping[str, str], rank: int, processes: int) -> list[int] | None:
-    """One GPU for each of several processes on a host, unless the launcher has divided them."""
+    """One GPU per process where several share a host, unless the launcher has divided them."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     divided = visible is not None and len(visible.split(",")) < processes
     return None if processes == 1 or divided else [rank]
 
 
 def start(config: DistributedConfig) -> bool:
-    """Joins this process with the others, if there are any; before anything uses a device.
+    """Joins this process with the others, if any; call it before anything uses a device.
 
     Returns:
-      Whether there are any.
+      Whether there are others.
 
     Raises:
-      ValueError: flags and environment do not say enough, or process 0 cannot use its port. Others
-        that do not come in time end this process by abort(), which see below.
+      ValueError: flags and environment do not say enough, or process 0 cannot use its port. If
+        others do not arrive in time, this process ends by abort(); see `_explain_aborts`.
     """
     place = find_place(config, os.environ)
     if place is None:
         return False
-    # JAX would take SIGTERM for itself; how stops are agreed on says parallel/agreement.py.
+    # JAX would handle SIGTERM itself; parallel/agreement.py agrees on stops instead.
     jax.config.update("jax_enable_preemption_service", False)
     _explain_aborts()
     try:
@@ -254,13 +255,13 @@ def start(config: DistributedConfig) -> bool:
             f"the processes cannot be joined at {place.coordinator or 'the first one'}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    # Links on CPU are made when first used, and then within 30 seconds: before processes part ways.
+    # CPU links are made on first use, within 30 seconds: make them before processes diverge.
     multihost_utils.sync_global_devices("start")
     return True
 
 
 def _detection(cluster: Cluster) -> str | None:
-    """What JAX may find out by itself; None: it tries what it knows."""
+    """The cluster that JAX may detect; None: any that it knows."""
     if cluster in FOUND_BY_JAX:
         return "mpi4py" if cluster == "mpi4py" else None
     return "deactivate"
@@ -272,19 +273,19 @@ def started() -> bool:
 
 
 def is_of_the_backend(error: BaseException) -> bool:
-    """Whether an error comes from a computation, as that of a collective with a lost process does.
+    """Whether an error comes from a computation, such as a collective with a lost process.
 
-    Some of those of Gloo, which connects CPUs, arrive as ValueErrors.
+    Gloo, which connects CPUs, raises some of them as ValueErrors.
     """
     return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
 def explained(error: BaseException) -> str:
-    """What an error means that has ended one of several processes, in a line."""
+    """Explains, in one line, an error that ended one of several processes."""
     text = (str(error) or type(error).__name__).splitlines()[0]
     return (
         f"process {jax.process_index()} of {jax.process_count()} ends: {text}. If another one is "
-        "lost, see what that one says; the same command in all of them goes on from the newest "
+        "lost, see what that one says; the same command in all of them resumes from the newest "
         "checkpoint"
     )
 
@@ -292,7 +293,7 @@ def explained(error: BaseException) -> str:
 def leave_at_once(code: int) -> None:
     """Ends this process, if it has joined others, without waiting for them.
 
-    For one that has failed alone: the others are in a collective that it will not come to. They
+    For a process that failed alone: the others wait in a collective that it will not reach, and
     notice that it is gone.
     """
     if started():
@@ -303,21 +304,21 @@ def leave_at_once(code: int) -> None:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _explain_abort(number: int) -> None:
-    """What abort() does in a process that has joined others."""
+    """The abort() handler of a process that has joined others."""
     os.write(
         2,
         b"error: JAX has ended this process, with the message above; most likely another process "
-        b"is lost or has not come, see what that one says. The same command in all of them goes on "
+        b"is lost or did not start; see its output. The same command in all of them resumes "
         b"from the newest checkpoint\n",
     )
     os._exit(1)
 
 
 def _explain_aborts() -> None:
-    """Makes abort() end this process with exit code 1 and a line that says what has happened.
+    """Makes abort() end this process with exit code 1 and an explanatory line.
 
-    JAX's client takes a callback for that, but none from Python: the status that it is called with
-    has no Python type. Nor does a handler of Python's own `signal` run before the process is gone.
+    JAX's client accepts a callback for this, but not from Python: its status argument has no Python
+    type. Nor does a handler of Python's own `signal` run before the process is gone.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).signal(int(signal.SIGABRT), _explain_abort)

@@ -1,17 +1,16 @@
-"""Summing gradients over devices in the format that the policy names (its key `r`).
+"""Sums gradients over devices in the format that the policy names (its key `r`).
 
-As long as that is f32, nobody has to do anything: the partitioner of XLA cuts each weight gradient,
-a product that sums over the batch, into one product a device and a sum over devices, before the
-product is rounded. In another format the devices' own gradients have to exist first. They are the
-gradients of parts of the batch, one part for each device that holds one, so that a run on one
-device has nothing to reduce and does not feel `r`.
+In f32 there is nothing to do: XLA's partitioner cuts each weight gradient, a product that sums over
+the batch, into one product per device and a sum over devices, before the product is rounded. Any
+other format needs the devices' own gradients first. These are the gradients of parts of the batch,
+one part for each device that holds one, so `r` has no effect on a single device.
 
-The price: each device holds its own gradient of every parameter, whole, until they are summed.
+The cost: each device holds its own gradient of every parameter, whole, until they are summed.
 
-With `deterministic_reductions` the parts are as many as that field says, wherever they live, and
-are summed in an order that depends on their number alone: `ordered_gradient`.
+With `deterministic_reductions` that field sets the number of parts, wherever they live, and they
+are summed in an order that depends only on their number: `ordered_gradient`.
 
-Knows JAX, the mesh by way of `sharding`, and what a policy says of a parameter.
+Knows JAX, the mesh through `sharding`, and a parameter's policy.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ Gradient = Callable[..., tuple[tuple[Any, Any], jax.Array]]
 
 
 def reduces_narrow(sites: Mapping[str, SitePolicy], mesh: Any) -> bool:
-    """Whether gradients are summed over devices in anything but f32."""
+    """Whether gradients are summed over devices in a format other than f32."""
     return sharding.batch_parts(mesh) > 1 and any(site.reduce != F32 for site in sites.values())
 
 
 def reduced_gradient(gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: Any) -> Gradient:
-    """The gradient of a whole batch, from those of its parts.
+    """Computes the gradient of a whole batch from the gradients of its parts.
 
     Args:
       gradient: of one part, whose activations are pinned by `sharding.constrain_part`.
@@ -47,8 +46,8 @@ def reduced_gradient(gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: 
       mesh: where the parts live.
 
     Returns:
-      A function with the arguments of `gradient`. A gradient is divided by the number of parts and
-      rounded to its format, and so is each sum.
+      A function with the arguments of `gradient`. Each gradient is divided by the number of parts
+      and rounded to its format, and so is each sum.
     """
     parts = sharding.batch_parts(mesh)
     each = sharding.each_part(mesh, gradient, (None, 0, 0, None, None, None))
@@ -56,7 +55,7 @@ def reduced_gradient(gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: 
     def whole(
         params: Any, batch: Any, key: jax.Array, scale: jax.Array, slots: Any, factors: Any
     ) -> tuple[tuple[Any, Any], jax.Array]:
-        # Rows of one device stand together, so this moves nothing.
+        # The rows of one device are adjacent, so this moves nothing.
         cut = jax.tree.map(lambda rows: rows.reshape(parts, -1, *rows.shape[1:]), batch)
         keys = jax.random.split(key, parts)
         (gradients, measured), losses = each(params, cut, keys, scale, slots, factors)
@@ -74,21 +73,21 @@ def reduced_gradient(gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: 
 def ordered_gradient(
     gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: Any, parts: int
 ) -> Gradient:
-    """As `reduced_gradient`, bit for bit the same on every mesh that `sharding.in_order` takes.
+    """Like `reduced_gradient`, but bit-identical on every mesh that `sharding.in_order` accepts.
 
-    That holds as far as parts themselves come out the same; see `exact.ORDER_OPTIONS`.
+    This holds as far as the parts themselves are bit-identical; see `exact.ORDER_OPTIONS`.
 
     Args:
-      gradient: of one part, whose activations are pinned nowhere.
+      gradient: of one part, with unpinned activations.
       sites: the site of each parameter.
       mesh: where the parts live.
-      parts: how many there are, on however many devices.
+      parts: their number, independent of the number of devices.
     """
 
     def of_part(
         index: jax.Array, rows: Any, params: Any, key: Any, scale: Any, slots: Any, factors: Any
     ) -> tuple[Any, Any, jax.Array]:
-        """What a part adds to the gradients, measured, and what it adds to the loss."""
+        """The contribution of one part: gradients with their measurements, and loss."""
         key = jax.random.fold_in(key, index)
         (gradients, measured), loss = gradient(params, rows, key, scale, slots, factors)
         shares = {
@@ -114,7 +113,7 @@ def ordered_gradient(
 
 @jax.named_scope("reduction")
 def _rounded(gradient: jax.Array, site: SitePolicy) -> jax.Array:
-    """A gradient rounded to the site's `reduce` format and no narrower an array than before."""
+    """Rounds a gradient to the site's `reduce` format, in an array no narrower than before."""
     if site.reduce == F32:
         return gradient
     return quantize(gradient, site.reduce, overflow="fail").astype(gradient.dtype)
@@ -122,11 +121,11 @@ def _rounded(gradient: jax.Array, site: SitePolicy) -> jax.Array:
 
 @jax.named_scope("reduction")
 def _sum(gradients: jax.Array, parts: int, site: SitePolicy) -> jax.Array:
-    """`[parts, ...]` summed in the site's `reduce` format; the result is that wide."""
+    """Sums `[parts, ...]` in the site's `reduce` format, which is also the dtype of the result."""
     wide = gradients.astype(at_least_f32(gradients.dtype)) / parts
     dtype = jnp.dtype(carrier(site.reduce))
     if site.reduce.name in NATIVE:
-        # Not `jnp.sum`, which would widen bf16 and f16 on the way.
+        # Not `jnp.sum`, which would widen bf16 and f16 internally.
         return jax.lax.reduce(wide.astype(dtype), jnp.zeros((), dtype), jax.lax.add, (0,))
     rounded = quantize(wide, site.reduce, overflow="fail")
     return quantize(jnp.sum(rounded, axis=0), site.reduce, overflow="fail")

@@ -1,7 +1,7 @@
 """Where every array lives: the only file that knows the axes of a device mesh.
 
-The rest of lmjax names the dimensions of its arrays logically (`embed`, `heads`, `batch`); `RULES`
-says which mesh axis divides each. A dimension that its mesh axes do not divide evenly is kept
+The rest of lmjax gives array dimensions logical names (`embed`, `heads`, `batch`); `RULES` maps
+each to the mesh axes that divide it. A dimension that its mesh axes do not divide evenly stays
 whole.
 
 Knows JAX, and how fields are checked.
@@ -22,20 +22,20 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from lmjax.checks import at_least, validate
 
 RULES: dict[str, tuple[str, ...]] = {
-    # activations; their width stays whole, for fsdp already cuts their batch
+    # activations; their width stays whole, because fsdp already divides their batch
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
     # rows of the embedding table, on their way from the devices that hold its columns
     "replicas": ("data",),
     "columns": ("fsdp",),
-    # parameters: the residual stream is cut by fsdp, what branches off it by tensor
+    # parameters: fsdp divides the residual stream, tensor what branches off it
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
-"""Mesh axes that divide a logical axis; an axis that is not listed (layers, norm, positions,
-width) is kept whole."""
+"""Mesh axes that divide a logical axis; an unlisted axis (layers, norm, positions, width) stays
+whole."""
 
 
 MeshSize = Annotated[int, at_least(1, also=(-1,))]
@@ -43,19 +43,19 @@ MeshSize = Annotated[int, at_least(1, also=(-1,))]
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the device mesh; -1 is what is left of the devices."""
+    """Sizes of the device mesh; -1 takes the remaining devices."""
 
     data: MeshSize = -1
-    """Batches are divided; parameters are whole on every device."""
+    """Divides batches; parameters are replicated."""
     fsdp: MeshSize = 1
-    """Batches, parameters and optimizer state are divided (fully sharded data parallelism)."""
+    """Divides batches, parameters and optimizer state (fully sharded data parallelism)."""
     tensor: MeshSize = 1
-    """Heads, MLP and vocabulary are divided."""
+    """Divides heads, MLP and vocabulary."""
     sequence: MeshSize = 1
-    """Positions of the context are divided."""
+    """Divides positions of the context."""
 
     def __post_init__(self) -> None:
-        """Refuses sizes that no number of devices fits."""
+        """Rejects sizes that fit no number of devices."""
         validate(self, "mesh")
         sizes = [getattr(self, f.name) for f in fields(self)]
         if sizes.count(-1) > 1:
@@ -65,7 +65,7 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The size of every mesh axis on a number of devices.
+    """The size of every mesh axis for a number of devices.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -88,7 +88,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices, those of a process side by side, or over the given ones."""
+    """A mesh over the given devices or all of them, those of a process adjacent."""
     if devices is None:
         devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     shape = mesh_shape(config, len(devices))
@@ -100,7 +100,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """A mesh of devices that need not exist, to trace and plan programs on."""
+    """An abstract mesh, to trace and plan programs without devices."""
     shape = mesh_shape(config, devices)
     types = (AxisType.Auto,) * len(shape)
     return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=types)
@@ -109,7 +109,7 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
 def named_sharding(
     mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]
 ) -> NamedSharding:
-    """Where an array with these logical axes lives."""
+    """The sharding of an array with these logical axes."""
     return NamedSharding(mesh, _spec(mesh, axes, shape))
 
 
@@ -123,11 +123,11 @@ def _spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) 
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, axes: Any, state: Any) -> Any:
-    """Where each array of a train state lives: what mirrors a parameter lives where that does.
+    """The sharding of each array of a train state: copies of a parameter's tree follow it.
 
-    Optimizers keep trees with the structure of the parameters (moments, some of them as values and
-    scales), beside counters and scales. A leaf whose path holds the path of a parameter and whose
-    rank is the same is cut along the same axes; everything else is whole on every device.
+    Optimizers keep trees with the structure of the parameters (moments, some as values and scales)
+    beside counters and scales. A leaf whose path contains a parameter's path and whose rank is the
+    same is sharded like that parameter; everything else is replicated.
 
     Args:
       axes: logical axis names of each parameter, a tree of tuples.
@@ -151,7 +151,7 @@ def state_shardings(mesh: Mesh | AbstractMesh, axes: Any, state: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedSharding:
-    """Where a batch `[B, T]` lives.
+    """The sharding of a batch `[B, T]`.
 
     Raises:
       ValueError: the batch cannot be divided among the devices.
@@ -166,29 +166,29 @@ def batch_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedShar
 
 
 def constrain(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Pins an activation to where its logical axes say it lives."""
+    """Constrains an activation to the sharding of its logical axes."""
     if mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
 
 
 def whole(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Pins every array of a tree to be whole on every device, and computed before it is used.
+    """Replicates every array of a tree, and computes it before it is used.
 
-    A single device would otherwise join what makes it and what uses it in one kernel, which rounds
-    less; several exchange it in between.
+    A single device would otherwise fuse producer and consumer into one kernel, which rounds less;
+    several devices exchange the array in between.
     """
     pinned = jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
     return jax.lax.optimization_barrier(pinned)
 
 
 def leave(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """As `constrain`, inside `in_order`, where every array is on one device already."""
+    """`constrain` inside `in_order`, where every array is already on one device."""
     return x
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a batch is cut, each on devices of its own."""
+    """The number of parts that a batch is divided into, each on its own devices."""
     return math.prod(mesh.shape[name] for name in RULES["batch"])
 
 
@@ -197,13 +197,13 @@ def each_part(
 ) -> Callable[..., Any]:
     """`jax.vmap(function, in_axes)` over the parts of a batch, each computed where it lives.
 
-    Inside, activations must be pinned by `constrain_part`, for their batch is no longer cut.
+    Inside, pin activations with `constrain_part`, because their batch is no longer divided.
     """
     return jax.vmap(function, in_axes, spmd_axis_name=RULES["batch"])
 
 
 def constrain_part(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """As `constrain`, for one part of a batch: no mesh axis that cuts batches cuts it again."""
+    """`constrain` for one part of a batch: mesh axes that divide batches do not divide it again."""
     taken = set(RULES["batch"])
     free = tuple("part" if taken & set(RULES.get(axis, ())) else axis for axis in axes)
     return constrain(mesh, x, free)
@@ -215,24 +215,24 @@ def in_order(
     function: Callable[..., Any],
     combine: Callable[[Any, Any], Any],
 ) -> Callable[..., Any]:
-    """What a function finds in the parts of a batch, combined in an order that no mesh changes.
+    """Maps a function over the parts of a batch and combines in an order no mesh changes.
 
-    Neighbours are combined by pairs, and what comes out by pairs again: a binary tree over the
-    parts. Each device goes through its parts one after another, as programs of the same shapes, and
-    combines those; then devices exchange what they have with the one beside them, with the one two
-    away, four away, and so on. So no sum depends on how many devices there are.
+    Neighbours are combined pairwise, and so are the results: a binary tree over the parts. Each
+    device maps over its parts one after another, with programs of the same shapes, and combines
+    those; then devices exchange results at distances 1, 2, 4 and so on. No sum depends on the
+    number of devices.
 
     Args:
       mesh: where the parts live.
-      parts: how many, 2^n.
+      parts: their number, 2^n.
       function: `(index, rows, *whole) -> tree`, where `index` is an i32[] and `rows` a part.
-      combine: `(tree, tree) -> tree`; the order of the two must not matter to it.
+      combine: `(tree, tree) -> tree`; must be commutative.
 
     Returns:
-      `(batch, *whole) -> tree`, which is whole on every device, as `whole` is.
+      `(batch, *whole) -> tree`, replicated, as `whole` is.
 
     Raises:
-      ValueError: the devices that cut a batch do not divide `parts`, or others cut anything else.
+      ValueError: the devices that divide a batch do not divide `parts`, or other axes divide.
     """
     axes, devices = RULES["batch"], batch_parts(mesh)
     refuse_unordered(mesh, parts)
@@ -263,10 +263,10 @@ def in_order(
 
 
 def refuse_unordered(mesh: Mesh | AbstractMesh, parts: int) -> None:
-    """Refuses a mesh that `in_order` cannot go through so many parts on.
+    """Rejects a mesh that `in_order` cannot use with this number of parts.
 
     Raises:
-      ValueError: the devices that cut a batch do not divide `parts`, or others cut anything else.
+      ValueError: the devices that divide a batch do not divide `parts`, or other axes divide.
     """
     devices = batch_parts(mesh)
     if parts % devices or devices != mesh.size:
@@ -280,11 +280,11 @@ def refuse_unordered(mesh: Mesh | AbstractMesh, parts: int) -> None:
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of every batch the devices of this process hold, and of how many parts.
 
-    There are as many parts as processes, or fewer: where `tensor` or `sequence` divide something
-    among processes, several of them hold the same rows.
+    There is one part per process, or fewer: if `tensor` or `sequence` spans processes, several of
+    them hold the same rows.
 
     Raises:
-      ValueError: the rows of this process are not next to each other.
+      ValueError: the rows of this process are not contiguous.
     """
     parts = batch_parts(mesh)
     indices = batch_sharding(mesh, (parts, 1)).addressable_devices_indices_map((parts, 1))
@@ -300,12 +300,12 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def global_batch(mesh: Mesh, rows: dict[str, np.ndarray], shares: int) -> dict[str, jax.Array]:
-    """Batches of which this process has the rows of its share (`batch_share`), on the whole mesh.
+    """Assembles global batches from this process's rows (`batch_share`).
 
     Args:
       mesh: where they live.
       rows: arrays `[B / shares, T]`.
-      shares: how many there are.
+      shares: the number of parts.
     """
 
     def place(part: np.ndarray) -> jax.Array:

@@ -123,7 +123,7 @@ def test_one_process_writes(restarted: Restarted) -> None:
 def test_a_killed_process_ends_the_others_with_a_message(restarted: Restarted) -> None:
     last = restarted.last_words.strip().splitlines()[-1]
     assert re.match(r"error: (process 0 of 2 ends|JAX has ended this process)", last)
-    assert "goes on from the newest checkpoint" in last
+    assert "resumes from the newest checkpoint" in last
 
 
 def test_one_process_goes_on_where_two_were(home: Path, alone: Path, restarted: Restarted) -> None:
