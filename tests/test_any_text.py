@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from lmjax.ablation.grid import Ablation
 from lmjax.cli import common as cli
 from lmjax.console.progress import say
+from lmjax.console.tables import Column, print_table
 from lmjax.data import DataConfig, tokenized_corpus
 from lmjax.files.filenames import is_plain, plain, printable
 from lmjax.runs.checkpoint import Checkpoints
@@ -108,7 +109,7 @@ def test_a_file_of_any_name_in_a_cache_of_any_name_is_text(directory: str, name:
 def test_cells_of_a_table_are_shown_as_they_are(cells: list[str]) -> None:
     shown = [printable(cell) for cell in cells]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli.print_table(("a", "b"), [shown])
+        print_table((Column("a", "key"), Column("b")), [shown])
     assert all("".join(cell.split()) in "".join(out.getvalue().split()) for cell in shown)
 
 

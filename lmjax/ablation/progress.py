@@ -14,13 +14,13 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation, State
 from lmjax.ablation.words import significant
 from lmjax.console import stages
+from lmjax.console.tables import Column, table_lines
 from lmjax.files.filenames import printable
 
 
@@ -66,7 +66,7 @@ class Display:
         if self._is_live:
             count = f"{len(ended)}/{len(states)} cells  {self._elapsed()}"
             caption = Text(count + self._time_left(states), style="dim")
-            self._live.update(Group(self._table(states), caption), refresh=True)
+            self._live.update(Group(*self._table(states), caption), refresh=True)
         else:
             for key in sorted(ended - self._ended):
                 line = f"{len(ended)}/{len(states)} cells  {self._labels[key]}: "
@@ -77,13 +77,12 @@ class Display:
         """Prints a line that stays."""
         self._console.print(printable(text), markup=False, soft_wrap=True)
 
-    def _table(self, states: Mapping[str, State]) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold")
+    def _table(self, states: Mapping[str, State]) -> list[Text]:
         seeds, fitting = self._ablation.all_seeds, self._seeds_that_fit()
         hidden, shown = seeds[:-fitting], seeds[-fitting:]
-        titles = ["arm", "ended before"] if hidden else ["arm"]
-        for title in (*titles, *(f"seed {seed}" for seed in shown)):
-            table.add_column(title, no_wrap=True)
+        titles = ["ended before"] if hidden else []
+        titles += [f"seed {seed}" for seed in shown]
+        rows = []
         for arm, keys in self._keys.items():
             before = [states[keys[seed]].status != "missing" for seed in hidden if seed in keys]
             count = [f"{sum(before)}/{len(before)}"] if hidden else []
@@ -91,8 +90,10 @@ class Display:
                 _short(states[keys[seed]], self._plan[keys[seed]].steps) if seed in keys else ""
                 for seed in shown
             )
-            table.add_row(Text(arm), *count, *cells)
-        return table
+            rows.append((arm, *count, *cells))
+        columns = Column("arm", "key"), *(Column(title, "number") for title in titles)
+        header, *lines = table_lines(columns, rows, width=self._console.width)
+        return [Text(header, style="bold"), *map(Text, lines)]
 
     def _seeds_that_fit(self) -> int:
         """How many columns of seeds a line of the terminal has room for, at least one."""

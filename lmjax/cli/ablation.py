@@ -23,8 +23,9 @@ from lmjax.ablation.runner import AblationError, run, with_added_seeds
 from lmjax.ablation.runs import ablation_of
 from lmjax.ablation.words import significant
 from lmjax.checks import at_least, validate
-from lmjax.cli.common import DONE, FAILED, STOPPED, UserPath, guarded, print_json, print_table
+from lmjax.cli.common import DONE, FAILED, STOPPED, UserPath, guarded, print_json
 from lmjax.cli.flags import parsed, program
+from lmjax.console.tables import Column, print_table
 from lmjax.files.filenames import printable
 from lmjax.files.locks import lock
 from lmjax.train import InputError
@@ -195,7 +196,7 @@ def _print_differences(ablation: Ablation) -> None:
     fields = grid.arm_differences(ablation)
     titles = (f"({field.field})" if field.follows else field.field for field in fields)
     print_table(
-        ("arm", *titles),
+        (Column("arm", "key"), *map(Column, titles)),
         ((arm, *(str(field.values[arm]) for field in fields)) for arm in ablation.arms),
     )
 
@@ -208,7 +209,7 @@ def _print_cells(ablation: Ablation, cells: Iterable[Cell]) -> None:
     }
     seeds = ablation.all_seeds
     print_table(
-        (ablation.metric, *(f"seed {seed}" for seed in seeds)),
+        (Column(ablation.metric, "key"), *(Column(f"seed {seed}", "number") for seed in seeds)),
         ((arm, *(words.get((arm, seed), "") for seed in seeds)) for arm in ablation.arms),
     )
     for cell in cells:
@@ -221,7 +222,8 @@ def _print_report(ablation: Ablation, cells: Sequence[Cell], out: Path) -> None:
     path = _write_report(ablation, cells, out)
     if len(ablation.arms) > 1:
         print()
-        print_table(*verdicts(gather(ablation, cells, ablation.monitoring)))
+        (_, *titles, last), rows = verdicts(gather(ablation, cells, ablation.monitoring))
+        print_table((Column("arm", "key"), *map(Column, titles), Column(last, "text")), rows)
     print(f"\nthe report is {printable(path)}")
 
 

@@ -27,7 +27,8 @@ from lmjax.ablation.runner import AblationError, run_each
 from lmjax.ablation.runner import Outcome as Ended
 from lmjax.ablation.setting import read_environment
 from lmjax.cli.ablation import parse_seeds
-from lmjax.cli.common import print_json, print_table
+from lmjax.cli.common import print_json
+from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
 from lmjax.runs.metrics import replace_text
 from lmjax.runs.run_directory import environment
@@ -145,11 +146,12 @@ def list_claims(*, json: bool = False) -> None:
     if json:
         print_json([_about(claim) for claim in claims])
         return
+    columns = Column("name", "key"), Column("number"), Column("runs"), Column("quick")
     rows = (
-        (claim.number, claim.name, claim.title, claim.source, _size(claim), "yes" * claim.quick)
+        (claim.name, claim.number, _size(claim), "yes" * claim.quick, claim.title, claim.source)
         for claim in claims
     )
-    print_table(("", "name", "claim", "source", "runs", "quick"), rows)
+    print_table((*columns, Column("claim", "text"), Column("source", "text")), rows)
     print("python -m lmjax reproduce NAME replays one, --all all of them")
 
 
@@ -187,10 +189,11 @@ def _print(told: Account, page: Path) -> None:
 
 def _print_summary(judgements: Sequence[Judgement]) -> None:
     print()
+    counts = (Column(outcome, "number") for outcome in _OUTCOMES)
     print_table(
-        ("", "claim", "outcome", "confirmed", "refuted", "undecided"),
+        (Column("name", "key"), Column("outcome"), *counts, Column("claim", "text")),
         (
-            (j.claim.number, j.claim.title, j.outcome, *(str(_count(j, o)) for o in _OUTCOMES))
+            (j.claim.name, j.outcome, *(str(_count(j, o)) for o in _OUTCOMES), j.claim.title)
             for j in judgements
         ),
     )

@@ -13,14 +13,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from lmjax import strict_json
 from lmjax.checks import at_least, validate
@@ -262,17 +261,3 @@ def bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
 def print_json(value: Any) -> None:
     """Prints strict JSON."""
     print(strict_json.dumps(value))
-
-
-def print_table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
-    """Prints rows under a header in columns, as wide as they are; only the last may be wrapped."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in header[:-1]:
-        table.add_column(title, no_wrap=True)
-    table.add_column(header[-1], overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    # Nothing is cut off where the width is unknown, in a file or a pipe.
-    width = None if sys.stdout.isatty() else 1000
-    # Cells are text: `[v2]` in a name is no markup.
-    Console(highlight=False, emoji=False, width=width, markup=False).print(table)

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from typing import Annotated
 
 from lmjax.checks import at_least
-from lmjax.cli.common import DONE, RunDirectory, bad_input, print_json, print_table, write_text
+from lmjax.cli.common import DONE, RunDirectory, bad_input, print_json, write_text
 from lmjax.console import stages
+from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
 from lmjax.inference import evaluate as evaluate_run
 from lmjax.inference import load_model
@@ -101,8 +102,9 @@ def score(run: RunDirectory, /, text: str, precision: str | None = None, json: b
         pieces = [dataclasses.asdict(piece) for piece in result.pieces]
         print_json({**summary, "per_token": tokens, "pieces": pieces})
         return DONE
+    columns = Column("text", "key"), Column("tokens", "number"), Column("log P (nats)", "number")
     rows = ((repr(p.text), str(p.tokens), f"{p.log_probability:.4f}") for p in result.pieces)
-    print_table(("text", "tokens", "log P (nats)"), rows)
+    print_table(columns, rows)
     count = len(result.tokens)
     print(
         f"log P = {result.total:.4f} nats over {counted(count, 'token')}, P = {result.probability}"

@@ -12,7 +12,8 @@ from typing import Any
 
 from lmjax import plan
 from lmjax.checks import validate
-from lmjax.cli.common import print_json, print_table
+from lmjax.cli.common import print_json
+from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
 from lmjax.parallel.sharding import MeshSize
 from lmjax.plan import Plan, Roofline
@@ -20,6 +21,16 @@ from lmjax.train import Config
 
 WEAK_SCALING = (8, 64, 256)
 """Numbers of chips that the roofline page compares."""
+
+ROOFLINE = (
+    Column("chip", "key"),
+    Column("chips", "number"),
+    Column("mesh"),
+    *(Column(title, "number") for title in ("rows", "compute", "memory", "wires")),
+    Column("bound", "setting"),
+    *(Column(title, "number") for title in ("least", "most", "tokens/s/chip at most")),
+    Column("needs", "number"),
+)
 
 READ = """\
 Collectives of the step as XLA's partitioner leaves it, before passes that only its CPU compiler
@@ -108,11 +119,7 @@ def show_rooflines(config: Config, devices: int, *, json: bool) -> None:
         )
         return
     print(f"Bounds of a step; policy {plans[0].config.precision}; rows per device are kept\n")
-    header = (
-        *("chip", "chips", "mesh", "rows", "compute", "memory", "wires", "bound"),
-        *("least", "most", "tokens/s/chip at most", "needs"),
-    )
-    print_table(header, (_roofline_row(made, line, chip.memory) for made, line, chip in found))
+    print_table(ROOFLINE, [_roofline_row(made, line, chip.memory) for made, line, chip in found])
     print("\nTimes in ms. Assumptions:")
     for assumption in plan.ASSUMPTIONS:
         print(f"- {assumption}")
@@ -130,7 +137,8 @@ def _print_arrays(arrays: Iterable[plan.Cut]) -> None:
         shape = " x ".join(map(str, cut.shape))
         rows.append((cut.path, shape, cut.dtype, " ".join(cut.spec), _size(cut.bytes)))
     rows.append(("in all", "", "", "", _size(total)))
-    print_table(("array", "shape", "dtype", "divided by", "per device"), rows)
+    columns = Column("array", "key"), Column("shape"), Column("dtype"), Column("divided by")
+    print_table((*columns, Column("per device", "number")), rows)
 
 
 def _print_traffic(made: Plan) -> None:
@@ -139,8 +147,9 @@ def _print_traffic(made: Plan) -> None:
     expected = sum(row.expected for row in made.rows)
     ratio = f"{sent / expected:.4f}" if expected else ""
     rows.append(("in all", "", "", "", "", _size(sent), _size(expected), ratio))
-    header = ("for", "collective", "dtype", "along", "count", "sent", "arithmetic", "ratio")
-    print_table(header, rows)
+    named = Column("for", "key"), Column("collective"), Column("dtype"), Column("along")
+    numbers = (Column(title, "number") for title in ("count", "sent", "arithmetic", "ratio"))
+    print_table((*named, *numbers), rows)
     print(READ)
 
 
@@ -163,7 +172,7 @@ def _print_memory(made: Plan) -> None:
         ("compiled / sum", f"{peak / total:.4f}"),
         ("elsewhere, by the sum", _size(total - parts[plan.CPU_ONLY])),
     ]
-    print_table(("peak memory", "per device"), rows)
+    print_table((Column("peak memory", "key"), Column("per device", "number")), rows)
 
 
 def _roofline_row(made: Plan, line: Roofline, memory: float) -> tuple[str, ...]:

@@ -30,16 +30,16 @@ from lmjax.cli.common import (
     bad_input,
     guarded,
     print_json,
-    print_table,
     resume_run,
 )
 from lmjax.cli.data import show_prepared
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
 from lmjax.cli.inference import evaluate, generate, score
 from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
+from lmjax.console.tables import Column, print_table
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
-from lmjax.model import Sites
+from lmjax.model import Sites, layout
 from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import KEYS
 from lmjax.precision.native import Arithmetic, in_words, this_backend
@@ -48,6 +48,15 @@ from lmjax.runs.store.remote import fetched
 from lmjax.train import Config, InputError
 
 Count = Annotated[int, at_least(1)]
+
+FORMAT_COLUMNS = (
+    Column("name", "key"),
+    Column("bits", "number"),
+    Column("layout"),
+    Column("bias", "number"),
+    *(Column(title, "number") for title in ("largest", "normal", "subnormal")),
+    *(Column(title) for title in ("inf", "NaN", "native")),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -120,6 +129,8 @@ def sites(
 ) -> int:
     """What each tensor of each site of an experiment's model resolves to, phase by phase.
 
+    Consecutive blocks that are alike are one row: blocks/0-3/mlp/up is mlp/up of blocks 0 to 3. A
+    rule of a policy names one of them as blocks/2/mlp/up and all of them as blocks/*/mlp/up.
     The last column says which products are native on this machine, and in what the others are
     emulated: the product y and its gradients dx and dw.
 
@@ -137,12 +148,16 @@ def sites(
         phases = {start: _sites_json(sites, products[start]) for start, sites in resolved.items()}
         print_json(phases if len(phases) > 1 else phases[0])
         return DONE
+    settings = (Column(key, "setting") for key in KEYS)
+    native = Column(f"products on {this_backend().platform}", "text")
+    columns = (Column("site", "key"), *settings, native)
     for start, sites in resolved.items():
         if len(resolved) > 1:
             print(f"from step {start} on: {config.at(start).precision}")
         words = {path: in_words(product) for path, product in products[start].items()}
-        rows = ((path, *site.rows().values(), words.get(path, "")) for path, site in sites.items())
-        print_table(("site", *KEYS, f"products on {this_backend().platform}"), rows)
+        rows = {path: (*site.rows().values(), words.get(path, "")) for path, site in sites.items()}
+        merged = layout(config.model).merged(rows)
+        print_table(columns, [(path, *row) for path, row in merged.items()], each="site")
     return DONE
 
 
@@ -292,8 +307,7 @@ def formats(
     if json:
         print_json([dataclasses.asdict(row) for row in rows])
     else:
-        header = ("name", "bits", "layout", "bias", "largest", "normal", "subnormal", "inf", "NaN")
-        print_table((*header, "native"), (map(_cell, dataclasses.astuple(row)) for row in rows))
+        print_table(FORMAT_COLUMNS, [[*map(_cell, dataclasses.astuple(row))] for row in rows])
     return DONE
 
 

@@ -22,7 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Kind(enum.Enum):
@@ -271,6 +273,27 @@ class Layout:
     def named(self, name: str) -> tuple[Place, ...]:
         """The places of the site of this name."""
         return tuple(place for place in self.places if place.site.name == name)
+
+    def merged(self, found: Mapping[str, T]) -> dict[str, T]:
+        """What was found at every path, consecutive members of the stack that are equal as one.
+
+        Args:
+          found: by path, as policies have them.
+
+        Returns:
+          By `blocks/0-3/mlp/up` what was found at `blocks/0/mlp/up` to `blocks/3/mlp/up`, and by
+          its own path what has no equal beside it; in the order of the first members.
+        """
+        names = {place.path: place.path for place in self.places if place.stack is None}
+        for place in self.places:
+            start = 0
+            for end in range(1, len(place.paths) + 1 if place.stack else 0):
+                first = place.paths[start]
+                if end == len(place.paths) or found[place.paths[end]] != found[first]:
+                    members = str(start) if end == start + 1 else f"{start}-{end - 1}"
+                    names[first] = self.stack.member(members, place.path)
+                    start = end
+        return {names[path]: found[path] for path in self.paths if path in names}
 
     def input_format(self, path: str, sites: Mapping[str, Any]) -> Any:
         """The `Format` in which the input of a site arrives, and its cotangent leaves.

@@ -8,7 +8,7 @@ import pytest
 from lmjax.model import layout
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.matmul import einsum
-from lmjax.precision.sites import SITES, Kind, Stack, site_at
+from lmjax.precision.sites import SITES, Kind, Layout, Place, Stack, site_at
 
 
 def test_a_site_that_is_not_declared_is_refused():
@@ -82,3 +82,19 @@ def test_paths_lead_into_a_stack_and_out_of_it():
     assert stack.holds("blocks/norm")
     assert not stack.holds("norm")
     assert not stack.holds("blocks2/x")
+
+
+def test_equal_members_beside_each_other_are_one():
+    stack = Stack("b", 4)
+    inside = (Place(f"b/{name}", SITES[name], stack) for name in ("up", "out"))
+    first, last = (Place(name, SITES[name]) for name in ("embed", "head"))
+    places = Layout((first, *inside, last), stack)
+    found = dict.fromkeys(places.paths, "x") | {"b/1/up": "y"}
+    assert list(places.merged(found).items()) == [
+        ("embed", "x"),
+        ("b/0/up", "x"),
+        ("b/0-3/out", "x"),
+        ("b/1/up", "y"),
+        ("b/2-3/up", "x"),
+        ("head", "x"),
+    ]
