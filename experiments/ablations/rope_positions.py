@@ -22,7 +22,7 @@ from lmjax.ablation.evidence import Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
 from lmjax.cli.ablation import run_ablation
 from lmjax.model import ModelConfig
-from lmjax.model.layers import rotary_angles, rotate
+from lmjax.model.attention import rotary_angles, rotate
 from lmjax.precision import parse_policy
 from lmjax.train import Config
 

@@ -30,7 +30,7 @@ from lmjax.ablation.evidence import Evidence, Finding, holds
 from lmjax.ablation.grid import Ablation
 from lmjax.cli.ablation import run_ablation
 from lmjax.model import initial_params, layout, site_tree
-from lmjax.model.unit_scaling import USUAL_RATE
+from lmjax.model.unit_scaling import UnitScaling
 from lmjax.parallel import sharding
 from lmjax.precision import exact, paths
 from lmjax.precision.probes import Rounded
@@ -52,7 +52,7 @@ def ablation(base: Config | None = None) -> Ablation:
             standard.base,
             precision=precision,
             model={"parametrisation": "unit"},
-            optimizer={"learning_rate": USUAL_RATE, "clip_norm": 1.0},
+            optimizer={"learning_rate": UnitScaling.usual_rate, "clip_norm": 1.0},
         )
 
     return Ablation(

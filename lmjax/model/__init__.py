@@ -1,25 +1,29 @@
 """The Transformer: the only room that knows Flax, which it uses to build and name parameters."""
 
 from lmjax.model.config import ModelConfig, gpt2, llama_1b
-from lmjax.model.decoder import (
+from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
+from lmjax.model.families import (
     Params,
     apply,
-    block_groups,
+    assembled,
     initial_params,
+    layout,
     learning_rate_factors,
+    objective_of,
     param_sites,
     parameter_count,
     resolve_sites,
     site_tree,
     structure,
 )
-from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
 from lmjax.model.layers import Constrain
-from lmjax.model.layout import layout
 from lmjax.model.loss import log_probabilities, token_losses
-from lmjax.model.sites import Context, Sites
+from lmjax.model.parametrisation import parametrisation_of
+from lmjax.model.sites import QUIET, Context, Sites
+from lmjax.model.stack import block_groups
 
 __all__ = [
+    "QUIET",
     "Cache",
     "Constrain",
     "Context",
@@ -27,6 +31,7 @@ __all__ = [
     "Params",
     "Sites",
     "apply",
+    "assembled",
     "block_groups",
     "decoding_params",
     "extend",
@@ -37,8 +42,10 @@ __all__ = [
     "learning_rate_factors",
     "llama_1b",
     "log_probabilities",
+    "objective_of",
     "param_sites",
     "parameter_count",
+    "parametrisation_of",
     "resolve_sites",
     "site_tree",
     "structure",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lmjax.checks import above, at_least, from_to_below, validate
 
@@ -22,6 +22,9 @@ DEEPEST = 1024
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer. One code path; the fields tell GPT-2 from Llama."""
+
+    family: ClassVar[str] = "decoder"
+    """Which row of `families.py` puts the model together; a class of settings has one."""
 
     vocab_size: Size = 256
     """Rows of the embedding table; at least as many as the tokenizer has tokens."""
@@ -107,21 +110,6 @@ class ModelConfig:
     def mlp_size(self) -> int:
         """Hidden size of the MLP."""
         return self.mlp_width or 4 * self.width
-
-    @property
-    def unit(self) -> bool:
-        """Whether the model is unit scaled."""
-        return self.parametrisation == "unit"
-
-    @property
-    def weight_std(self) -> float:
-        """Standard deviation of initial weights."""
-        return 1.0 if self.unit else self.init_std
-
-    @property
-    def last_weight_std(self) -> float:
-        """The same where a half block ends and is added to the residual stream."""
-        return 1.0 if self.unit else self.init_std / math.sqrt(2 * self.layers)
 
     def resolved(self) -> ModelConfig:
         """The same model with every derived field written out: what a run records."""

@@ -22,22 +22,16 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 
-from lmjax.model import unit_scaling
+from lmjax.model.attention import rotary_angles
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
-from lmjax.model.decoder import (
-    Params,
-    block_groups,
-    block_sites,
-    check_length,
-    embedded,
-    logits_of,
-    structure,
-)
-from lmjax.model.layers import rotary_angles
-from lmjax.model.layout import BLOCKS, layout
+from lmjax.model.decoder import Decoder, check_length
+from lmjax.model.families import Params, assembled, layout
+from lmjax.model.layout import BLOCKS
 from lmjax.model.mask import Position, mask_and_positions
+from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Sites, within
+from lmjax.model.stack import block_groups, block_sites
 from lmjax.precision import paths
 from lmjax.precision.policy import SitePolicy
 
@@ -120,11 +114,12 @@ def extend(
     """
     first, *_ = params[BLOCKS]
     # The stack of blocks is built like one block: only the shapes of its parameters differ.
-    model = nnx.merge(structure(config)[0], params | {BLOCKS: first})
+    model = assembled(params | {BLOCKS: first}, config)
+    assert isinstance(model, Decoder), "a text is read by decoders only"
     graphdef, _ = nnx.split(model.blocks)
     mask, positions = mask_and_positions(start, tokens.shape[1], document_starts)
-    x = embedded(model, tokens, positions, sites, QUIET)
-    weights = unit_scaling.branch_weights(config) if config.unit else None
+    x = model.embedded(tokens, positions, sites, QUIET)
+    branches = parametrisation_of(config).branches()
     layers = []
     for begin, end in block_groups(config, sites):
         group = block_sites(config, sites, begin, end)
@@ -134,10 +129,11 @@ def extend(
         x = group["residual"].to_output(group["residual"].to_compute(x))
         for index in range(begin, end):
             block = nnx.merge(graphdef, params[BLOCKS][index])
-            branches = jax.tree.map(lambda weight, i=index: weight[i], weights)
-            x, layer = block(x, group, angles, QUIET, mask, branches, cache[index], start)
+            own = jax.tree.map(lambda weight, i=index: weight[i], branches)
+            x, layer = block(x, group, angles, QUIET, mask, own, cache[index], start)
+            assert layer is not None, "a block that was given a cache returns one"
             layers.append(layer)
-    return logits_of(model, x, sites, QUIET), tuple(layers)
+    return model.logits(x, sites, QUIET), tuple(layers)
 
 
 def _narrowed(param: jax.Array, readers: Sequence[SitePolicy]) -> jax.Array:

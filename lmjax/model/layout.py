@@ -1,5 +1,7 @@
 """Which sites a decoder has, and where: the one place that says so.
 
+Families with the same blocks share `stack_of` and `block_places`.
+
 Knows the config and how sites are declared.
 """
 
@@ -14,10 +16,20 @@ BLOCKS = "blocks"
 RESIDUAL = f"{BLOCKS}/residual"
 
 
+def stack_of(config: ModelConfig) -> Stack:
+    """The blocks of a model."""
+    return Stack(BLOCKS, config.layers)
+
+
+def block_places(config: ModelConfig) -> list[Place]:
+    """The sites inside the blocks, in the order of computation."""
+    stack = stack_of(config)
+    return [Place(path, site_at(path), stack, source) for path, source in _inside(config)]
+
+
 @functools.cache
-def layout(config: ModelConfig) -> Layout:
-    """The sites of a model, in the order of computation."""
-    stack = Stack(BLOCKS, config.layers)
+def decoder_layout(config: ModelConfig) -> Layout:
+    """The sites of a decoder, in the order of computation."""
     outside = lambda path, source=None: Place(path, site_at(path), None, source)
     before = [outside("embed", Source("embed", "params"))]
     if config.positions == "learned":
@@ -27,8 +39,7 @@ def layout(config: ModelConfig) -> Layout:
         outside("head"),
         outside("loss", Source("head")),
     ]
-    blocks = [Place(path, site_at(path), stack, source) for path, source in _inside(config)]
-    return Layout((*before, *blocks, *after), stack)
+    return Layout((*before, *block_places(config), *after), stack_of(config))
 
 
 def _inside(config: ModelConfig) -> list[tuple[str, Source | None]]:

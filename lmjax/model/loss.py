@@ -1,4 +1,4 @@
-"""The training objective: next-token cross entropy with an optional z-loss.
+"""The loss of each token: its cross entropy, and its z-loss.
 
 Knows JAX, policies and probes.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.model import unit_scaling
+from lmjax.model.parametrisation import IDENTITY, Parametrisation
 from lmjax.model.sites import at_site, take
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe
@@ -30,7 +30,8 @@ def token_losses(
     site: SitePolicy,
     probe: Probe | None = None,
     *,
-    unit_weight: float | None = None,
+    scales: Parametrisation = IDENTITY,
+    weight: float = 1.0,
 ) -> TokenLosses:
     """Negative log-probability of each target, and the z-loss term.
 
@@ -39,22 +40,19 @@ def token_losses(
       targets: `int32[B, T]`.
       site: formats of the site `loss`; everything here happens in its compute format.
       probe: slots for the logits' cotangent, `dx`.
-      unit_weight: of a unit-scaled model, what each loss is about to be multiplied by: 1 / (B * T)
-        for their mean. It is divided out of the cotangents, which start at unit variance.
+      scales: the parametrisation of the model, which may scale cotangents.
+      weight: what each loss is about to be multiplied by: 1 / (B * T) for their mean. Unit scaling
+        divides it out of the cotangents.
 
     Returns:
       `-log softmax(logits)[target]` and `log(sum(exp(logits)))^2` (PaLM, Chowdhery et al. 2022,
       section 5).
     """
-    logits = take(logits, site, probe)
-    if unit_weight is not None:
-        logits = unit_scaling.unit_logits(logits)
+    logits = scales.logits(take(logits, site, probe))
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = TokenLosses(log_partition - target_logits, jnp.square(log_partition))
-    if unit_weight is not None:
-        losses = TokenLosses(*(unit_scaling.unit_cotangent(x, unit_weight) for x in losses))
-    return losses
+    losses = log_partition - target_logits, jnp.square(log_partition)
+    return TokenLosses(*(scales.losses(x, weight) for x in losses))
 
 
 def log_probabilities(logits: jax.Array, targets: jax.Array, site: SitePolicy) -> jax.Array:

@@ -45,7 +45,7 @@ Adam's eps. What compares gradients of different parameters would: clipping to a
 them by these constants. In a unit-scaled run `clip_norm` therefore bounds the root mean square of
 all gradients, about 1 at the start, in place of their norm.
 
-*Learning rates.* `learning_rate_factor` gives each parameter its own, so that the best rate does
+*Learning rates.* `learning_rate_factors` gives each parameter its own, so that the best rate does
 not depend on the width (u-muP, table 2). The rates are larger than usual: weights are.
 Weight decay is decoupled and multiplied with the same rates.
 
@@ -55,13 +55,15 @@ Knows JAX and the model's config.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.model.config import ModelConfig
+from lmjax.model.standard import Standard
 from lmjax.precision.exact import at_least_f32
 
 Factor = float | jax.Array
@@ -74,11 +76,6 @@ GATED_SILU_GAIN = 2.0**-0.25 / 0.59647
 """1 / sqrt(E[(silu(z) u)^2]), z and u from N(0, 1), which also leaves their cotangents at 1; but
 those of two products are then added up. One constant for both directions, so their geometric mean,
 as in Blake et al. 2023, section 4: 0.84 forwards and 1.19 backwards, in place of 1 and 1.41."""
-
-
-USUAL_RATE = 0.5
-"""A learning rate of AdamW to start from: the best of 0.1, 0.3, 0.5 and 1 in 300 steps of
-`char_shakespeare`."""
 
 
 def scaled(x: jax.Array, forward: Factor = 1.0, backward: Factor = 1.0) -> jax.Array:
@@ -112,48 +109,6 @@ def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
 
 
-def shared(parameter: jax.Array, uses: float) -> jax.Array:
-    """A parameter, or the rows taken from it, whose gradient is a sum over this many uses."""
-    return scaled(parameter, backward=uses**-0.5)
-
-
-def activation_gain(config: ModelConfig) -> float:
-    """What the activation of unit inputs is multiplied by, forwards and backwards.
-
-    GELU's cotangents become 1.04, for E[gelu'(z)^2] is 0.46.
-    """
-    return GATED_SILU_GAIN if config.activation == "swiglu" else GELU_GAIN
-
-
-def softmax_gain(config: ModelConfig, keys: int) -> float:
-    """What attention weights are multiplied by, forwards and backwards.
-
-    The weights of t scores from N(0, 1) have squares that add up to about e / (t + e - 1): exact
-    for t = 1, and E[exp(2z)] / (t E[exp(z)]^2) for many. A mean of t unit values has that variance,
-    which is averaged over t up to the longest context. (u-muP, appendix B, interpolates between
-    measured values; its scores are divided by H and so start out uniform.)
-
-    Args:
-      config: the model. Its longest context counts and not that of the batch, so that the model
-        stays the same function in evaluation and generation: set it to the training context.
-      keys: number of keys in the batch, by whose root the following product divides.
-    """
-    lengths = np.arange(1, config.max_positions + 1)
-    mean_square = float(np.mean(math.e / (lengths + math.e - 1)))
-    return math.sqrt(keys / mean_square)
-
-
-def sum_of_embeddings(tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """`[B, T, D]` and `[T, D]`, each of unit variance, to their sum, likewise, rounded once.
-
-    A position is used by every row of the batch: the gradients of all are added up. Positions
-    `[B, T, D]` are those of each row, used once each.
-    """
-    wide = at_least_f32(tokens.dtype)
-    positions = shared(positions.astype(wide), tokens.size // positions.size)
-    return ((tokens.astype(wide) + positions) * 0.5**0.5).astype(tokens.dtype)
-
-
 class BranchWeights(NamedTuple):
     """By what a residual stream and a branch are multiplied where they are added: f32."""
 
@@ -173,42 +128,109 @@ class BranchWeights(NamedTuple):
         return (x.astype(wide) * self.stream.astype(wide) + y).astype(x.dtype)
 
 
-def branch_weights(config: ModelConfig) -> BranchWeights:
-    """The weights of both branches of every block, f32[layers, 2].
+@dataclass(frozen=True)
+class UnitScaling(Standard):
+    """The unit-scaled parametrisation of a model."""
 
-    All 2 layers branches count alike, and together as much as the embedding (u-muP, section 3.2,
-    with its ratios at 1): after l of them the stream holds n = 2 layers + l parts, of which the
-    next branch becomes one more: a^2 = n / (n + 1), b^2 = 1 / (n + 1).
-    """
-    branches = 2 * config.layers
-    parts = np.arange(branches, 2 * branches).reshape(config.layers, 2)
-    return BranchWeights(
-        stream=jnp.asarray(np.sqrt(parts / (parts + 1)), jnp.float32),
-        branch=jnp.asarray(np.sqrt(1 / (parts + 1)), jnp.float32),
-    )
+    unit_products: ClassVar[bool] = True
+    auto_loss_scale: ClassVar[bool] = False
+    usual_rate: ClassVar[float | None] = 0.5
+    """The best of 0.1, 0.3, 0.5 and 1 in 300 steps of `char_shakespeare`."""
 
+    @property
+    def weight_std(self) -> float:
+        """1, in every weight."""
+        return 1.0
 
-def unit_cotangent(losses: jax.Array, weight: float) -> jax.Array:
-    """Losses of tokens whose cotangent, which is `weight`, becomes 1."""
-    return scaled(losses, backward=1.0 / weight)
+    @property
+    def last_weight_std(self) -> float:
+        """1: `branches` weighs what is added to the residual stream."""
+        return 1.0
 
+    def shared(self, parameter: jax.Array, uses: float) -> jax.Array:
+        """A parameter, or the rows taken from it, whose gradient is divided by sqrt(uses)."""
+        return scaled(parameter, backward=uses**-0.5)
 
-def unit_logits(logits: jax.Array) -> jax.Array:
-    """Logits `[..., V]` of which a cotangent softmax - onehot gets unit variance.
+    def sum_of_embeddings(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """`[B, T, D]` and `[T, D]`, each of unit variance, to their sum, likewise, rounded once.
 
-    Its squares add up to about 1 (Blake et al. 2023, table A.2, have V / sqrt(V - 1), which is the
-    same for large V and holds the loss's mean against its own number of tokens).
-    """
-    return scaled(logits, backward=math.sqrt(logits.shape[-1]))
+        A position is used by every row of the batch: the gradients of all are added up. Positions
+        `[B, T, D]` are those of each row, used once each.
+        """
+        wide = at_least_f32(tokens.dtype)
+        positions = self.shared(positions.astype(wide), tokens.size // positions.size)
+        return ((tokens.astype(wide) + positions) * 0.5**0.5).astype(tokens.dtype)
 
+    def queries(self, q: jax.Array) -> jax.Array:
+        """Queries as they are: the product divides by sqrt(H)."""
+        return q
 
-def learning_rate_factor(path: str, shape: tuple[int, ...], config: ModelConfig) -> float:
-    """What the learning rate of a parameter is multiplied by, so that the best rate does not depend
-    on the width (u-muP, table 2, for Adam).
+    def scores(self, scores: jax.Array) -> jax.Array:
+        """Scores as they are, of unit variance."""
+        return scores
 
-    1/sqrt(fan_in) for matrices; for tables, biases and norms, whose use sums over nothing,
-    1/sqrt(width). The head is a matrix like any other, because its logits start at unit variance;
-    in u-muP they vanish with the width, and its rate does not.
-    """
-    fan_in = shape[-2] if path.endswith("/kernel") else config.width
-    return fan_in**-0.5
+    def attention_weights(self, weights: jax.Array) -> jax.Array:
+        """Attention weights `[..., T, S]` times one gain, forwards and backwards.
+
+        The weights of t scores from N(0, 1) have squares that add up to about e / (t + e - 1):
+        exact for t = 1, and E[exp(2z)] / (t E[exp(z)]^2) for many. A mean of t unit values has that
+        variance, which is averaged over t up to the longest context. (u-muP, appendix B,
+        interpolates between measured values; its scores are divided by H and so start out uniform.)
+
+        The longest context is the model's and not the batch's, so that the model stays the same
+        function in evaluation and generation: set it to the training context. By the root of the
+        number of keys in the batch, S, the following product divides.
+        """
+        lengths = np.arange(1, self.config.max_positions + 1)
+        mean_square = float(np.mean(math.e / (lengths + math.e - 1)))
+        return weights * math.sqrt(weights.shape[-1] / mean_square)
+
+    def activated(self, hidden: jax.Array) -> jax.Array:
+        """The activation of unit inputs times its gain, forwards and backwards.
+
+        GELU's cotangents become 1.04, for E[gelu'(z)^2] is 0.46.
+        """
+        gated = self.config.activation == "swiglu"
+        return hidden * (GATED_SILU_GAIN if gated else GELU_GAIN)
+
+    def branches(self) -> BranchWeights:
+        """The weights of both branches of every block, f32[layers, 2].
+
+        All 2 layers branches count alike, and together as much as the embedding (u-muP, section
+        3.2, with its ratios at 1): after l of them the stream holds n = 2 layers + l parts, of
+        which the next branch becomes one more: a^2 = n / (n + 1), b^2 = 1 / (n + 1).
+        """
+        branches = 2 * self.config.layers
+        parts = np.arange(branches, 2 * branches).reshape(self.config.layers, 2)
+        return BranchWeights(
+            stream=jnp.asarray(np.sqrt(parts / (parts + 1)), jnp.float32),
+            branch=jnp.asarray(np.sqrt(1 / (parts + 1)), jnp.float32),
+        )
+
+    def logits(self, logits: jax.Array) -> jax.Array:
+        """Logits `[..., V]` of which a cotangent softmax - onehot gets unit variance.
+
+        Its squares add up to about 1 (Blake et al. 2023, table A.2, have V / sqrt(V - 1), which is
+        the same for large V and holds the loss's mean against its own number of tokens).
+        """
+        return scaled(logits, backward=math.sqrt(logits.shape[-1]))
+
+    def losses(self, losses: jax.Array, weight: float) -> jax.Array:
+        """Losses of tokens whose cotangent, which is `weight`, becomes 1."""
+        return scaled(losses, backward=1.0 / weight)
+
+    def learning_rate_factors(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+        """Factors by which the best learning rate does not depend on the width (u-muP, table 2, for
+        Adam).
+
+        1/sqrt(fan_in) for matrices; for tables, biases and norms, whose use sums over nothing,
+        1/sqrt(width). The head is a matrix like any other, because its logits start at unit
+        variance; in u-muP they vanish with the width, and its rate does not.
+        """
+        width = self.config.width
+        fan_in = lambda path, shape: shape[-2] if path.endswith("/kernel") else width
+        return {path: fan_in(path, shape) ** -0.5 for path, shape in shapes.items()}
+
+    def clip_norm(self, bound: float, count: int) -> float:
+        """A bound on the root mean square: gradients are of the order of 1, each of them."""
+        return bound * math.sqrt(count)

@@ -15,7 +15,14 @@ from typing import Annotated, Any, Literal
 from lmjax import checks
 from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.data import DataConfig
-from lmjax.model import ModelConfig, Sites, layout, param_sites, resolve_sites
+from lmjax.model import (
+    ModelConfig,
+    Sites,
+    layout,
+    param_sites,
+    parametrisation_of,
+    resolve_sites,
+)
 from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel.sharding import MeshConfig
@@ -271,7 +278,7 @@ class Config:
         """
         if self.loss_scale.kind != "auto":
             return self.loss_scale.kind
-        if self.model.unit:
+        if not parametrisation_of(self.model).auto_loss_scale:
             return "none"
         sites = self._sites_of_all_phases()
         formats = _of_cotangents(sites) + [site.params for site in sites]

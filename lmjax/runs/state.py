@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from lmjax.model import (
     layout,
     learning_rate_factors,
     parameter_count,
+    parametrisation_of,
     structure,
 )
 from lmjax.optim.loss_scale import LossScaleState
@@ -55,11 +55,9 @@ class TrainState(NamedTuple):
 
 def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run, with its loss scale around it."""
-    settings = config.optimizer
-    if config.model.unit:
-        # Gradients are of the order of 1, each of them: a bound on their root mean square.
-        norm = settings.clip_norm * math.sqrt(parameter_count(config.model))
-        settings = dataclasses.replace(settings, clip_norm=norm)
+    settings, scales = config.optimizer, parametrisation_of(config.model)
+    norm = scales.clip_norm(settings.clip_norm, parameter_count(config.model))
+    settings = dataclasses.replace(settings, clip_norm=norm)
     return make_optimizer(
         settings,
         config.loss_scale,

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 
-from lmjax.model import learning_rate_factors
-from lmjax.model.unit_scaling import USUAL_RATE
+from lmjax.model import learning_rate_factors, parametrisation_of
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.precision.formats import Format
 from lmjax.runs.config import Config
@@ -70,23 +69,25 @@ def _endless_warmup(config: Config) -> list[str]:
 
 def _small_steps(config: Config) -> list[str]:
     rate = config.optimizer.learning_rate
-    if not config.model.unit or rate > 0.1 * USUAL_RATE:
+    usual = parametrisation_of(config.model).usual_rate
+    if usual is None or rate > 0.1 * usual:
         return []
     move = rate / math.sqrt(config.model.width)
     return [
-        f"model.parametrisation=unit: a learning rate of {rate:g} moves weights of size 1 by only "
-        f"{move:.1e} in a step, 1/sqrt(width) of it; start from {USUAL_RATE}"
+        f"model.parametrisation={config.model.parametrisation}: a learning rate of {rate:g} moves "
+        f"weights of size 1 by only {move:.1e} in a step, 1/sqrt(width) of it; start from {usual}"
     ]
 
 
 def _lost_updates(config: Config, rate_name: str, rate: float) -> list[str]:
     factors = learning_rate_factors(config.model)
+    weight_std = parametrisation_of(config.model).weight_std
     found: dict[tuple[str, float, float], float] = {}
     for path, site in config.param_sites.items():
         if site.update != "nearest":
             continue
         own = rate * factors.get(path, 1.0)
-        size = 1.0 if path.endswith("/scale") else config.model.weight_std
+        size = 1.0 if path.endswith("/scale") else weight_std
         if size and own < half_ulp(size, site.params):
             found.setdefault((site.params.name, size, own), half_ulp(size, site.params))
     return [

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.model import Context, apply, layout, token_losses
+from lmjax.model import QUIET, Context, assembled, layout, objective_of
 from lmjax.optim import loss_scale
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.optim.storage import apply_updates, update_census
@@ -164,7 +164,7 @@ def make_scaled_loss(
 
     Traced under strict dtype promotion: an accidental upcast is an error here, not a slower run.
     """
-    sites = config.sites
+    sites, objective = config.sites, objective_of(config.model)
     random = config.model.dropout > 0 or any(site.stochastic for site in sites.values())
 
     def scaled_loss(
@@ -178,25 +178,15 @@ def make_scaled_loss(
         """`(loss * scale, loss)` in nats per token, f32[] each (f64[] where the loss is f64)."""
         context = Context(key if random else None, factors, slots)
         with jax.numpy_dtype_promotion("strict"):
-            logits = apply(
-                params,
-                batch["inputs"],
-                config=config.model,
+            model = assembled(params, config.model)
+            x = model.trunk(
+                _documented(config, batch),
                 sites=sites,
                 context=context,
                 cotangent_scales=scale if config.loss_scale.per_block else None,
                 constrain=functools.partial(constrain, mesh),
-                document_starts=_document_starts(config, batch),
             )
-            probe = context.at("loss").probe
-            # What multiplies the loss is part of unit scaling's constants; the loss scale is not.
-            weight = config.loss_multiplier / batch["targets"].size if config.model.unit else None
-            losses = token_losses(
-                logits, batch["targets"], sites["loss"], probe, unit_weight=weight
-            )
-            loss = jnp.mean(losses.cross_entropy)
-            if config.model.z_loss:  # 0 times a square that overflowed would be NaN
-                loss = loss + config.model.z_loss * jnp.mean(losses.z)
+            loss = objective.loss(x, model, batch, sites, context, config.loss_multiplier)
             loss = loss.astype(at_least_f32(loss.dtype))
             factor = loss_scale.of_the_loss(scale).astype(loss.dtype)
             if config.loss_multiplier != 1:
@@ -206,16 +196,16 @@ def make_scaled_loss(
     return scaled_loss
 
 
-def _document_starts(config: Config, batch: Batch) -> jax.Array | None:
-    """Where the documents of a batch start, for a document mask; None without one."""
+def _documented(config: Config, batch: Batch) -> Batch:
+    """A batch as the trunk reads it: it says where documents start just if there is a mask."""
     if not config.data.document_mask:
-        return None
+        return {name: rows for name, rows in batch.items() if name != "document_starts"}
     if "document_starts" not in batch:
         raise ValueError(
             "data.document_mask is on, but the batch does not say where documents start; add "
             "document_starts=lmjax.data.document_starts(inputs, end_of_document)"
         )
-    return batch["document_starts"]
+    return batch
 
 
 def _over_micro_batches(
@@ -256,25 +246,21 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
 def evaluation(config: Config, mesh: Any) -> EvalStep:
     """The evaluation of one batch before compilation; see `make_eval_step`."""
     sites, parts = config.sites, config.deterministic_reductions
+    objective = objective_of(config.model)
     constrain = functools.partial(sharding.leave if parts else sharding.constrain, mesh)
 
     def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Summed nats and number of the tokens whose weight is 1."""
+        """Summed nats and number of what counts."""
         with jax.numpy_dtype_promotion("strict"):
-            logits = apply(
-                params,
-                batch["inputs"],
-                config=config.model,
+            model = assembled(params, config.model)
+            x = model.trunk(
+                _documented(config, batch),
                 sites=sites,
+                context=QUIET,
+                cotangent_scales=None,
                 constrain=constrain,
-                document_starts=_document_starts(config, batch),
             )
-            nats = token_losses(logits, batch["targets"], sites["loss"]).cross_entropy
-            nats = nats.astype(at_least_f32(nats.dtype))
-            weights = batch["weights"].astype(nats.dtype)
-            # Padding does not count, whatever is computed of it: NaN times 0 would be NaN.
-            counted = jnp.where(weights > 0, nats * weights, jnp.zeros_like(nats))
-            return jnp.sum(counted), jnp.sum(weights)
+            return objective.evaluate(x, model, batch, sites, QUIET)
 
     if not parts:
         return eval_step

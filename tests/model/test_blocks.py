@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.model import apply, block_groups, decoder, param_sites, resolve_sites, structure
+from lmjax.model import apply, block_groups, param_sites, resolve_sites, stack, structure
 from lmjax.precision import PolicyError, parse_policy, paths
 
 
@@ -58,7 +58,7 @@ def test_scanned_unrolled_and_grouped_blocks_give_the_same_numbers(
     scanned = compile_fast(forward(config))(params, tokens)
     unrolled = compile_fast(forward(tiny(family=family, model={"layers": 3, "unroll": 3})))
     np.testing.assert_allclose(unrolled(params, tokens), scanned, rtol=1e-5, atol=1e-5)
-    monkeypatch.setattr(decoder, "block_groups", lambda *_: iter([(0, 1), (1, 3)]))
+    monkeypatch.setattr(stack, "block_groups", lambda *_: iter([(0, 1), (1, 3)]))
     grouped = compile_fast(forward(config))(params, tokens)
     np.testing.assert_allclose(grouped, scanned, rtol=1e-5, atol=1e-5)
     swapped = jax.tree.map(lambda leaf: leaf[::-1], params["blocks"])

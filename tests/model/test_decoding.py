@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.model import apply, decoding_params, extend, initial_cache, layers
+from lmjax.model import apply, attention, decoding_params, extend, initial_cache
 from lmjax.model.cache import LayerCache
 from lmjax.precision import parse_policy
 from lmjax.precision.paths import flatten
@@ -87,7 +87,7 @@ def test_logits_are_those_of_rounded_keys_and_values(
     plain = tiny("f32", family)
     unrounded = whole(plain)
     quantizers = {"bskh->bkgts": parse_quantizer(keys), "bskh->btkgh": parse_quantizer(values)}
-    product = layers.einsum
+    product = attention.einsum
 
     def rounding(spec: str, x: jax.Array, w: jax.Array, *rest: Any, **options: Any) -> jax.Array:
         quantizer = quantizers.get(spec.partition(",")[2])
@@ -95,7 +95,7 @@ def test_logits_are_those_of_rounded_keys_and_values(
         return product(spec, x, w, *rest, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(layers, "einsum", rounding)
+        patched.setattr(attention, "einsum", rounding)
         expected = whole.__wrapped__(plain)
     assert np.abs(expected - unrounded).max() > 1e-2
     found = pieces(tiny(f"f32; **/scores: kv={keys}; **/combine: kv={values}", family))

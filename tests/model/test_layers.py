@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from lmjax.model import ModelConfig, log_probabilities, token_losses
-from lmjax.model.layers import Attention, Embedding, Norm, dropout, rotary_angles, rotate
+from lmjax.model.attention import Attention, rotary_angles, rotate
+from lmjax.model.layers import Embedding, Norm, dropout
 from lmjax.model.sites import QUIET, within
 from lmjax.precision import parse_policy
 

@@ -13,7 +13,7 @@ import pytest
 
 from lmjax.data import DataConfig, document_starts
 from lmjax.model import apply, decoding_params, extend, initial_cache, log_probabilities
-from lmjax.model.layers import Attention
+from lmjax.model.attention import Attention
 from lmjax.model.mask import CausalWithinDocuments
 from lmjax.model.sites import QUIET
 from lmjax.parallel import sharding

@@ -19,7 +19,8 @@ from experiments.ablations.unit_scaling import (
     deviations,
     gradients,
 )
-from lmjax.model import ModelConfig, apply, token_losses, unit_scaling
+from lmjax.model import ModelConfig, apply, parametrisation_of, token_losses, unit_scaling
+from lmjax.model.standard import Standard
 from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.parallel import sharding
 from lmjax.parallel.sharding import MeshConfig
@@ -42,7 +43,7 @@ def at_start(tiny, draw_params, draw_batch, compile_fast) -> Callable[..., dict[
     ) -> dict[str, np.ndarray]:
         changes = {"context": 64, "batch_size": 8, "loss_multiplier": loss_multiplier}
         config = tiny("f32", family, model=model, **changes)
-        params = draw_params(config, std=config.model.weight_std)
+        params = draw_params(config, std=parametrisation_of(config.model).weight_std)
         params = jax.tree_util.tree_map_with_path(neutral, params)
         run = compile_fast(lambda p, b: gradients(config, p, b, Moments, roles))
         grads, measured = run(params, draw_batch(config))
@@ -102,8 +103,8 @@ def test_every_gradient_is_a_multiple_of_the_true_one(
     scaled = compile_fast(lambda p: gradients(config, p, batch)[0])(params)
     with monkeypatch.context() as patch:
         patch.setattr(unit_scaling, "scaled", lambda x, forward=1.0, backward=1.0: x * forward)
-        patch.setattr("lmjax.model.layers.einsum", plain_product)
-        patch.setattr("lmjax.model.decoder.einsum", plain_product)
+        for file in ("layers", "attention", "decoder"):
+            patch.setattr(f"lmjax.model.{file}.einsum", plain_product)
         true = compile_fast(jax.grad(plain))(params)
     ratios = {}
     for path, gradient in paths.flatten(true).items():
@@ -152,7 +153,7 @@ def test_a_factor_is_rounded_together_with_what_it_multiplies():
 
 
 def test_stream_and_branches_keep_the_variance():
-    weights = unit_scaling.branch_weights(ModelConfig(layers=3))
+    weights = unit_scaling.UnitScaling(ModelConfig(layers=3)).branches()
     np.testing.assert_allclose(weights.stream**2 + weights.branch**2, 1.0, rtol=1e-6)
     shares = np.array(weights.branch).reshape(-1)
     for later in range(1, 6):
@@ -164,11 +165,16 @@ def test_the_standard_parametrisation_calls_nothing_of_it(tiny, draw_batch, monk
     standard, unit = tiny("mixed_f16"), tiny("mixed_f16", model=UNIT)
     batch = draw_batch(standard)
     trace = lambda c: make_train_step(c, MESH).trace(abstract_state(c.resolved(), MESH), batch)
-    for name in ("_scaled", "shared", "branch_weights", "softmax_gain", "activation_gain"):
-        monkeypatch.delattr(unit_scaling, name)
+    for name in vars(unit_scaling.UnitScaling).keys() & vars(Standard).keys():
+        if not name.startswith("__"):
+            monkeypatch.setattr(unit_scaling.UnitScaling, name, property(refused))
     trace(standard)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AssertionError, match="unit scaling"):
         trace(unit)
+
+
+def refused(scales: Any) -> None:
+    raise AssertionError("unit scaling was asked")
 
 
 MESH = sharding.abstract_mesh(MeshConfig(), 1)

@@ -111,7 +111,7 @@ def test_cross_entropy_of_bf16_logits_in_bf16():
 def test_f16_masks_overflow_when_added_twice(compile_fast):
     """-1e9, or the smallest number twice, is -inf in f16, and a masked row NaN (flax#982)."""
     from lmjax.model import ModelConfig
-    from lmjax.model.layers import Attention
+    from lmjax.model.attention import Attention
     from lmjax.model.sites import QUIET
 
     attention = Attention(jax.random.key(0), ModelConfig(width=8, heads=1, max_positions=4))

@@ -1,0 +1,108 @@
+"""What every family of models is: embeddings, a stack of blocks, heads and an objective.
+
+A family is a subclass of `Assembly` in a file of its own, and a row in `families.py`. All else
+(parameters, policies, checkpoints, the train step, plans) is derived from what is declared here.
+
+Knows Flax, JAX and policies; no mesh, no optimizer, no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+from flax import nnx
+
+from lmjax.model.config import ModelConfig
+from lmjax.model.layers import Constrain
+from lmjax.model.sites import Context, Sites
+from lmjax.precision.sites import Layout
+
+Batch = Mapping[str, jax.Array]
+"""`inputs`, `int32[B, T]`, and what else a family and its objective read, by name."""
+
+
+class Assembly(nnx.Module):
+    """The parameters of a model, by name, and how they are put together.
+
+    Built once to learn the names and shapes of its parameters (see `families.structure`), then
+    merged with arrays wherever it is called: its methods are pure functions of them.
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        raise NotImplementedError
+
+    @staticmethod
+    def layout(config: ModelConfig) -> Layout:
+        """The sites of a model."""
+        raise NotImplementedError
+
+    @staticmethod
+    def objective(config: ModelConfig) -> Objective:
+        """What a model is trained for, and evaluated by."""
+        raise NotImplementedError
+
+    def trunk(
+        self,
+        batch: Batch,
+        *,
+        sites: Sites,
+        context: Context,
+        cotangent_scales: jax.Array | None,
+        constrain: Constrain,
+    ) -> jax.Array:
+        """What leaves the last block, `[B, T, D]`.
+
+        Args:
+          batch: the inputs.
+          sites: the formats of every site.
+          context: randomness and probes.
+          cotangent_scales: f32[layers + 1], powers of two: by what the cotangents inside each block
+            are multiplied, and last those outside of the blocks, which the cotangent of the result
+            already is. None: by nothing.
+          constrain: places an activation, given the logical names of its axes.
+        """
+        raise NotImplementedError
+
+    def logits(self, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
+        """The output of the head, in the output format of its site, of what left the trunk."""
+        raise NotImplementedError
+
+
+class Objective(Protocol):
+    """What a model is trained for.
+
+    It is given what left the trunk and not logits, so that it may fuse a head with its loss.
+    """
+
+    def loss(
+        self,
+        x: jax.Array,
+        model: Assembly,
+        batch: Batch,
+        sites: Sites,
+        context: Context,
+        multiplier: float,
+    ) -> jax.Array:
+        """The mean loss of a batch in nats, a scalar in the compute format of the site `loss`.
+
+        Args:
+          x: what left the trunk, `[B, T, D]`.
+          model: the parameters.
+          batch: the inputs, and what the objective compares with.
+          sites: the formats of every site.
+          context: randomness and probes.
+          multiplier: what the gradients are to be multiplied by; the caller multiplies the loss by
+            it. It is told for parametrisations whose constants cancel it.
+        """
+        ...
+
+    def evaluate(
+        self, x: jax.Array, model: Assembly, batch: Batch, sites: Sites, context: Context
+    ) -> tuple[jax.Array, jax.Array]:
+        """The summed nats of what counts in a batch and how much counts, at least f32[] each.
+
+        What counts has a positive weight in `weights`; whatever the padding holds has no effect.
+        """
+        ...

@@ -1,0 +1,196 @@
+"""Attention: from queries, keys and values to what each token reads of the others.
+
+Shapes: B batch, T query positions, S key positions, D width, K key/value heads, G query heads per
+key/value head, H head width. Knows Flax, JAX and policies; no mesh, no optimizer, no data.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmjax.model.cache import LayerCache
+from lmjax.model.config import ModelConfig
+from lmjax.model.layers import Dense, Norm, dropout
+from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
+from lmjax.model.parametrisation import parametrisation_of
+from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take
+from lmjax.precision.matmul import einsum, hand_on
+from lmjax.precision.policy import SitePolicy
+
+
+@at_site
+def rotary_angles(
+    config: ModelConfig, positions: jax.Array, site: SitePolicy
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of position times frequency (Su et al. 2021, eq. 15).
+
+    Args:
+      config: the model.
+      positions: `int32[T]`, or `int32[B, T]` where they differ between rows.
+      site: the formats of the site `rope`.
+
+    Returns:
+      Two arrays `[T, H/2]`, or `[B, T, H/2]`.
+    """
+    half = config.head_size // 2
+    exponents = jnp.arange(half, dtype=jnp.float32) / half
+    frequencies = site.to_compute(jnp.float32(config.rope_base) ** -exponents)
+    turns = site.to_compute(positions.astype(jnp.float32))
+    angles = turns[..., None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+@at_site
+def rotate(
+    x: jax.Array, angles: tuple[jax.Array, jax.Array], site: SitePolicy, context: Context = QUIET
+) -> jax.Array:
+    """Turns the pairs (i, i + H/2) of `[B, T, heads, H]` by the angles of their position."""
+    cos, sin = (a[..., None, :] for a in angles)
+    first, second = jnp.split(take(x, site, context.probe), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return give(jnp.concatenate(turned, axis=-1), site, context.probe)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped key/value heads.
+
+    `norm` is the norm of its half of the block, which calls it where it stands.
+    """
+
+    def __init__(self, key: jax.Array, config: ModelConfig):
+        keys = iter(jax.random.split(key, 4))
+        c, scales = config, parametrisation_of(config)
+        queries, keys_values = c.heads * c.head_size, c.kv_head_count * c.head_size
+        inward = functools.partial(
+            Dense,
+            fan_in=c.width,
+            axes=("embed", "heads"),
+            std=scales.weight_std,
+            bias=c.bias,
+            scales=scales,
+        )
+        self.config, self.scales = config, scales
+        self.norm = Norm(c.width, c)
+        self.query = inward(next(keys), fan_out=queries)
+        self.key = inward(next(keys), fan_out=keys_values)
+        self.value = inward(next(keys), fan_out=keys_values)
+        self.out = Dense(
+            next(keys),
+            queries,
+            c.width,
+            axes=("heads", "embed"),
+            bias=c.bias,
+            std=scales.last_weight_std,
+            scales=scales,
+        )
+        self.query_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
+        self.key_norm = Norm(c.head_size, c, kind="rms") if c.qk_norm else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        sites: Sites,
+        angles: tuple[jax.Array, jax.Array] | None,
+        context: Context,
+        mask: Mask,
+        cache: LayerCache | None = None,
+        start: Position = 0,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, T, D]` to `[B, T, D]`, and the cache with what was read here.
+
+        Args:
+          x: what the block reads for the tokens of index `start` to `start + T`.
+          sites: formats.
+          angles: of the positions of these tokens, for rotary embeddings.
+          context: randomness and probes.
+          mask: which keys each of these tokens attends to.
+          cache: keys and values of the tokens before; None: there are none.
+          start: index of the first token; 0 without a cache.
+        """
+        c = self.config
+        batch, length, _ = x.shape
+        q = self.query(x, sites["query"], context.at("query"))
+        k = self.key(x, sites["key"], context.at("key"))
+        v = self.value(x, sites["value"], context.at("value"))
+        q = q.reshape(batch, length, c.heads, c.head_size)
+        k = k.reshape(batch, length, c.kv_head_count, c.head_size)
+        v = v.reshape(batch, length, c.kv_head_count, c.head_size)
+        if self.query_norm is not None and self.key_norm is not None:
+            q = self.query_norm(q, sites["query_norm"], context.at("query_norm"))
+            k = self.key_norm(k, sites["key_norm"], context.at("key_norm"))
+        if angles is not None:
+            # One site, but two tensors: probes look at the queries, which are as large as the keys.
+            q = rotate(q, angles, sites["rope"], context.at("rope"))
+            k = rotate(k, angles, sites["rope"])
+        q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
+        if cache is not None:
+            cache = cache.extended(k, v, start, sites)
+            k, v = cache.read(sites)
+        weights = self.weights(q, k, sites, context, mask, start)
+        with sites["softmax"].scope:
+            weights = dropout(weights, c.dropout, context.at("dropout").key)
+        combine = context.at("combine")
+        y = einsum(
+            "bkgts,bskh->btkgh",
+            weights,
+            v,
+            sites["combine"],
+            key=combine.key,
+            probe=combine.probe,
+            unit=self.scales.unit_products,
+        )
+        y = hand_on(y, sites["combine"], combine.probe)
+        y = y.reshape(batch, length, c.heads * c.head_size)
+        return self.out(y, sites["out"], context.at("out")), cache
+
+    def weights(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        sites: Sites,
+        context: Context,
+        mask: Mask = CAUSAL,
+        start: Position = 0,
+    ) -> jax.Array:
+        """Attention weights `[B, K, G, T, S]` of `q [B, T, K, G, H]` over `k [B, S, K, H]`.
+
+        Keys have the indices 0 to S, queries `start` to `start + T`; `mask` says which keys a query
+        sees, at least one each.
+        """
+        site, products = sites["scores"], context.at("scores")
+        with site.scope:
+            q = self.scales.queries(q)
+        scores = einsum(
+            "btkgh,bskh->bkgts",
+            q,
+            k,
+            site,
+            key=products.key,
+            probe=products.probe,
+            unit=self.scales.unit_products,
+        )
+        scores = hand_on(scores, site, products.probe)
+        visible = mask.visible(indices_from(start, q.shape[1]), indices_from(0, k.shape[1]))
+        return self.softmax(scores, visible, sites["softmax"], context)
+
+    @at_site
+    def softmax(
+        self,
+        scores: jax.Array,
+        visible: jax.Array,
+        site: SitePolicy,
+        context: Context,
+    ) -> jax.Array:
+        """Attention weights of scores `[B, K, G, T, S]`, over visible keys alone."""
+        probe = context.at("softmax").probe
+        scores = self.scales.scores(take(scores, site, probe))
+        # Selected, not added: a large negative number added to a score can overflow f16. Infinite,
+        # not large: should all real scores of a row overflow, it becomes NaN and the step is
+        # skipped, where a finite mask would win and let the row attend to what it must not see.
+        scores = jnp.where(visible, scores, -jnp.inf)
+        weights = self.scales.attention_weights(jax.nn.softmax(scores, axis=-1))
+        return give(weights, site, probe)

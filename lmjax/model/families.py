@@ -1,0 +1,176 @@
+"""Every family of models by name, and what is derived of any of them.
+
+`structure` builds the module of a model once to learn the names and shapes of its parameters; from
+there on parameters are a plain nested dict of arrays and `apply` is a pure function of them.
+
+Knows Flax, JAX and policies; no mesh, no optimizer, no data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmjax.model.assembly import Assembly, Objective
+from lmjax.model.config import ModelConfig
+from lmjax.model.decoder import Decoder
+from lmjax.model.layers import Constrain
+from lmjax.model.layout import BLOCKS
+from lmjax.model.parametrisation import parametrisation_of
+from lmjax.model.sites import QUIET, Context, Sites
+from lmjax.precision import paths
+from lmjax.precision.policy import Policy, PolicyError, SitePolicy
+from lmjax.precision.sites import Layout, Place
+
+Params = dict[str, Any]
+"""Nested dict of arrays; those below `blocks` have a leading axis of length `layers`."""
+
+FAMILIES: Final[dict[str, type[Assembly]]] = {"decoder": Decoder}
+"""How the models of a class of settings are put together, by its `family`."""
+
+
+def layout(config: ModelConfig) -> Layout:
+    """The sites of a model, in the order of computation."""
+    return FAMILIES[config.family].layout(config)
+
+
+def objective_of(config: ModelConfig) -> Objective:
+    """What a model is trained for, and evaluated by."""
+    return FAMILIES[config.family].objective(config)
+
+
+def assembled(params: Params, config: ModelConfig) -> Assembly:
+    """The model with these parameters."""
+    return nnx.merge(structure(config)[0], params)
+
+
+def apply(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    config: ModelConfig,
+    sites: Sites,
+    context: Context = QUIET,
+    cotangent_scales: jax.Array | None = None,
+    constrain: Constrain = lambda x, axes: x,
+    document_starts: jax.Array | None = None,
+) -> jax.Array:
+    """The logits of every next token.
+
+    Args:
+      params: as `initial_params` gives them.
+      tokens: `int32[B, T]`, T at most `config.max_positions` for learned positions.
+      config: the model.
+      sites: the formats of every site, from `resolve_sites`.
+      context: random key of dropout and stochastic rounding, and probes, laid out by `site_tree`;
+        by default, as in evaluation, nothing is random and nothing is measured.
+      cotangent_scales: f32[layers + 1], powers of two: by what the cotangents inside each block are
+        multiplied, and last those outside of the blocks, which the logits' cotangent already is.
+      constrain: places an activation, given the logical names of its axes.
+      document_starts: for a document mask, the index in its row of the first token of each token's
+        document, `int32[B, T]`: tokens attend within their document, whose positions count from 0.
+        None: each row is one document.
+
+    Returns:
+      `[B, T, vocab_size]`, in the output format of the site `head`.
+    """
+    batch = {"inputs": tokens}
+    if document_starts is not None:
+        batch["document_starts"] = document_starts
+    model = assembled(params, config)
+    x = model.trunk(
+        batch,
+        sites=sites,
+        context=context,
+        cotangent_scales=cotangent_scales,
+        constrain=constrain,
+    )
+    return model.logits(x, sites, context)
+
+
+def site_tree(layout: Layout, make: Callable[[Place], Any]) -> dict[str, Any]:
+    """Something for every site, laid out as the parts of a `Context` are.
+
+    Args:
+      layout: the sites of the model.
+      make: from a place to a pytree of arrays, or None for places that get nothing. What a place
+        inside blocks gets is stacked for all blocks.
+    """
+    tree = {}
+    for place in layout.places:
+        made = make(place)
+        if made is not None:
+            size = 0 if place.stack is None else place.stack.size
+            stack = lambda leaf, n=size: jnp.stack([leaf] * n) if n else leaf
+            tree[place.path] = jax.tree.map(stack, made)
+    return paths.unflatten(tree)
+
+
+def resolve_sites(config: ModelConfig, policy: Policy) -> dict[str, SitePolicy]:
+    """The formats of every site of a model under a policy.
+
+    Raises:
+      PolicyError: a rule matches no site, or stores the parameters of some blocks unlike others'.
+    """
+    sites = policy.resolve_all(layout(config).paths, depth=config.layers)
+    for place in layout(config).places:
+        stored = {(s.params, s.update, s.mu, s.nu) for s in (sites[path] for path in place.paths)}
+        if len(stored) > 1:
+            raise PolicyError(
+                f"the parameters of all blocks are stored in one array, but p, mu or nu of {place} "
+                "differs between blocks; give every block the same",
+                text=policy.text or str(policy),
+            )
+    return sites
+
+
+@functools.cache
+def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
+    """What the model's parameters are, without computing any.
+
+    Returns:
+      Flax's graph definition; the parameters as `jax.ShapeDtypeStruct`s (f32); the logical axis
+      names of each, as a tree of tuples, `layers` first for the stacked blocks.
+    """
+    abstract = nnx.eval_shape(lambda: FAMILIES[config.family](jax.random.key(0), config))
+    graphdef, state = nnx.split(abstract)
+    axes = {
+        "/".join(map(str, keys)): (("layers",) if keys[0] == BLOCKS else ())
+        + param.get_metadata()["axes"]
+        for keys, param in nnx.to_flat_state(state)
+    }
+    return graphdef, nnx.to_pure_dict(state), paths.unflatten(axes)
+
+
+def initial_params(key: jax.Array, config: ModelConfig, sites: Sites) -> Params:
+    """Fresh parameters, drawn in f32 and stored in the format that each site's policy names."""
+    params = nnx.to_pure_dict(nnx.split(FAMILIES[config.family](key, config))[1])
+    stored = param_sites(config, sites)
+    store = lambda keys, leaf: stored[paths.path_string(keys)].to_params(leaf)
+    return jax.tree_util.tree_map_with_path(store, params)
+
+
+def param_sites(config: ModelConfig, sites: Sites) -> dict[str, SitePolicy]:
+    """The formats of every parameter's site, by the parameter's path; of blocks the first one's.
+
+    What decides how parameters are stored and updated is the same in all blocks; see
+    `resolve_sites`.
+    """
+    parameters = paths.flatten(structure(config)[1])
+    return {path: sites[layout(config).place_of_parameter(path).paths[0]] for path in parameters}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of values in all parameters; a tied head counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(structure(config)[1]))
+
+
+def learning_rate_factors(config: ModelConfig) -> dict[str, float]:
+    """By what the learning rate of each parameter is multiplied, by its path; nothing at 1."""
+    shapes = {path: leaf.shape for path, leaf in paths.flatten(structure(config)[1]).items()}
+    return parametrisation_of(config).learning_rate_factors(shapes)
