@@ -141,6 +141,12 @@ KEYS = {
 
 _SHORT = {name: short for short, key in KEYS.items() for name in (short, key.long)}
 
+
+def _autocast(narrow: str) -> str:
+    """Products in a 16-bit format; embeddings, residual stream and final norm stay f32."""
+    return f"p=f32,c=f32,o=f32; **/attention: c={narrow}; **/mlp: c={narrow}; head: c={narrow}"
+
+
 PRESETS = {
     "mixed_bf16": "p=f32,c=bf16,o=f32",
     "mixed_f16": "p=f32,c=f16,o=f32",
@@ -152,15 +158,20 @@ PRESETS = {
     "int8": "p=f32,c=bf16,o=f32,w=int8@channel,x=int8@channel,g=int8@channel",
     "mixed_bfloat16": "p=f32,c=bf16,o=bf16",
     "mixed_float16": "p=f32,c=f16,o=f16",
+    "autocast_bf16": _autocast("bf16"),
+    "autocast_f16": _autocast("f16"),
     "O0": "p=f32,c=f32,o=f32",
-    "O1": "p=f32,c=f16,o=f32",
+    "O1": _autocast("f16"),
     "O2": "p=f32,c=f16,o=f32",
     "O3": "p=f16,c=f16,o=f16",
 }
-"""Policies by familiar name. `mixed_bfloat16` and `mixed_float16` are Keras' names, O0 to O3 those
-of Apex: O1 and O2 differ there in where weights are cast, which is the same arithmetic here. The
-factors of `mxfp8` are rounded up, as in the recipe of Mishra et al. 2025, arXiv 2506.08027; those
-of the MX specification let the largest elements saturate: `w=mxfp8,x=mxfp8,g=mxfp8`."""
+"""Policies by familiar name; a preset may have rules, which come before those written after it.
+
+`mixed_bfloat16` and `mixed_float16` are Keras' names, O0 to O3 those of Apex. `autocast_*` is
+PyTorch's autocast, and O1 of Apex is `autocast_f16`: both patch products to run in 16 bits and
+promote sums to the wider operand, while O2 casts the whole model. The factors of `mxfp8` are
+rounded up, as in the recipe of Mishra et al. 2025, arXiv 2506.08027; those of the MX specification
+let the largest elements saturate: `w=mxfp8,x=mxfp8,g=mxfp8`."""
 
 
 def parse_policy(text: str) -> Policy:
@@ -208,12 +219,13 @@ def _parse_phase(text: str, segment: str, start: int, earlier: Sequence[Phase]) 
 
 def _parse_phase_policy(text: str, segment: str, start: int) -> Policy:
     """Base and rules."""
-    base, *rules = _split(segment, start, ";")
-    return Policy(_parse_base(text, *base), tuple(_parse_rule(text, *r) for r in rules), text)
+    (base, base_start), *written = _split(segment, start, ";")
+    settings, rules = _parse_base(text, base, base_start)
+    return Policy(settings, (*rules, *(_parse_rule(text, *rule) for rule in written)), text)
 
 
-def _parse_base(text: str, segment: str, start: int) -> dict[str, Any]:
-    """Settings of the base with p, c and o filled in as jmp fills them in."""
+def _parse_base(text: str, segment: str, start: int) -> tuple[dict[str, Any], tuple[Rule, ...]]:
+    """Settings of the base with p, c and o filled in as jmp fills them in, and a preset's rules."""
     name, start = _strip(segment, start)
     if not name:
         raise PolicyError(
@@ -222,24 +234,26 @@ def _parse_base(text: str, segment: str, start: int) -> dict[str, Any]:
             position=start,
         )
     first, comma, changes = name.partition(",")
+    rules: tuple[Rule, ...] = ()
     if "=" in first:
         settings = _parse_settings(text, name, start)
     else:
-        settings = _parse_name(text, first.rstrip(), start)
+        settings, rules = _parse_name(text, first.rstrip(), start)
         if comma:
             settings |= _parse_settings(text, changes, start + len(first) + 1)
     stored = settings.get("p", Stored(parse_format("f32")))
     compute = settings.get("c", stored.format)
     filled = {"p": stored, "c": compute, "o": settings.get("o", compute)} | settings
-    return {key: filled[key] for key in KEYS if key in filled}
+    return {key: filled[key] for key in KEYS if key in filled}, rules
 
 
-def _parse_name(text: str, name: str, start: int) -> dict[str, Any]:
-    """A preset, or one format for everything as in jmp."""
+def _parse_name(text: str, name: str, start: int) -> tuple[dict[str, Any], tuple[Rule, ...]]:
+    """A preset, or one format for everything as in jmp: settings and rules."""
     if name in PRESETS:
-        return _parse_settings(PRESETS[name], PRESETS[name], 0)
+        preset = _parse_phase_policy(PRESETS[name], PRESETS[name], 0)
+        return dict(preset.base), tuple(replace(rule, position=start) for rule in preset.rules)
     number_format = _parse_value(text, "c", name, start, also=tuple(PRESETS))
-    return {"p": Stored(number_format), "c": number_format, "o": number_format}
+    return {"p": Stored(number_format), "c": number_format, "o": number_format}, ()
 
 
 def _parse_rule(text: str, segment: str, start: int) -> Rule:

@@ -65,6 +65,35 @@ def test_compute_every_product_forward_and_backward(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("policy", "narrow"),
+    [("autocast_bf16", "bfloat16"), ("autocast_f16", "float16"), ("O1", "float16")],
+)
+def test_autocast_multiplies_in_16_bits_and_keeps_the_residual_stream_in_f32(
+    policy, narrow, family, gradient_jaxpr, equations, tiny
+):
+    jaxpr = gradient_jaxpr(policy, family)
+    dots = equations(jaxpr, "dot_general")
+    assert len(dots) == {"gpt2": 27, "llama": 30}[family]
+    assert {operand.aval.dtype.name for dot in dots for operand in dot.invars} == {narrow}
+    config = tiny(policy, family)
+    stream = (config.batch_size, config.context, config.model.width)
+    for scan in equations(jaxpr, "scan"):  # forwards and backwards
+        first, last = scan.params["num_consts"], scan.params["num_carry"]
+        carried = [v.aval for v in scan.invars[first : first + last] if v.aval.shape == stream]
+        assert [aval.dtype.name for aval in carried] == ["float32"]
+    gathers = equations(jaxpr, "gather")
+    assert {e.outvars[0].aval.dtype.name for e in gathers if e.outvars[0].aval.ndim > 1} == {
+        "float32"
+    }
+    narrow_sites = {
+        path.split("/")[-1] for path, site in config.sites.items() if site.compute.bits == 16
+    }
+    products = {"query", "key", "value", "scores", "combine", "out", "up", "down", "head"}
+    assert narrow_sites == products | ({"gate"} if family == "llama" else set())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_params_are_stored_as_the_policy_says_before_and_after_a_step(
     policy, family, tiny, draw_batch

@@ -125,16 +125,38 @@ def test_presets_of_narrow_operands_are_mixed_bf16_elsewhere(preset: str):
 
 
 @pytest.mark.parametrize(
-    ("apex", "ours"), [("O0", "f32"), ("O1", "mixed_f16"), ("O2", "mixed_f16"), ("O3", "pure_f16")]
+    ("apex", "ours"),
+    [("O0", "f32"), ("O1", "autocast_f16"), ("O2", "mixed_f16"), ("O3", "pure_f16")],
 )
 def test_presets_of_apex(apex: str, ours: str):
     assert parse_policy(apex) == parse_policy(ours)
 
 
+@pytest.mark.parametrize("narrow", ["bf16", "f16"])
+def test_rules_of_a_preset_come_before_those_after_it(narrow: str):
+    rules = f"**/attention: c={narrow}; **/mlp: c={narrow}; head: c={narrow}"
+    policy = parse_policy(f"autocast_{narrow},mu=bf16; blocks/0: c=f32; head: c=f32")
+    assert policy == parse_policy(f"f32,mu=bf16; {rules}; blocks/0: c=f32; head: c=f32")
+    computed = lambda path: policy.resolve(path).compute.name
+    assert computed("blocks/0/mlp/up") == computed("head") == "f32"
+    assert computed("blocks/1/mlp/up") == narrow
+    phases = parse_policy(f"0: autocast_{narrow} | 9: f32")
+    assert phases.at(3) == parse_policy(f"autocast_{narrow}")
+    assert phases.at(9) == parse_policy("f32")
+
+
+def test_a_rule_after_a_preset_with_rules_is_complained_about_where_it_stands():
+    sites = ["embed", "blocks/0/attention/query", "blocks/0/mlp/up", "head"]
+    parse_policy("autocast_bf16").resolve_all(sites)
+    with pytest.raises(PolicyError, match="'nothing/here' matches no site") as failure:
+        parse_policy("autocast_bf16; nothing/here: c=f32").resolve_all(sites)
+    assert failure.value.position == 15
+
+
 def test_every_preset_is_tested():
     assert set(PRESETS) == {
         "mixed_bf16", "mixed_f16", "pure_bf16", "pure_f16", "mixed_bfloat16", "mixed_float16",
-        *NARROW, "O0", "O1", "O2", "O3",
+        "autocast_bf16", "autocast_f16", *NARROW, "O0", "O1", "O2", "O3",
     }  # fmt: skip
 
 

@@ -59,13 +59,16 @@ class Gpt(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, layers) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Mean cross entropy in nats per token."""
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[B, T]` to `[B, T, V]`."""
         x = self.embed(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        logits = functional.linear(self.norm(x), self.embed.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return functional.linear(self.norm(x), self.embed.weight)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross entropy in nats per token."""
+        return functional.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
 
 
 def trainer(settings: dict[str, Any]) -> Any:
