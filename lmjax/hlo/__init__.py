@@ -1,1 +1,1 @@
-"""Compiled programs, read: what they send and what they compute, by the parts of a model."""
+"""Reads compiled programs: what they send and what they compute, by part of the model."""

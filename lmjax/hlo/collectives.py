@@ -1,18 +1,18 @@
-"""The collectives of a partitioned XLA program, read from its HLO text.
+"""Reads the collectives of a partitioned XLA program from its HLO text.
 
-Text is what XLA offers for reading: `compiled.as_text()`, or what it dumps after a pass. A loop
-counts as often as it runs, and what only dead code uses does not count. Bytes are those that one
-device sends, by the ring algorithms (Chan et al. 2007, "Collective communication: theory, practice,
-and experience", section 4), where R is the size of the whole tensor and n that of a group:
+The text is that of `compiled.as_text()` or of a dump after a pass. A collective in a loop counts
+once per iteration; dead code does not count. Bytes are those that one device sends with ring
+algorithms (Chan et al. 2007, "Collective communication: theory, practice, and experience",
+section 4), where R is the size of the whole tensor and n the size of a group:
 
     all-gather, reduce-scatter, all-to-all    (n - 1) / n R
     all-reduce                                2 (n - 1) / n R
     collective-permute                        R
 
-An all-reduce of which each device keeps its own slice alone is a reduce-scatter: XLA's backends for
-GPUs and TPUs make it one, the CPU's does not.
+An all-reduce of which each device keeps only its own slice counts as a reduce-scatter: XLA's GPU
+and TPU backends turn it into one, the CPU backend does not.
 
-Knows the format of HLO text alone.
+Knows only the format of HLO text.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      dtype: of what is moved, as HLO calls it: `bf16`, `f32`, `s32`, `pred`.
-      bytes: size of the whole tensor, before it is scattered or after it is gathered, in one run.
-      group: number of devices that take part together.
+      dtype: HLO name of the dtype that is moved: `bf16`, `f32`, `s32`, `pred`.
+      bytes: size of the whole tensor, before scattering or after gathering, per execution.
+      group: number of devices in a group.
       axes: the mesh axes that a group spans.
-      count: how often a step runs it.
-      source: the operation it was made for, as JAX names it.
+      count: executions per step.
+      source: JAX's name of the operation that it was generated for.
     """
 
     kind: str
@@ -73,17 +73,17 @@ class Collective:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a step; those of a single device are left out.
+    """Returns the collectives of a step, except those within a single device.
 
-    They come in the order of the text, those of a loop after what surrounds it.
+    They are in the order of the text; those of a loop follow the computation that contains it.
 
     Args:
       text: a partitioned module.
       mesh: the sizes of its mesh axes, devices numbered row by row.
 
     Raises:
-      ValueError: the text has no entry, or has something this reader does not know: a loop whose
-        number of runs it does not say, or a new way to write groups of devices.
+      ValueError: the text has no entry computation, a loop without a known trip count, or an
+        unknown notation for groups of devices.
     """
     found: list[Collective] = []
     for running, times in executed(parse(text)):
@@ -93,8 +93,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             kind = one.op.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            # What the partitioner gathers twice from one place is gathered once: XLA's pass
-            # all-gather-cse merges them.
+            # XLA's pass all-gather-cse merges repeated gathers of the same operand.
             group = _group(one, kind, mesh)
             key = (kind, one.operands, group, one.attribute("dimensions"))
             if key not in seen:
@@ -139,7 +138,7 @@ def _group(one: Instruction, kind: str, mesh: Mapping[str, int]) -> Group:
 
 
 def _scattered(one: Instruction, group: int, users: Mapping[str, list[Instruction]]) -> bool:
-    """Whether of an all-reduce each device keeps a slice of 1 / group alone."""
+    """Whether each device keeps only a slice of 1 / group of an all-reduce."""
     if one.op != "all-reduce" or one.type.startswith("("):
         return False
     slices = list(_final_users(one, users))
@@ -150,7 +149,7 @@ def _scattered(one: Instruction, group: int, users: Mapping[str, list[Instructio
 
 
 def _final_users(one: Instruction, users: Mapping[str, list[Instruction]]) -> Iterator[Instruction]:
-    """What uses an instruction, looking through those that only move elements."""
+    """The users of an instruction, looking through instructions that only move elements."""
     for user in users.get(one.name, []):
         if user.op in _THROUGH:
             yield from _final_users(user, users)

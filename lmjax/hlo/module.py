@@ -1,8 +1,8 @@
-"""HLO text, read: computations, their instructions, and how often each of them runs.
+"""Parses HLO text: computations, their instructions, and how often each of them runs.
 
-Text is what XLA offers for reading: `compiled.as_text()`, or what it dumps after a pass.
+The text is that of `compiled.as_text()` or of a dump after a pass.
 
-Knows the format of HLO text alone.
+Knows only the format of HLO text.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Instruction:
     """One instruction.
 
     Attributes:
-      name: without `%`.
+      name: its name, without `%`.
       op: opcode, such as `dot` or `all-reduce-start`.
-      type: of its result: `f32[8,4]{1,0}`, or a tuple of such.
-      operands: names of instructions; of constants and parameters the text between the brackets.
-      rest: what follows the operands: attributes and metadata.
+      type: type of its result: `f32[8,4]{1,0}`, or a tuple of such types.
+      operands: names of instructions; for constants and parameters, the text in the parentheses.
+      rest: the text after the operands: attributes and metadata.
       root: whether it is the result of its computation.
     """
 
@@ -45,7 +45,7 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """The operation it was made for, as JAX names it; empty if it does not say."""
+        """JAX's name of the operation that it was generated for; empty if there is none."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
@@ -61,20 +61,20 @@ Computation = dict[str, Instruction]
 
 @dataclass(frozen=True)
 class Module:
-    """The computations of a program by name, and which of them is the whole of it."""
+    """The computations of a program by name, and the name of its entry computation."""
 
     computations: Mapping[str, Computation]
     entry: str
 
 
 def executed(module: Module) -> Iterator[tuple[Computation, int]]:
-    """Every computation that a run executes, without its dead code, and how often it runs.
+    """Yields every computation that a program executes, without dead code, and how often it runs.
 
-    What fusions, calls, branches and loops run is followed; functions that a reduction or a sort
-    applies to pairs of elements are not.
+    Follows fusions, calls, branches and loops, but not the functions that a reduction or a sort
+    applies to pairs of elements.
 
     Raises:
-      ValueError: a loop whose number of runs the text does not say.
+      ValueError: the text does not give the trip count of a loop.
     """
     yield from _executed(module.computations, module.entry, 1)
 
@@ -94,10 +94,10 @@ def _executed(
 
 
 def parse(text: str) -> Module:
-    """Reads the text of a module.
+    """Parses the text of a module.
 
     Raises:
-      ValueError: it has no entry.
+      ValueError: it has no entry computation.
     """
     computations: dict[str, Computation] = {}
     current: Computation = {}
@@ -123,7 +123,7 @@ def parse(text: str) -> Module:
 
 
 def _called(one: Instruction) -> list[str]:
-    """Computations that an instruction runs once; of a conditional all, whichever is taken."""
+    """Computations that an instruction runs once; for a conditional, all of its branches."""
     if one.op == "conditional":
         branches = re.search(r"branch_computations=\{([^}]*)\}", one.rest)
         names = re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
@@ -135,7 +135,7 @@ def _called(one: Instruction) -> list[str]:
 
 
 def _live(computation: Computation) -> Computation:
-    """Those instructions that the result depends on, in their order."""
+    """The instructions that the result depends on, in the order of the text."""
     reached: set[str] = set()
     waiting = [one.name for one in computation.values() if one.root]
     while waiting:
@@ -156,7 +156,7 @@ def users_of(computation: Computation) -> dict[str, list[Instruction]]:
 
 
 def _runs(loop: Instruction, computations: Mapping[str, Computation]) -> int:
-    """How often a loop runs: as XLA says, or as its condition `i < constant` does, i from 0 on."""
+    """Trip count of a loop: XLA's, or that of its condition `i < constant` with i from 0."""
     known = re.search(r'known_trip_count"?:\s*\{"n":"(\d+)"\}', loop.rest)
     if known:
         return int(known[1])
@@ -170,7 +170,7 @@ def _runs(loop: Instruction, computations: Mapping[str, Computation]) -> int:
 
 
 def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Element type and shape of every array of a type: `[("f32", (8, 4))]`."""
+    """Element type and shape of every array in a type: `[("f32", (8, 4))]`."""
     return [
         (dtype, tuple(map(int, filter(None, shape.split(",")))))
         for dtype, shape in _ARRAY.findall(type_)
@@ -178,7 +178,7 @@ def shapes(type_: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def elements(type_: str) -> int:
-    """Number of elements of all arrays of a type."""
+    """Number of elements of all arrays in a type."""
     return sum(math.prod(shape) for _, shape in shapes(type_))
 
 

@@ -1,10 +1,10 @@
-"""The floating-point operations of a compiled program, and what they were made for.
+"""Counts the floating-point operations of a compiled program, by source operation.
 
-Counted as papers count them: a product of matrices has two for each of its multiplications, any
-other elementwise operation one for each element of its result, a reduction one for each element it
-reads. Conversions, comparisons and selections are not arithmetic. Loops count as often as they run.
+The usual conventions apply: a matrix product has two operations per multiplication, an elementwise
+operation one per element of its result, a reduction one per element that it reads. Conversions,
+comparisons and selections do not count. Loops count once per iteration.
 
-Knows the format of HLO text alone.
+Knows only the format of HLO text.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Operation:
 
     Attributes:
       op: its opcode, such as `dot`.
-      dtype: of its result, as HLO calls it.
+      dtype: HLO name of the dtype of its result.
       operands: element types of its operands.
-      flops: in all runs of the instruction.
-      source: the operation it was made for, as JAX names it; empty if the text does not say.
+      flops: total over all executions of the instruction.
+      source: JAX's name of the operation that it was generated for; empty if there is none.
     """
 
     op: str
@@ -47,13 +47,13 @@ class Operation:
 
 
 def operations(text: str) -> list[Operation]:
-    """Every instruction with floating-point arithmetic that a run of a program executes.
+    """Returns every executed instruction with floating-point arithmetic.
 
     Args:
-      text: of a module.
+      text: text of a module.
 
     Raises:
-      ValueError: the text has no entry, or a loop whose number of runs it does not say.
+      ValueError: the text has no entry computation, or a loop without a known trip count.
     """
     return [
         operation

@@ -1,4 +1,4 @@
-"""Which devices take part in a collective together, as HLO text writes it.
+"""Parses the groups of devices of a collective from HLO text.
 
     {{0,1},{2,3}}                                         lists; {} is all devices
     [4,2]<=[2,2,2]T(2,1,0)                                iota: devices 0, 1, ... as an array of one
@@ -6,7 +6,7 @@
     mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}     along axes of a mesh, over such an array
     mesh['a'=8] {'a':(2)4}                                or along a part of an axis: 4, 2 before it
 
-Knows numpy alone.
+Knows only numpy.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _MESH = re.compile(
 
 
 def devices_of(attributes: str, mesh: Mapping[str, int]) -> Group:
-    """The group of device 0, or the first one, of an instruction with these attributes.
+    """Returns the group of device 0, or the first group, of an instruction with these attributes.
 
     Raises:
-      ValueError: the groups are written in a way that this reader does not know.
+      ValueError: the groups are in an unknown notation.
     """
     devices = math.prod(mesh.values())
     start = attributes.find("replica_groups=")

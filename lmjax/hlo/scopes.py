@@ -1,7 +1,7 @@
-"""Which part of a model or of a step an instruction belongs to, by the name that JAX gave it.
+"""Maps an instruction's `op_name` to the site or the part of a step that it belongs to.
 
 Entering a site opens a `jax.named_scope` with its path (`SitePolicy.scope`), and the parts of a
-step around the model open scopes of their own. JAX puts these names into the `op_name` of each
+step around the model open scopes of their own. JAX writes these names into the `op_name` of each
 compiled instruction, between the names of its transformations:
 
     jit(step)/jvp()/while/body/closed_call/blocks/0-3/mlp/up/dot_general          forwards
@@ -24,7 +24,7 @@ class Scope:
     """Where an instruction belongs.
 
     Attributes:
-      path: of a place of the layout, as parameters have it, or the name of a part of the step.
+      path: stacked path of a place in the layout, or the name of a part of the step.
       members: which members of a stack share the instruction, in words: `0-3`; empty outside.
       backward: whether it is part of the backward pass.
     """
@@ -35,15 +35,15 @@ class Scope:
 
 
 def scope_of(op_name: str, layout: Layout, parts: Collection[str]) -> Scope | None:
-    """The innermost site or part of a step that an `op_name` names, or None.
+    """Returns the innermost site or part of a step that an `op_name` names, or None.
 
     Args:
-      op_name: as HLO metadata has it.
+      op_name: the attribute in HLO metadata.
       layout: the sites of the model.
-      parts: names of scopes that are no sites.
+      parts: names of scopes that are not sites.
     """
     backward = "transpose(" in op_name
-    # Names of functions that JAX compiled apart may look like sites; transformations wrap scopes.
+    # Names of separately compiled functions may look like sites; transformations wrap scopes.
     plain = re.sub(r"\b(p?jit|custom_\w+_call)\([^()]*\)", "", op_name)
     words = [word for word in re.split(r"[/()]", plain) if word]
     for start in range(len(words) - 1, -1, -1):
