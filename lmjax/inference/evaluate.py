@@ -1,4 +1,4 @@
-"""Held-out loss of a run, on the validation split of its own data."""
+"""Evaluates a run on the validation split of its own data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Evaluation:
 
     Attributes:
       step: training step of the parameters.
-      tokens: how many were predicted.
+      tokens: number of predicted tokens.
       eval_loss: mean cross entropy, nats per token.
       perplexity: exp(eval_loss).
       bits_per_byte: cross entropy per byte of text, comparable between tokenizers.
@@ -44,7 +44,7 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     """Evaluates a model on the whole validation split that its run held out.
 
     Raises:
-      NonFiniteError: the loss of a batch is a NaN or an infinity.
+      NonFiniteError: the loss of a batch is NaN or infinite.
     """
     config = dataclasses.replace(model.config, mesh=sharding.MeshConfig()).resolved()
     with stages.stage("reading the text"):
@@ -55,13 +55,13 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
         loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
     bits = loss * tokens / math.log(2) / corpus.validation_bytes
-    # Beyond exp(709) Python raises where IEEE 754 says infinity.
+    # Beyond exp(709) Python raises, where IEEE 754 gives infinity.
     perplexity = math.exp(loss) if not loss > 709 else math.inf
     return Evaluation(model.step, tokens, loss, perplexity, bits)
 
 
 def _refusing_non_finite(eval_step: Callable[..., Any], model: TrainedModel) -> Callable[..., Any]:
-    """The evaluation of one batch after another, which says of which the loss is not finite."""
+    """Wraps the evaluation step so that it names the first batch with a non-finite loss."""
     numbers = itertools.count(1)
 
     def checked(params: Any, batch: Any) -> Any:
@@ -74,6 +74,6 @@ def _refusing_non_finite(eval_step: Callable[..., Any], model: TrainedModel) -> 
 
 
 def _devices(parts: int) -> list[jax.Device]:
-    """All devices; or as many as divide the parts (2^n) whose sums are added in a fixed order."""
+    """All devices, or as many as divide the parts (2^n) that are summed in a fixed order."""
     devices = jax.devices()
     return devices[: 1 << min(parts, len(devices)).bit_length() - 1] if parts else devices

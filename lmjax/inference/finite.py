@@ -1,4 +1,4 @@
-"""Numbers that are not finite are an error of the model, and end what uses it."""
+"""The error raised when a model computes numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lmjax.precision import paths
 
 
 class NonFiniteError(RuntimeError):
-    """The model computes NaN or infinity; the message says where, why and what to do."""
+    """The model computed NaN or infinity; the message says where, why and what to do."""
 
 
 def not_finite(model: TrainedModel, what: str) -> NonFiniteError:
-    """The error that something a model has computed is not finite.
+    """Returns the error for a non-finite result of a model.
 
     Args:
       model: the model.

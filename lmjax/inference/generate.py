@@ -1,4 +1,4 @@
-"""Continuing a text, one token at a time."""
+"""Generates text, one token at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lmjax.precision.contraction import bf16_pays
 from lmjax.train import Config
 
 CHUNK = 64
-"""Tokens of a prompt that are read at a time: one shape, and one compilation, for all lengths."""
+"""Prompt tokens read at a time: one shape, and so one compilation, for all lengths."""
 
 
 def generate(
@@ -32,7 +32,7 @@ def generate(
     top_k: int = 0,
     seed: int = 0,
 ) -> str:
-    """The model's continuation of a prompt, without the prompt: all that `stream` yields."""
+    """Returns the model's continuation of a prompt: everything that `stream` yields."""
     return "".join(
         stream(model, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
     )
@@ -51,26 +51,26 @@ def stream(
 
     The text ends after `tokens` tokens or where the model ends the document. Each token is read
     once; its keys and values are kept, in the formats of the policy, until the context is full.
-    Then the last half of the context is read again as the beginning of a text, so every token is
-    drawn from at least half a context. Of a prompt longer than the context, the last tokens are
-    read. The same arguments give the same text.
+    Then the last half of the context is reread as the beginning of a text, so every token is drawn
+    from at least half a context. If the prompt exceeds the context, only its last tokens are read.
+    The same arguments give the same text.
 
     Args:
-      model: what `load_model` gives.
+      model: from `load_model`.
       prompt: text to continue; empty: the start of a document.
       tokens: most tokens to generate; may be 0.
       temperature: divides the logits; 0 takes the likeliest token, the first of equal ones.
-      top_k: draw from this many likeliest tokens only, of equal ones those with lower ids; 0, or
-        more than there are: from all tokens of the tokenizer.
-      seed: of the draws; a whole number in [0, 2**64).
+      top_k: draw only from this many of the likeliest tokens, preferring lower ids among equals;
+        from all tokens of the tokenizer if 0 or above their number.
+      seed: seed of the draws; an integer in [0, 2**64).
 
     Returns:
-      An iterator over strings of whole characters. Bytes that are no UTF-8 become U+FFFD; the part
-      of a character that the last of `tokens` tokens leaves is left out.
+      An iterator over strings of whole characters. Bytes that are not UTF-8 become U+FFFD; an
+      incomplete character after the last of `tokens` tokens is dropped.
 
     Raises:
       ValueError: a setting is negative, not finite or of the wrong type.
-      NonFiniteError: while iterating: the logits of a token hold a NaN or an infinity.
+      NonFiniteError: while iterating, if the logits of a token contain NaN or infinity.
     """
     refuse_no_count("tokens", tokens)
     sampler = Sampler(model.tokenizer.vocab_size, temperature, top_k, seed)
@@ -79,7 +79,7 @@ def stream(
 
 
 class Stream(Iterator[str]):
-    """A continuation while it is generated.
+    """A continuation that is being generated.
 
     Attributes:
       tokens: how many tokens have been drawn so far.
@@ -87,7 +87,7 @@ class Stream(Iterator[str]):
     """
 
     def __init__(self, model: TrainedModel, ids: Sequence[int], sampler: Sampler, limit: int):
-        """See `stream`; `ids` are what has been said so far, a start of the document included."""
+        """See `stream`; `ids` are the tokens so far, including the start of the document."""
         self.tokens = 0
         self.ended = False
         self._model = model
@@ -104,7 +104,7 @@ class Stream(Iterator[str]):
         for token in self._drawn:
             if piece := decoder.decode(tokenizer.bytes_of([token])):
                 yield piece
-        # What the limit has cut off is no character yet; what the model has left at that is broken.
+        # A character cut off by the limit is dropped; one that the model left incomplete is broken.
         if self.ended and (rest := decoder.decode(b"", final=True)):
             yield rest
 
@@ -124,15 +124,15 @@ class Stream(Iterator[str]):
 
 
 class Reader:
-    """Reads a growing text and says what comes next.
+    """Reads a growing text and predicts the next token.
 
     Attributes:
-      first: index of the token at position 0: what stands before it is not seen.
-      length: how many tokens from there on are in the cache.
+      first: index of the token at position 0; earlier tokens are not seen.
+      length: number of tokens in the cache, counted from `first`.
     """
 
     def __init__(self, model: TrainedModel, tokens: int):
-        """A reader of a text that has `tokens` tokens at first."""
+        """Creates a reader of a text that initially has `tokens` tokens."""
         self._context = model.config.context
         self._programs = _programs(model.config)
         self._params = self._programs.prepare(model.params)
@@ -179,9 +179,9 @@ class Reader:
 
 
 def _step_width(sites: Sites) -> int:
-    """How many tokens are read to draw one: 1, or 2 where that is faster.
+    """Number of tokens to read in order to draw one: 1, or 2 if that is faster.
 
-    XLA's bf16 products on CPU, where they are used, take six times as long for one row as for two.
+    XLA's bf16 products on CPU, if used, take six times as long for one row as for two.
     """
     narrow = any(site.compute.name == "bf16" for site in sites.values())
     return 2 if narrow and jax.default_backend() == "cpu" and bf16_pays() else 1

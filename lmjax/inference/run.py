@@ -1,4 +1,4 @@
-"""Opening a run directory to use what it has learned."""
+"""Loads the trained model of a run directory."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lmjax.train import Config, InputError, abstract_state, read_config
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A run's newest parameters with all that is needed to call them.
+    """A run's newest parameters and everything needed to apply them.
 
     Attributes:
-      config: the run's resolved config; its policy decides the formats here as in training. Of a
-        policy that changes with the step, it is the phase that the parameters are in.
+      config: the run's resolved config; its policy decides the formats, as in training. For a
+        policy with phases, the phase of the parameters.
       params: the parameters, in their stored formats.
-      step: the training step they come from.
+      step: the training step of the parameters.
       tokenizer: the run's own copy.
     """
 
@@ -45,9 +45,9 @@ class TrainedModel:
     def logits_function(self) -> Any:
         """The compiled `(params, tokens, document_starts) -> logits [B, T, V]`.
 
-        Tokens are `int32[B, T]`. Where documents start, `int32[B, T]` as
-        `lmjax.data.document_starts` gives it, matters to a model with a document mask whose rows
-        hold several; left out, each row is one document.
+        Tokens are `int32[B, T]`. `document_starts` is `int32[B, T]`, from
+        `lmjax.data.document_starts`, for models with a document mask whose rows hold several
+        documents; without it, each row is one document.
         """
         config, sites = self.config.model, self.sites
 
@@ -58,17 +58,17 @@ class TrainedModel:
 
 
 def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedModel:
-    """The model of a run directory, from its newest intact checkpoint.
+    """Loads the model of a run directory from its newest intact checkpoint.
 
-    Nothing is written or moved there: another process may be training.
+    Writes and moves nothing: another process may be training there.
 
     Args:
       workdir: the run directory, or a string such as `s3://BUCKET/RUN`.
       precision: a policy to compute with instead of the run's; parameters stay as stored.
 
     Raises:
-      InputError: there is no run, or it has no checkpoint yet.
-      CheckpointError: it has checkpoints, but none is intact.
+      InputError: there is no run, or the run has no checkpoint yet.
+      CheckpointError: the run has checkpoints, but none is intact.
     """
     with stages.stage("loading the model"), fetched(workdir) as directory:
         return _load_model(directory, precision)

@@ -1,9 +1,9 @@
-"""Drawing the next token from logits.
+"""Draws the next token from logits.
 
-Of the tokens that the tokenizer has, `top_k` at most survive, and one of those is drawn from
+At most `top_k` of the tokenizer's tokens are kept, and one of them is drawn from
 `softmax(logits / temperature)`. Limits are exact: temperature 0 and `top_k` 1 both take the
-likeliest token, the first of several equal ones, and so does a temperature that is too small for
-f32 unless several tokens are equally likely. Logits that are not finite are never drawn from.
+likeliest token, the first of equally likely ones. So does a temperature too small for f32, unless
+several tokens are equally likely. Non-finite logits are never sampled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmjax.train import refuse_no_seed, seed_key
 _LARGEST = float(np.finfo(np.float32).max)
 
 NOT_FINITE = -1
-"""What `Sampler.draw` gives instead of a token where logits are not finite."""
+"""What `Sampler.draw` returns instead of a token if logits are not finite."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Sampler:
     """How tokens are drawn.
 
     Attributes:
-      vocabulary: how many tokens there are to draw; what a model has beyond them is padding.
+      vocabulary: number of tokens to draw from; logits beyond them are padding.
       temperature: divides the logits; 0 takes the likeliest token.
-      top_k: how many of the likeliest tokens may be drawn; 0 and what exceeds the vocabulary: all.
-      seed: of the draws; in [0, 2**64).
+      top_k: how many of the likeliest tokens may be drawn; all if 0 or above the vocabulary.
+      seed: seed of the draws, in [0, 2**64).
     """
 
     vocabulary: int
@@ -43,11 +43,11 @@ class Sampler:
     seed: int
 
     def __post_init__(self) -> None:
-        """Refuses what has no meaning.
+        """Validates the fields.
 
         Raises:
-          ValueError: a negative or infinite temperature or NaN; a `top_k` that is negative or no
-            integer; a number that is no seed.
+          ValueError: the temperature is negative, infinite or NaN; `top_k` is negative or not an
+            integer; or the seed is not a valid seed.
         """
         if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             raise ValueError(
@@ -61,11 +61,11 @@ class Sampler:
         return seed_key(self.seed)
 
     def draw(self, logits: jax.Array, index: int) -> int:
-        """A token, or `NOT_FINITE` where a logit of a token is a NaN or an infinity.
+        """Draws a token; returns `NOT_FINITE` if the logit of any token is NaN or infinite.
 
         Args:
           logits: `[V]`, V at least the vocabulary, in any floating format.
-          index: of the draw; each is from a random stream of its own.
+          index: index of the draw; each has its own random stream.
         """
         return int(
             _draw(
@@ -81,10 +81,10 @@ class Sampler:
 
 
 def refuse_no_count(name: str, value: object) -> None:
-    """Checks a number of things.
+    """Checks that a value is a count.
 
     Raises:
-      ValueError: it is negative or no integer.
+      ValueError: it is negative or not an integer.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{name} is {value!r}; it must be a whole number and must not be negative")
@@ -105,7 +105,7 @@ def _draw(
     top_k: int | None,
     greedy: bool,
 ) -> jax.Array:
-    """int32[]; see `Sampler.draw`. One program for all temperatures but 0."""
+    """int32[]; see `Sampler.draw`. One program serves all temperatures except 0."""
     logits = logits[:vocabulary]
     logits = logits.astype(at_least_f32(logits.dtype))
     finite = jnp.all(jnp.isfinite(logits))
@@ -114,8 +114,8 @@ def _draw(
         token = jnp.argmax(logits)
     else:
         below = (logits - jnp.max(logits)).astype(jnp.float32)
-        # A temperature below the normal numbers of f32 may act as 0: -x / 0 is -inf, as it should
-        # be, and 0 / 0 would be NaN.
+        # A temperature that is subnormal in f32 may act as 0: -x / 0 is -inf, as intended, but
+        # 0 / 0 would be NaN.
         scaled = jnp.where(below == 0, 0, below / temperature)
         if top_k is not None:
             _, first = jax.lax.top_k(logits, top_k)  # of equal ones, those with lower indices

@@ -1,4 +1,4 @@
-"""How likely a text is to a model."""
+"""Scores texts: the log-probability of every token under a model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lmjax.train import Config
 
 @dataclass(frozen=True)
 class Piece:
-    """The fewest tokens in a row of a text that are whole characters together.
+    """A shortest run of tokens that together form whole characters.
 
     Attributes:
       text: the characters.
-      tokens: how many tokens they are; several where a token is a part of a character.
+      tokens: number of tokens; several if a token is only part of a character.
       log_probability: of these tokens given all before them, in nats.
     """
 
@@ -39,10 +39,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probabilities of a text as a document's beginning.
+    """Log-probabilities of a text as the beginning of a document.
 
     Attributes:
-      tokens: the text of each token; U+FFFD for a part of a character.
+      tokens: the text of each token; U+FFFD for part of a character.
       log_probabilities: of each token given all before it (within the context), in nats.
       pieces: the same text in whole characters.
       bytes: length of the text in UTF-8.
@@ -65,7 +65,7 @@ class Score:
 
     @property
     def probability(self) -> str:
-        """P as a decimal with two digits, such as `3.2e-145`; it may be far below any float."""
+        """P as a decimal with two digits, such as `3.2e-145`; it may be too small for a float."""
         if self.log10 > -4:
             return f"{10**self.log10:.2g}"
         exponent = math.floor(self.log10)
@@ -79,15 +79,15 @@ class Score:
 
 
 def score(model: TrainedModel, text: str) -> Score:
-    """Log-probability of every token of a text.
+    """Computes the log-probability of every token of a text.
 
-    A text is one document, so a document mask changes nothing here. One longer than the context is
-    read in windows that overlap by half, so that every token but those of the first window is
-    predicted from at least half a context.
+    The text is one document, so a document mask has no effect. A text longer than the context is
+    read in windows that overlap by half, so that every token after the first window is predicted
+    from at least half a context.
 
     Raises:
       ValueError: the text is empty.
-      NonFiniteError: the logits of a token, or its log-probability, are a NaN or an infinity.
+      NonFiniteError: the logits of a token or its log-probability are NaN or infinite.
     """
     ids = model.tokenizer.encode(text)
     if not len(ids):
@@ -120,7 +120,7 @@ def score(model: TrainedModel, text: str) -> Score:
 def _window_scores(config: Config) -> Any:
     """The compiled `(params, inputs, targets) -> log-probabilities`, `[1, context]` each.
 
-    A log-probability is NaN where the logits that it is computed from are not all finite.
+    A log-probability is NaN if any of the logits that it is computed from is not finite.
     """
     model, sites = config.model, config.sites
 
@@ -133,7 +133,7 @@ def _window_scores(config: Config) -> Any:
 
 
 def _pieces(tokenizer: Tokenizer, ids: Sequence[int], scores: Sequence[float]) -> Iterator[Piece]:
-    """The tokens of a text, those together that are whole characters together only."""
+    """Groups the tokens of a text into the shortest runs that form whole characters."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     text, first = "", 0
     for index, token in enumerate(ids):
