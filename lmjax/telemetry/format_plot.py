@@ -1,4 +1,4 @@
-"""A picture of number formats: which positive numbers each one has.
+"""Draws number formats: the positive numbers of each.
 
 Knows matplotlib and `lmjax.precision.formats`.
 """
@@ -24,9 +24,9 @@ DEFAULT_FORMATS = (
     *("tf32", "bf16", "e8m0"),
 )
 
-# Formats with more positive numbers than this are drawn as bars: their ticks would merge.
+# Formats with more positive numbers than this are drawn as bars, because their ticks would merge.
 _MOST_TICKS = 300
-# Formats of more binades than this get a panel of their own, so that the others are not squeezed.
+# Formats with more binades than this get a panel of their own, so as not to squeeze the others.
 _WIDE_BINADES = 48
 
 _NORMAL = "#2a6f97"
@@ -38,14 +38,14 @@ _TEXT = "#30363c"
 def draw_number_lines(
     path: str | os.PathLike[str], formats: Iterable[Format | str] = DEFAULT_FORMATS
 ) -> None:
-    """Draws the positive numbers of each format on a logarithmic line, and saves the picture.
+    """Draws the positive numbers of each format on a logarithmic line and saves the figure.
 
-    A bar spans smallest to largest number; its part below the smallest normal number, where
-    precision runs out, has another colour. Small formats show every number they have.
+    A bar spans the smallest to the largest number; its subnormal part, where precision runs out,
+    has a different colour. Small formats show every number.
 
     Args:
-      path: where the picture goes; the suffix decides its kind (.png, .svg, .pdf).
-      formats: formats or their names, from top to bottom; the widest come in a panel below.
+      path: output file; the suffix determines its type (.png, .svg, .pdf).
+      formats: formats or their names, from top to bottom; the widest go in a panel below.
     """
     rows = [as_format(format) for format in formats]
     wide = [format for format in rows if np.ptp(_ends(format)) > _WIDE_BINADES]
@@ -61,7 +61,7 @@ def draw_number_lines(
 
 
 def _ends(format: Format) -> tuple[float, float]:
-    """Binary logarithms of the smallest and the largest positive number."""
+    """Binary logarithms of the smallest and largest positive numbers."""
     return math.log2(format.smallest_subnormal), math.log2(format.largest_finite)
 
 
@@ -108,7 +108,7 @@ def _draw_line(axes: Axes, position: int, format: Format) -> None:
 
 
 def _pale(color: str) -> tuple[float, float, float]:
-    """The colour mixed with white, opaque, so that grid lines do not shine through."""
+    """The colour mixed with white: opaque, so that grid lines do not show through."""
     red, green, blue = (0.75 + 0.25 * part for part in to_rgb(color))
     return red, green, blue
 

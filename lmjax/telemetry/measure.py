@@ -1,12 +1,11 @@
-"""What a step measures of its own tensors, for whom, and what becomes of it.
+"""Measures a step's own tensors for delayed scaling, the loss scale and telemetry.
 
     delayed      maxima of operands     -> the histories in `TrainState.scaling`
     loss_scale   spread of cotangents   -> the forecast in the state of a predictive loss scale
     telemetry    a census of every site -> the metrics of watched steps
 
 The measurements are gradients of the slots that `slots` lays out; see `precision/probes.py`. A
-run that asks for none of the three gets no slots, and so the program it would get without this
-file.
+run that uses none of the three gets no slots, and so its program is unaffected by this module.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Tree = dict[str, Any]
 
 
 def initial_scaling(layout: Layout, sites: Sites) -> Tree:
-    """A fresh `DelayedScale` for every operand whose scaling is delayed."""
+    """Returns a fresh `DelayedScale` for every operand with delayed scaling."""
 
     def one(place: Place) -> dict[str, DelayedScale] | None:
         quantizers = _delayed(place, sites)
@@ -39,9 +38,9 @@ def initial_scaling(layout: Layout, sites: Sites) -> Tree:
 
 
 def carried_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tree:
-    """The histories of one phase of a policy as the next one needs them.
+    """Converts the histories of one phase of a policy to those of the next.
 
-    An operand that is quantized alike in both keeps its history; any other starts a fresh one.
+    An operand with the same quantizer in both keeps its history; any other starts a fresh one.
     """
     kept = paths.flatten(scaling, _is_delayed)
     fresh = paths.flatten(initial_scaling(layout, new), _is_delayed)
@@ -54,10 +53,10 @@ def carried_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tr
 
 
 def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
-    """The scale factor of every operand with delayed scaling, for a step at this loss scale.
+    """Returns the scale factor of every operand with delayed scaling, at this loss scale.
 
-    Histories hold maxima of unscaled cotangents, so that a change of the loss scale does not make
-    them wrong; the factor is multiplied by the loss scale instead.
+    Histories hold maxima of unscaled cotangents, so that they remain valid when the loss scale
+    changes; the factor is multiplied by the loss scale instead.
     """
     return paths.unflatten(
         {
@@ -70,12 +69,12 @@ def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
 def slots(
     layout: Layout, sites: Sites, *, predictive: bool, telemetry: TelemetryConfig | None
 ) -> Tree:
-    """Everything that a step is to measure.
+    """Returns slots for everything that a step measures.
 
     Args:
       layout: the sites of the model.
       sites: their formats.
-      predictive: whether the loss scale is told how cotangents spread.
+      predictive: whether the loss scale needs the spread of cotangents.
       telemetry: what a watched step counts; None for any other step.
     """
 
@@ -98,7 +97,7 @@ def slots(
 def updated_scaling(
     scaling: Tree, measured: Tree, scale: jax.Array, layout: Layout, sites: Sites
 ) -> Tree:
-    """The histories after a step, with the maxima it measured."""
+    """Returns the histories updated with the maxima that a step measured."""
     maxima = _asked_by("delayed", measured)
     updated = {}
     for path, delayed in paths.flatten(scaling, _is_delayed).items():
@@ -110,7 +109,7 @@ def updated_scaling(
 
 
 def cotangent_spread(measured: Tree, scale: jax.Array, stack: Stack) -> Spread | None:
-    """How the cotangents of a step spread: one `Spread` with the shape of `scale` in front."""
+    """Returns the spread of a step's cotangents: a `Spread` with leading axes as in `scale`."""
     asked = _asked_by("loss_scale", measured)
     if not asked:
         return None
@@ -124,7 +123,7 @@ def cotangent_spread(measured: Tree, scale: jax.Array, stack: Stack) -> Spread |
 
 
 def census(measured: Tree) -> dict[str, Census]:
-    """What telemetry asked for, by site and role: `blocks/mlp/up/w`."""
+    """Returns the telemetry measurements by site and role: `blocks/mlp/up/w`."""
     return _asked_by("telemetry", measured)
 
 
@@ -136,7 +135,7 @@ def _joined(spreads: list[Spread]) -> Spread:
 
 
 def _asked_by(who: str, measured: Tree) -> dict[str, Any]:
-    """The measurements for one of the three, by site and role."""
+    """The measurements for one of the three users, by site and role."""
     flat, end = paths.flatten(measured, is_slot), f"/{who}"
     return {path.removesuffix(end): slot for path, slot in flat.items() if path.endswith(end)}
 
@@ -166,7 +165,7 @@ def _quantizer(path: str, layout: Layout, sites: Sites) -> Quantizer:
 
 
 def _cotangent_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:
-    """What the loss scale multiplies the operand at `path` by: cotangents alone feel it."""
+    """The factor of the loss scale on the operand at `path`: only cotangents are scaled."""
     if not path.endswith("/g"):
         return jnp.ones((), jnp.float32)
     if not scale.ndim:

@@ -1,6 +1,6 @@
-"""Pictures of telemetry: where numbers lie in their formats, and how that changes over a run.
+"""Plots telemetry: where numbers lie in their formats, and how that changes over a run.
 
-Knows matplotlib, formats and the rows that `telemetry.py` makes.
+Knows matplotlib, formats and the rows that `rows.py` makes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PANELS = {
     "cotangents handed back": ("dx",),
     "weight gradients": ("dw",),
 }
-"""Title of each column, and the roles in it; a site has at most one of them."""
+"""Title of each column and the roles in it, of which a site has at most one."""
 
 _RANGE, _SUBNORMAL = "#c1121f", "#e07a2f"
 _LEAST_SHARE = 1e-6
@@ -38,15 +38,15 @@ Row = Mapping[str, Any]
 
 
 def draw_exponents(row: Row, path: str | os.PathLike[str], title: str = "") -> None:
-    """A heat map of one watched step: sites downwards, exponents to the right, share as colour.
+    """Draws a heat map of one watched step: sites by exponents, coloured by share.
 
-    What lies left of the format's range has become 0; what lies between the two marks on the left
-    is subnormal; what lies right of the range is saturated or infinite.
+    Elements left of the format's range became 0, those between the two marks on the left are
+    subnormal, and those right of the range are saturated or infinite.
 
     Args:
       row: one row of `telemetry.jsonl`.
-      path: where the picture goes.
-      title: what run this is.
+      path: output file.
+      title: title that identifies the run.
     """
     sites, panels = _sites([row]), _panels([row])
     figure, axes = _grid(sites, panels, title or f"step {row['step']}")
@@ -74,14 +74,14 @@ def draw_exponents(row: Row, path: str | os.PathLike[str], title: str = "") -> N
 
 
 def draw_course(rows: Sequence[Row], path: str | os.PathLike[str], title: str = "") -> None:
-    """A heat map of the whole run: sites downwards, steps to the right, the share lost as colour.
+    """Draws a heat map of the whole run: sites by steps, coloured by the share lost.
 
-    Lost is what became 0 and what was beyond the largest number.
+    Elements are lost if they became 0 or exceeded the largest number.
 
     Args:
       rows: the rows of `telemetry.jsonl`.
-      path: where the picture goes.
-      title: what run this is.
+      path: output file.
+      title: title that identifies the run.
     """
     sites, panels = _sites(rows), _panels(rows)
     figure, axes = _grid(sites, panels, title)
@@ -135,18 +135,18 @@ def _grid(sites: Sequence[str], panels: Iterable[str], title: str) -> tuple[Figu
 
 
 def _beside(figure: Figure) -> Axes:
-    """Where the colours are explained: right of the panels."""
+    """Axes for the colour bar, right of the panels."""
     width = figure.get_figwidth()
     return figure.add_axes((1 - (_BAR - 0.15) / width, 0.3, 0.15 / width, 0.4))
 
 
 def _sites(rows: Sequence[Row]) -> list[str]:
-    """Every site that was measured, in the order of the model."""
+    """Every measured site, in the order of the model."""
     return list(dict.fromkeys(path.rsplit("/", 1)[0] for row in rows for path in row["tensors"]))
 
 
 def _panels(rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-    """Those of `PANELS` that have something to show."""
+    """The `PANELS` that are not empty."""
     there = {path.rsplit("/", 1)[1] for row in rows for path in row["tensors"]}
     return {title: roles for title, roles in PANELS.items() if there & set(roles)}
 
@@ -159,7 +159,7 @@ def _tensor(row: Row, site: str, roles: Sequence[str]) -> Mapping[str, Any]:
 
 
 def _shares(tensor: Mapping[str, Any]) -> np.ndarray:
-    """Share of the elements with each exponent; the outermost take up what lies beyond."""
+    """Share of the elements with each exponent; the outermost bins include everything beyond."""
     shares = np.zeros(_HIGH - _LOW)
     for exponent, count in tensor.get("exponents", {}).items():
         shares[np.clip(int(exponent) - _LOW, 0, len(shares) - 1)] += count / tensor["size"]
@@ -171,7 +171,7 @@ def _format(text: str) -> Format:
 
 
 def _mark_ranges(panel: Axes, tensors: Sequence[Mapping[str, Any]]) -> None:
-    """Short vertical lines at the ends of formats' ranges, where the panel reaches that far."""
+    """Draws short vertical lines at the ends of formats' ranges, if the panel includes them."""
     marks = []
     for index, tensor in enumerate(tensors):
         if tensor:
