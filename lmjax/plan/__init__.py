@@ -1,4 +1,4 @@
-"""Planning a run on devices that need not exist: `make_plan` and `roofline` are the way in."""
+"""Plans a run on devices that need not exist; start from `make_plan` and `roofline`."""
 
 from lmjax.chips import CHIPS, Chip
 from lmjax.hlo.collectives import Collective, collectives

@@ -1,4 +1,4 @@
-"""What a step has to send, by arithmetic from the config and the sizes of the mesh.
+"""Computes the expected traffic of a step from the config and the sizes of the mesh.
 
 With d, f, t, s the sizes of the mesh axes data, fsdp, tensor and sequence, m micro-batches, L
 blocks of width D, N = rows x positions of a micro-batch on one device, and ring(n) = (n - 1) / n,
@@ -9,49 +9,49 @@ parameters    all-gather over fsdp of each weight P, in its compute format c, fo
 
                   2 m ring(f) P/t bytes(c)
 
-              The head once, for its product's gradients follow at once, and so blocks that
-              are neither scanned (`unroll`) nor rematerialised: the compiler keeps what it has.
+              The head only once, because the gradients of its product follow immediately; likewise
+              blocks that are neither scanned (`unroll`) nor rematerialised: the compiler keeps them.
 
-              That is ZeRO's third stage (Rajbhandari et al. 2020, section 7.2.2: two of its three
-              parameter volumes). Without fsdp, nothing.
+              This is ZeRO's third stage (Rajbhandari et al. 2020, section 7.2.2: two of its three
+              parameter volumes). Nothing without fsdp.
 gradients     reduce-scatter over fsdp and all-reduce of the slice over data and sequence:
 
                   m (ring(f) P/t + 2 ring(d s) P/(t f)) bytes
 
               in f32, before weight gradients are rounded; with a policy that reduces in another
-              format (key `r`), one all-reduce over data and fsdp in that format. ZeRO's third
-              volume; for f = 1, plain data parallelism. They are summed in every micro-batch.
-              With `deterministic_reductions` each device gathers all parameters as they are stored,
-              for each micro-batch and once for the update, and log2(d f) times passes on its sum of
-              all gradients in f32; nothing else:
+              format (key `r`), one all-reduce over data and fsdp in that format. This is ZeRO's
+              third volume; for f = 1, plain data parallelism. Every micro-batch is reduced. With
+              `deterministic_reductions`, each device gathers all parameters in their stored format
+              for each micro-batch and once for the update, and sends its f32 sum of all gradients
+              log2(d f) times; nothing else:
 
                   (m + 1) ring(f) P bytes(p) + m log2(d f) 4 P
 
-embedding     tokens go to the devices that hold columns of the table, and rows come back, in the
-              compute format; their cotangents the other way:
+embedding     tokens go to the devices that hold columns of the table, and rows come back in the
+              compute format; their cotangents take the opposite way:
 
                   m ring(f) N (4 f + 2 D bytes(c))
 
-              and the rows of a table that tensor cuts are summed over it, as they are stored:
-              2 m ring(t) N D bytes(p). The table's gradient is then complete but for a sum over
-              data, and one over sequence.
-activations   each product whose weight is cut along the axis that it sums over is summed over
-              tensor, in its accumulator. Forwards two a block, `out` and `down` (Shoeybi et al.
-              2019, section 3, g). Backwards one for each product that reads the residual stream:
-              `query`, `key`, `value`, `up`, `gate` and the head. Shoeybi et al. need two, for they
-              add these up first; here each is rounded to its compute format before, and so has
-              to be complete. Fully rematerialised blocks repeat `out`. For a Llama:
+              The rows of a table that is sharded over tensor are summed over it in their stored
+              format: 2 m ring(t) N D bytes(p). The table's gradient then lacks only a sum over
+              data and one over sequence.
+activations   a product whose weight is sharded along the summed axis is summed over tensor, in
+              its accumulator. Forwards, two per block: `out` and `down` (Shoeybi et al. 2019,
+              section 3, g). Backwards, one for each product that reads the residual stream:
+              `query`, `key`, `value`, `up`, `gate` and the head. Shoeybi et al. need only two,
+              because they add these up first; here each is first rounded to its compute format,
+              and so must be complete. Fully rematerialised blocks repeat `out`. For a Llama:
 
                   2 m ring(t) N D bytes(a) (L (2 + 5 + 1) + 1)
 
-positions     keys and values are gathered over sequence, forwards and backwards, and the gradients
-              of both are summed over it and scattered:
+positions     keys and values are gathered over sequence, forwards and backwards, and their
+              gradients are summed over it and scattered:
 
                   2 m L ring(s) (2 bytes(c) + bytes(a)) N s K/t
 
               for keys of width K.
 
-What has no width, losses, norms and flags, is not counted.
+Scalars (losses, norms and flags) are not counted.
 
 Knows configs, the names of parameters, and policies.
 """
@@ -76,14 +76,14 @@ from lmjax.train import Config
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one device sends in a step for one purpose.
+    """The traffic of one device in a step for one purpose.
 
     Attributes:
       purpose: `parameters`, `gradients`, `embedding`, `activations` or `positions`.
       kind: the collective.
-      dtype: as HLO calls it.
+      dtype: HLO name of the dtype.
       axes: the mesh axes along which it runs.
-      sent: bytes.
+      sent: bytes sent.
     """
 
     purpose: str
@@ -95,14 +95,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class _Weight:
-    """A parameter, and by how much each mesh axis divides it.
+    """A parameter and how many ways each mesh axis divides it.
 
     Attributes:
-      path: of the parameter.
+      path: path of the parameter.
       size: number of values.
-      site: that it belongs to.
-      copies: number of blocks whose parameter it holds; 0 outside of blocks.
-      product: the site that multiplies by it, if any; of a tied table the head.
+      site: the site that it belongs to.
+      copies: number of blocks stacked in it; 0 outside blocks.
+      product: the site that multiplies by it, if any; for a tied table, the head.
       fsdp, tensor: by how much these mesh axes divide it.
     """
 
@@ -121,14 +121,14 @@ class _Weight:
 
 
 def expected_traffic(config: Config, mesh: Mapping[str, int]) -> list[Traffic]:
-    """What a step of a config has to send on a mesh of these sizes.
+    """Computes the traffic of a step on a mesh of these sizes.
 
     Args:
       config: the run.
       mesh: the size of every axis.
 
     Returns:
-      One entry for each purpose, kind, dtype and axes; nothing that is zero.
+      One entry for each purpose, kind, dtype and axes with nonzero traffic.
     """
     total: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
     weights = list(_weights(config, mesh))
@@ -163,17 +163,17 @@ def _weights(config: Config, mesh: Mapping[str, int]) -> Iterator[_Weight]:
 
 
 def _product(config: Config, path: str, dimensions: int, site: SitePolicy) -> SitePolicy | None:
-    """The site that multiplies by a parameter with so many dimensions, if one does."""
+    """The site that multiplies by a parameter of this rank, if there is one."""
     if site.site.name == "embed":
         return config.sites["head"] if config.model.tied else None
     return site if site.site.is_product and dimensions == 2 else None
 
 
 def _in_order(config: Config, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
-    """What `sharding.in_order` sends: it knows only neighbours at distances 1, 2, 4 and so on."""
+    """The traffic of `sharding.in_order`, which exchanges at distances 1, 2, 4 and so on."""
     for weight in weights:
         stored = carrier(weight.site.params)
-        times = 1 + 1 / config.micro_batches  # for each of them, and once for the update
+        times = 1 + 1 / config.micro_batches  # once per micro-batch and once for the update
         sent = times * _ring(weight.fsdp) * weight.size * _bytes(stored)
         yield Traffic("parameters", "all-gather", _hlo(stored), ("fsdp",), sent)
         for axis in RULES["batch"]:
@@ -248,7 +248,7 @@ def _embedding(
     rows = tokens * config.model.width
     stored, computed = carrier(table.site.params), carrier(table.site.compute)
     fsdp, ring = ("fsdp",), _ring(table.fsdp)
-    # With a document mask, learned positions are rows of a table as tokens are.
+    # With a document mask, learned positions are looked up in a table, as tokens are.
     lookups = 2 if config.data.document_mask and config.model.positions == "learned" else 1
     sent = lookups * ring * tokens * table.fsdp * 4
     yield Traffic("embedding", "all-gather", "s32", fsdp, sent)
@@ -291,7 +291,7 @@ def _positions(
 
 
 def _summed_in(accum: Format) -> Any:
-    """Sums of products are held in f32, or f64."""
+    """The dtype that holds sums of products: f32, or f64."""
     return jnp.float64 if accum.bits == 64 else jnp.float32
 
 
@@ -304,6 +304,6 @@ def _bytes(dtype: Any) -> int:
 
 
 def _hlo(dtype: Any) -> str:
-    """A dtype by the name that HLO has for it."""
+    """The HLO name of a dtype."""
     name = jnp.dtype(dtype).name
     return {"bfloat16": "bf16"}.get(name, name.replace("float", "f").replace("int", "s"))

@@ -1,8 +1,8 @@
 """`python -m lmjax.plan.child FOLDER DEVICES < config.json`: compiles a step for CPU devices.
 
-The process pretends to have that many of them. Nothing is allocated, and the depth of a model costs
-no time, because blocks are scanned. The step is traced as for an accelerator. XLA writes what its
-partitioner makes of it into the folder; stdout gets the fields of a `Memory` as JSON.
+The process simulates that many devices. Nothing is allocated, and compile time does not depend on
+the depth of the model, because blocks are scanned. The step is traced as for an accelerator. XLA
+dumps the partitioned program into the folder; the fields of a `Memory` go to stdout as JSON.
 
 Knows configs, the train step and JAX.
 """
@@ -25,13 +25,13 @@ from lmjax.runs.config import from_json
 from lmjax.train import Config, abstract_state, make_train_step
 
 PLATFORM: Final = "tpu"
-"""What the step is traced for: it has no calls into libraries that the CPU's compiler lacks."""
+"""The platform to trace for: it calls no libraries that the CPU compiler lacks."""
 
 OPTIONS: Final[dict[str, Any]] = {
     **exact.COMPILER_OPTIONS,
     "xla_dump_hlo_pass_re": "spmd-partitioning",
     "xla_dump_hlo_as_text": True,
-    "xla_backend_optimization_level": 0,  # the machine code is not wanted
+    "xla_backend_optimization_level": 0,  # the machine code is not used
 }
 
 
@@ -50,7 +50,7 @@ def compile_here(config: Config, folder: str) -> Memory:
 
 
 def main() -> None:
-    """See the head of this file."""
+    """See the module docstring."""
     folder, devices = sys.argv[1], int(sys.argv[2])
     jax.config.update("jax_num_cpu_devices", devices)
     config = from_json(strict_json.loads(sys.stdin.read()))

@@ -1,27 +1,26 @@
-"""What a step needs on one device at its peak, as the sum of parts.
+"""Estimates the peak memory of a step on one device, as a sum of parts.
 
-The peak of a language model with blocks that are rematerialised lies at its end, between forwards
-and backwards: what every block saved is there, and the logits are, twice, in f32, for their own
-cotangent is computed from them. With c bytes of the compute format, N tokens of a micro-batch on
-this device, V/t columns of logits, and P values of parameters on it:
+With rematerialised blocks, a language model peaks between the forward and backward pass: every
+block's saved values are live, and so are two f32 copies of the logits, whose cotangent is computed
+from them. With c bytes in the compute format, N tokens of a micro-batch on this device, V/t columns
+of logits, and P values of parameters on it:
 
-    parameters, optimizer     as the state holds them
-    gradients                 2 P 4: their sum over micro-batches, and the one at hand
-    saved activations         L N D c, one residual stream a block (Korthikanti et al. 2022, section
-                              5, "full recomputation"); without, what the products of a block read
-                              and hand on, and its attention weights
+    parameters, optimizer     as the state stores them
+    gradients                 2 P 4: their sum over micro-batches and the current one
+    saved activations         L N D c, one residual stream per block (Korthikanti et al. 2022,
+                              section 5, "full recomputation"); without rematerialisation, the
+                              inputs and outputs of a block's products and its attention weights
     head                      2 N V/t 4; or, later, its cotangent and the gradient of the whole
                               head, if those are larger; and the gathered weights, V/t D c
-    attention                 3 N heads/t T 4 + N heads/t T c where that is more than the head:
-                              scores, weights and their cotangents of one block
+    attention                 3 N heads/t T 4 + N heads/t T c if that exceeds the head: scores,
+                              weights and their cotangents of one block
     rows                      3 N D 4: around the last norm
     fixed order               with `deterministic_reductions`, of all P values: the gradients of the
-                              parts on this device, a sum or two, the sum over micro-batches before
-                              and after one, and, if fsdp cuts them, parameters
+                              parts on this device, one or two sums, the sum over micro-batches
+                              before and after one, and, if fsdp shards them, parameters
 
-XLA's CPU compiler, whose figure stands beside the sum, holds saved activations of narrow formats in
-f32 as soon as the backward pass begins, and a transposed copy of the head; on other backends these
-two fall away.
+XLA's CPU compiler, whose figure is reported alongside, holds saved activations of narrow formats in
+f32 once the backward pass begins, and a transposed copy of the head; other backends need neither.
 
 Knows configs, the train state and meshes.
 """
@@ -40,15 +39,15 @@ from lmjax.precision.policy import carrier
 from lmjax.train import Config, abstract_state
 
 CPU_ONLY = "widened on CPU"
-"""The part that only XLA's CPU compiler has."""
+"""The part that only XLA's CPU compiler needs."""
 
 
 def expected_memory(config: Config, devices: int) -> dict[str, float]:
-    """Bytes on one device, by part.
+    """Returns the bytes on one device, by part.
 
     Args:
       config: the run.
-      devices: how many its mesh is laid over.
+      devices: number of devices in its mesh.
     """
     config = config.resolved()
     mesh = sharding.abstract_mesh(config.mesh, devices)
@@ -73,7 +72,7 @@ def expected_memory(config: Config, devices: int) -> dict[str, float]:
 
 
 def _fixed_order(config: Config, mesh: Mapping[str, int], params: object) -> float:
-    """What `deterministic_reductions` holds besides."""
+    """Additional bytes for `deterministic_reductions`."""
     parts = config.deterministic_reductions
     if not parts:
         return 0.0
@@ -96,7 +95,7 @@ def _shard(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def _saved_values(config: Config, mesh: Mapping[str, int]) -> float:
-    """Values that one block saves for each token."""
+    """Number of values that one block saves per token."""
     model, cut = config.model, mesh["tensor"]
     if model.remat == "full":
         return model.width

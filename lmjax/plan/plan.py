@@ -1,4 +1,4 @@
-"""A run on devices that need not exist: what is cut how, what is sent, what is held.
+"""Plans a run on devices that need not exist: its sharding, traffic and memory.
 
 Knows everything else in this room.
 """
@@ -24,10 +24,10 @@ from lmjax.train import Config, abstract_state
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a number of devices.
+    """The plan of a run on a number of devices.
 
     Attributes:
-      config: the run, resolved, with the policy of its first phase.
+      config: the resolved run, with the policy of its first phase.
       mesh: the size of every mesh axis.
       program: its compiled step.
       sent: the collectives of the step.
@@ -45,25 +45,25 @@ class Plan:
 
     @property
     def rows(self) -> list[Row]:
-        """What is sent, by purpose, beside what the arithmetic says."""
+        """The compiled traffic by purpose, compared with the expected traffic."""
         return compared(self.sent, expected_traffic(self.config, self.mesh))
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes of the parts of the peak on one device, by arithmetic."""
+        """Estimated bytes of each part of the peak on one device."""
         return expected_memory(self.config, self.devices)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How one array of the train state, or of the batch, is divided.
+    """How one array of the train state or of the batch is sharded.
 
     Attributes:
-      path: of the array; of a parameter, its own.
-      shape: of all of it.
-      dtype: as JAX calls it.
-      spec: for each dimension the mesh axes that divide it, joined by `x`; `-` where none does.
-      bytes: on one device.
+      path: path of the array or parameter.
+      shape: global shape.
+      dtype: JAX name of the dtype.
+      spec: for each dimension, the mesh axes that divide it, joined by `x`; `-` if none does.
+      bytes: bytes on one device.
     """
 
     path: str
@@ -74,15 +74,15 @@ class Cut:
 
 
 def make_plan(config: Config, devices: int) -> Plan:
-    """Compiles the step of a run for a number of devices; nothing is allocated.
+    """Compiles the step of a run for a number of devices, without allocating anything.
 
     Args:
-      config: the run; of a policy with phases, the first is planned.
-      devices: how many.
+      config: the run; only the first phase of a policy with phases is planned.
+      devices: number of devices.
 
     Raises:
       ValueError: the mesh does not fit the devices, or a micro-batch does not fit the mesh.
-      PlanError: XLA does not compile the step.
+      PlanError: XLA cannot compile the step.
     """
     config = config.resolved().at(0)
     program = partitioned(config, devices)
@@ -92,10 +92,10 @@ def make_plan(config: Config, devices: int) -> Plan:
 
 
 def scaled(config: Config, devices: int, to: int) -> Config:
-    """The same run on another number of devices, each with as many rows as before.
+    """Returns the same run on another number of devices, with as many rows on each as before.
 
     Raises:
-      ValueError: the mesh has no axis that takes what is left, or rows do not come out even.
+      ValueError: no mesh axis is -1, or rows do not divide evenly.
     """
     if -1 not in dataclasses.astuple(config.mesh):
         raise ValueError(
@@ -110,7 +110,7 @@ def scaled(config: Config, devices: int, to: int) -> Config:
 
 
 def cuts(config: Config, devices: int) -> Iterator[Cut]:
-    """How every parameter is divided, and what the rest of the state and the batch come to."""
+    """Yields the sharding of every parameter, and the totals of other state and of the batch."""
     mesh = sharding.abstract_mesh(config.mesh, devices)
     state = abstract_state(config, mesh)
     for path, leaf in paths.flatten(state.params).items():

@@ -1,8 +1,8 @@
-"""The train step of a run as XLA partitions it for devices that need not exist.
+"""Compiles a run's train step, as XLA partitions it for devices that need not exist.
 
-A process of its own, `child.py`, compiles it. The program is read after XLA's partitioner, which
-all backends share, and before the passes that belong to the CPU alone: those widen bf16 products,
-and what is gathered for them.
+A separate process, `child.py`, compiles it. The program is read after XLA's partitioner, which all
+backends share, and before CPU-specific passes, which widen bf16 products and the arrays gathered
+for them.
 
 Knows configs and the sizes of meshes.
 """
@@ -38,7 +38,7 @@ class Memory:
 
     Attributes:
       arguments: the train state and the batch; the state is updated in place.
-      temporaries: everything else, at its peak.
+      temporaries: peak of everything else.
     """
 
     arguments: int
@@ -55,10 +55,10 @@ class Program:
     """A compiled train step.
 
     Attributes:
-      text: HLO of the program of one device, after the partitioner; empty where there is only one.
-      memory: what it needs.
-      warnings: what the partitioner complained of: tensors that it could only move by making them
-        whole on every device first.
+      text: HLO of one device's program, after the partitioner; empty for a single device.
+      memory: the memory that it needs.
+      warnings: the partitioner's warnings about tensors that it could reshard only by replicating
+        them on every device first.
     """
 
     text: str
@@ -67,15 +67,15 @@ class Program:
 
 
 def partitioned(config: Config, devices: int) -> Program:
-    """The train step of a run, compiled for a number of devices.
+    """Compiles the train step of a run for a number of devices.
 
     Args:
       config: the run; its policy must have one phase.
-      devices: how many.
+      devices: number of devices.
 
     Raises:
       ValueError: the mesh does not fit the devices, or the batch does not fit the mesh.
-      PlanError: XLA does not compile it.
+      PlanError: XLA cannot compile it.
     """
     config = config.resolved()
     parts = sharding.batch_parts(sharding.abstract_mesh(config.mesh, devices))
@@ -99,14 +99,14 @@ def partitioned(config: Config, devices: int) -> Program:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise PlanError(f"the step could not be compiled for {devices} devices: {last[0]}")
         memory = Memory(**strict_json.loads(done.stdout.splitlines()[-1]))
-        if devices == 1:  # nothing is partitioned, and nothing sent
+        if devices == 1:  # nothing is partitioned or sent
             return Program("", memory, ())
         (dump,) = Path(folder).glob(DUMPED)
         return Program(dump.read_text("utf-8"), memory, _complaints(done.stderr))
 
 
 def _environment() -> dict[str, str]:
-    """That of a process which compiles on CPU alone, without flags and caches."""
+    """The environment of a process that compiles on CPU only, without flags or caches."""
     own = {
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",

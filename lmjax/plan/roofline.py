@@ -1,8 +1,8 @@
-"""How long a step takes at least: the roofline of a plan on a chip that need not be here.
+"""Bounds the time of a step: the roofline of a plan on a given chip, which need not be present.
 
-Three times, each at the peak rate of the chip: of arithmetic, of memory and of the wires. A step
-takes at least the longest of them, if everything overlaps, and at most their sum, if nothing does
-(Williams et al. 2009, "Roofline"). `ASSUMPTIONS` says what is counted.
+Arithmetic, memory and network each take a time at the chip's peak rate. A step takes at least the
+longest of the three, if everything overlaps, and at most their sum, if nothing does (Williams et
+al. 2009, "Roofline"). `ASSUMPTIONS` states what is counted.
 
 Knows configs, collectives and data sheets.
 """
@@ -40,13 +40,13 @@ ASSUMPTIONS: Final = (
 
 @dataclass(frozen=True)
 class Roofline:
-    """Lower bounds of one step on one chip, in seconds.
+    """Lower bounds on the time of one step on one kind of chip, in seconds.
 
     Attributes:
       chip: name of the chip.
       devices: number of chips.
       compute: time of the products.
-      memory: time of reading and writing.
+      memory: time of memory reads and writes.
       wires: time of the collectives, by mesh axes.
       tokens: of a step, on all devices.
     """
@@ -82,13 +82,13 @@ class Roofline:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product, forwards, of one micro-batch on one device.
+    """A forward product of one micro-batch on one device.
 
     Attributes:
       site: its formats.
-      flops: two for each multiplication with its addition.
+      flops: two for each multiply-add.
       values: elements of both operands and of the result.
-      repeated: whether rematerialisation computes it again.
+      repeated: whether rematerialisation recomputes it.
     """
 
     site: SitePolicy
@@ -100,13 +100,13 @@ class _Product:
 def roofline(
     config: Config, mesh: Mapping[str, int], sent: Iterable[Collective], chip: Chip
 ) -> Roofline:
-    """The bounds of a step.
+    """Computes the bounds of a step.
 
     Args:
       config: the run.
       mesh: the size of every axis.
       sent: the collectives of its compiled step.
-      chip: what it would run on.
+      chip: the chip to run on.
     """
     compute = memory = 0.0
     for product in _products(config, mesh):
@@ -115,7 +115,7 @@ def roofline(
         memory += times * product.values * _width(product.site) / chip.memory_bandwidth
     devices = math.prod(mesh.values())
     parameters = parameter_count(config.model) / (mesh["fsdp"] * mesh["tensor"])
-    # Parameters and two moments are read and written, the gradient is read: 4 bytes each, or less.
+    # Parameters and two moments are read and written, the gradient is read: at most 4 bytes each.
     memory += parameters * 7 * 4 / chip.memory_bandwidth
     wires: dict[str, float] = {}
     for collective in sent:
@@ -140,9 +140,9 @@ def _products(config: Config, mesh: Mapping[str, int]) -> Iterator[_Product]:
 
 
 def _fans(config: Config, place: Place, cut: int) -> tuple[float, float]:
-    """How many terms a product sums, and how many sums it has for a token, on one device.
+    """Number of terms that a product sums, and of sums per token, on one device.
 
-    Of the two, `tensor` cuts that which is not the width of the residual stream.
+    `tensor` divides whichever of the two is not the width of the residual stream.
     """
     if place.site.logits:
         return config.model.width, config.model.vocab_size / cut
@@ -177,10 +177,10 @@ def _width(site: SitePolicy) -> int:
 
 
 def _wire_rate(axes: tuple[str, ...], mesh: Mapping[str, int], chip: Chip) -> float:
-    """Bytes a second at which one device of a group along these mesh axes sends.
+    """Bytes per second that one device of a group along these mesh axes sends.
 
-    A group that has k members in a node, and more outside, sends through k ports what a single
-    device would send through its own: hierarchical rings.
+    A group with k members in a node and others outside sends through k ports what a single device
+    would send through its own (hierarchical rings).
     """
     places = [[0]]
     stride = math.prod(mesh.values())

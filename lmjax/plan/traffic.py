@@ -1,4 +1,4 @@
-"""What a compiled step sends, by purpose, beside what it should send.
+"""Compares the traffic of a compiled step, by purpose, with the expected traffic.
 
 Knows the collectives of a program and the arithmetic.
 """
@@ -22,12 +22,12 @@ class Row:
 
     Attributes:
       purpose: one of `PURPOSES`; `other` is losses, norms and flags.
-      kind: of the collectives.
-      dtype: as HLO calls it.
+      kind: kind of the collectives.
+      dtype: HLO name of the dtype.
       axes: the mesh axes.
-      count: collectives in a step.
-      sent: bytes that a device sends in a step, as compiled.
-      expected: the same by arithmetic; 0 where the arithmetic knows none, as of `other`.
+      count: collectives per step.
+      sent: bytes that a device sends per step, as compiled.
+      expected: bytes expected by `arithmetic.py`; 0 where it expects none, as for `other`.
     """
 
     purpose: str
@@ -45,7 +45,7 @@ class Row:
 
 
 def purpose_of(collective: Collective) -> str:
-    """What a collective is for, from its axes, its dtype and the operation that it was made for."""
+    """Infers the purpose of a collective from its axes, dtype and source operation."""
     source, axes = collective.source, set(collective.axes)
     reduction = collective.kind in _REDUCTIONS
     if collective.bytes <= _SCALAR:
@@ -66,7 +66,7 @@ def purpose_of(collective: Collective) -> str:
 
 
 def compared(collectives: Iterable[Collective], expected: Iterable[Traffic]) -> list[Row]:
-    """A row for everything that is sent or should be, by purpose and then by size."""
+    """Returns a row for all traffic, compiled or expected, by purpose and then by size."""
     Key = tuple[str, str, str, tuple[str, ...]]
     counts: dict[Key, int] = {}
     sent: dict[Key, float] = {}
