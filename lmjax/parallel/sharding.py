@@ -123,7 +123,7 @@ def _spec(mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int]) 
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, axes: Any, state: Any) -> Any:
-    """The sharding of each array of a train state: copies of a parameter's tree follow it.
+    """The sharding of each array of a train state: what mirrors a parameter is sharded like it.
 
     Optimizers keep trees with the structure of the parameters (moments, some as values and scales)
     beside counters and scales. A leaf whose path contains a parameter's path and whose rank is the

@@ -1,4 +1,4 @@
-"""Training: config, state, step, loop. `make_train_step` and `train` are the way in."""
+"""Training: config, state, step, loop. Start with `make_train_step` and `train`."""
 
 from lmjax.errors import InputError, TrainingFailed
 from lmjax.runs.config import (

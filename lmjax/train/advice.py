@@ -1,6 +1,6 @@
-"""What a policy cannot do, said before the run starts instead of after it ended.
+"""Warns before a run starts about what its policy cannot do.
 
-Every warning gives its arithmetic. Nothing here stops a run: an ablation may want to see it fail.
+Every warning shows its arithmetic. None stops a run: an ablation may want to see it fail.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lmjax.runs.config import Config
 def warnings(config: Config) -> list[str]:
     """Reasons why a run may learn less than it seems to, one line each.
 
-    - *Lost updates.* AdamW moves a weight by about the learning rate. Rounded to nearest, a move of
-      less than half a unit in the last place of the weight changes nothing.
-    - *Stuck moments.* The second moment falls by at most the share 1 - b2 in a step. Stored in a
-      format whose spacing is wider than that, it cannot fall at all.
-    - *Small steps.* Weights of a unit-scaled model are of size 1, those of others of size 0.02:
-      with their learning rates it hardly moves.
-    - *Endless warm-up.* A warm-up as long as the run leaves no step at the peak or after it.
+    - *Lost updates.* AdamW moves a weight by about the learning rate. Under round to nearest, an
+      update of less than half a unit in the last place of the weight changes nothing.
+    - *Stuck moments.* The second moment falls by at most the fraction 1 - b2 per step. Stored in a
+      format with wider spacing, it cannot fall at all.
+    - *Small steps.* Weights of a unit-scaled model have size 1, other weights about 0.02: with the
+      learning rates of the latter it hardly moves.
+    - *Endless warm-up.* A warm-up as long as the run leaves no step at or after the peak.
 
-    A policy that changes with the step is judged phase by phase, each at the largest learning rate
-    that it will see.
+    A policy that changes with the step is checked phase by phase, each at its largest learning
+    rate.
     """
     if len(config.phases) == 1:
         rate = config.optimizer.learning_rate
@@ -43,7 +43,7 @@ def warnings(config: Config) -> list[str]:
 def _largest_rate(config: Config, start: int, end: int) -> float:
     """The largest learning rate of steps `start` to `end - 1`.
 
-    Schedules rise until the warm-up ends and never again.
+    Schedules rise until the warm-up ends and never afterwards.
     """
     peak = min(max(config.optimizer.warmup_steps, start), end - 1)
     return float(learning_rate_schedule(config.optimizer, config.steps)(peak))

@@ -1,4 +1,4 @@
-"""Held-out loss of a set of parameters."""
+"""The held-out loss of a set of parameters."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def held_out_loss(
 ) -> float:
     """Mean cross entropy in nats per token over the validation split.
 
-    Batches that the devices cannot divide evenly among themselves are filled up with rows of weight
-    0, so the number of devices changes the loss by rounding alone; with `deterministic_reductions`,
-    by nothing.
+    Batches that do not divide evenly among the devices are padded with rows of weight 0, so the
+    number of devices changes the loss only by rounding; with `deterministic_reductions`, not at
+    all.
 
     Args:
       eval_step: from `make_eval_step`.
       params: the parameters.
       corpus: the tokens.
-      config: resolved; gives context and rows of a batch.
+      config: resolved; sets context and batch rows.
       mesh: where to compute.
-      batches: how many, spread evenly over the split; 0: the whole split, each token once.
+      batches: number of batches, spread evenly over the split; 0: the whole split, each token once.
     """
     nats = tokens = np.zeros((), np.float64)
     share, shares = sharding.batch_share(mesh)
@@ -50,7 +50,7 @@ def held_out_loss(
     ):
         batch = sharding.global_batch(mesh, rows, shares)
         batch_nats, batch_tokens = eval_step(params, batch)
-        # Summed in f64: f32 would lose the small end of a long sum.
+        # Summed in f64: f32 would lose the small terms of a long sum.
         nats = nats + np.asarray(batch_nats, np.float64)
         tokens = tokens + np.asarray(batch_tokens, np.float64)
     return float(nats / tokens)

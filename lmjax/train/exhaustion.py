@@ -1,9 +1,9 @@
-"""Out of memory, in one line: what was asked for, what there is, and which fields help.
+"""Explains running out of memory in one line: requested and available bytes, and what helps.
 
-On CPU the operating system kills a process that takes more than there is, and leaves it no last
-word; so there a compiled step that cannot fit is refused before its first call.
+On CPU the operating system kills a process that takes too much memory without a message, so a
+compiled step that cannot fit is rejected before its first call.
 
-Knows how JAX, numpy and C++ say that memory is exhausted, and the config.
+Knows the config and how JAX, NumPy and C++ report exhausted memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNITS: Final = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12} | {
 
 
 def is_exhaustion(error: BaseException) -> bool:
-    """Whether an error says that memory is exhausted, on whatever device."""
+    """Whether an error reports exhausted memory, on any device."""
     if isinstance(error, OutOfMemory):
         return False
     return isinstance(error, MemoryError) or (
@@ -40,19 +40,19 @@ def is_exhaustion(error: BaseException) -> bool:
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """How many bytes were asked for in vain, if the error says so."""
+    """The number of bytes requested, if the error gives it."""
     found = ASKED.search(str(error))
     return None if found is None else int(float(found[1]) * UNITS[found[2].lower()])
 
 
 def explained(error: BaseException) -> str:
-    """An error of exhausted memory in a line."""
+    """An out-of-memory error in one line."""
     return _in_words(stages.stage_of(error) or "", asked_bytes(error))
 
 
 @contextmanager
 def exhaustion_explained(config: Config) -> Iterator[None]:
-    """A block that trains, in which exhausted memory becomes `OutOfMemory`, with advice."""
+    """A block that trains; out-of-memory errors become `OutOfMemory` with advice."""
     try:
         yield
     except Exception as error:
@@ -63,9 +63,9 @@ def exhaustion_explained(config: Config) -> Iterator[None]:
 
 
 def refuse_oversized(program: Any, config: Config) -> None:
-    """Raises `OutOfMemory` for a compiled step that this machine's CPU devices cannot hold.
+    """Raises `OutOfMemory` for a compiled step that does not fit this machine's CPU devices.
 
-    Accelerators say so themselves, when it is tried.
+    Accelerators report this themselves when the step runs.
     """
     devices = jax.local_devices()
     free, needs = free_bytes(devices[0]), program.memory_analysis()
@@ -100,7 +100,7 @@ def _advice(config: Config, asked: int | None) -> str:
 
 
 def _parts(config: Config, asked: int | None) -> int:
-    """Micro-batches that may fit: the next divisor of the batch, by what was asked and is there."""
+    """Micro-batches that may fit: the next divisor of the batch, from requested and free bytes."""
     free = free_bytes(jax.local_devices()[0])
     ratio = 2.0 if asked is None or not free else max(1.5 * asked / free, 2.0)
     least = min(math.ceil(config.micro_batches * ratio), config.batch_size)

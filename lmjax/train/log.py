@@ -1,6 +1,6 @@
-"""How long training takes, and the rows of the logged steps.
+"""The training clock, and the rows of logged steps.
 
-Knows the metrics that a step returns; nothing of how steps are computed.
+Knows the metrics that a step returns, not how steps are computed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lmjax.train.utilisation import Peak, flops_per_token, peak_memory_bytes
 
 
 class Clock:
-    """Seconds of training, over all processes of a run; monotonic, whatever the date is set to.
+    """Seconds of training over all processes of a run, from a monotonic clock.
 
     Args:
-      seconds: those before.
+      seconds: those of earlier processes.
     """
 
     def __init__(self, seconds: float):
@@ -31,20 +31,20 @@ class Clock:
         self._since = time.perf_counter()
 
     def pause(self) -> None:
-        """Counts the time since the last pause or resumption as training."""
+        """Counts the time since the last pause or resumption."""
         now = time.perf_counter()
         self.seconds, self._since = self.seconds + (now - self._since), now
 
     def resume(self) -> None:
-        """Does not count the time since the last pause."""
+        """Discards the time since the last pause."""
         self._since = time.perf_counter()
 
 
 class StepLog:
-    """Writes the rows of the logged steps, one step late.
+    """Writes the rows of logged steps, one step late.
 
     Attributes:
-      peak: what the devices can do in the phase that is running; None: not known.
+      peak: the devices' peak rate in the current phase; None: unknown.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class StepLog:
         self.report.note(f"step {step}  held-out loss {loss:.4f}")
 
     def flush(self) -> None:
-        """Waits for the remembered metrics, writes and shows them.
+        """Waits for the pending metrics, then writes and shows them.
 
         Raises:
-          NonFiniteGradients: the limit of skipped steps in a row is reached.
+          NonFiniteGradients: the limit of consecutive skipped steps was reached.
         """
         if self._waiting is None:
             return
@@ -98,7 +98,7 @@ class StepLog:
             row |= mechanisms(counts)
         self.writer.write(row)
         self.report.metrics(row)
-        # A run too short for the limit has still failed when it skipped every step.
+        # A run too short to reach the limit has still failed if it skipped every step.
         limit = min(self.config.loss_scale.max_consecutive_skips, self.config.steps)
         if skips >= limit and self.config.faults.non_finite != "skip":
             raise NonFiniteGradients(
@@ -112,7 +112,7 @@ class StepLog:
             )
 
     def _use(self, tokens_per_second: float) -> dict[str, float]:
-        """`mfu` and `peak_memory_bytes`, as far as they are known."""
+        """`mfu` and `peak_memory_bytes`, where known."""
         memory = peak_memory_bytes()
         use: dict[str, float] = {} if memory is None else {"peak_memory_bytes": memory}
         if self.peak is None:

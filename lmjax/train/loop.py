@@ -1,9 +1,9 @@
-"""Running an experiment: everything around the train step.
+"""The training loop: everything around the train step.
 
-`train` checks its input before it writes anything, finds or makes the run directory, restores the
-newest intact checkpoint, and calls the step until the planned length is reached or somebody asks it
-to stop. What a step computes is decided in step.py alone; where the policy changes with the step,
-the loop moves the state from one phase to the next and compiles that one's step.
+`train` validates its input before writing anything, finds or creates the run directory, restores
+the newest intact checkpoint, and runs steps until the planned length is reached or a stop is
+requested. step.py alone decides what a step computes; where the policy changes with the step, the
+loop converts the state from one phase to the next and compiles the new phase's step.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Outcome:
     """How a call of `train` ended.
 
     Attributes:
-      workdir: the run directory; of one in an object store, the copy on this machine.
-      step: the last step done.
-      result: content of `result.json`; None when the run was stopped before its planned length.
+      workdir: the run directory; for a run in an object store, the copy on this machine.
+      step: the last completed step.
+      result: content of `result.json`; None if the run stopped before its planned length.
     """
 
     workdir: Path
@@ -76,28 +76,28 @@ def train(
     stop: StopRequest | None = None,
     programs: Programs | None = None,
 ) -> Outcome:
-    """Trains, or goes on training, until the planned number of steps is done.
+    """Trains, or resumes training, until the planned number of steps is done.
 
     Args:
       config: what to compute.
-      workdir: the run directory; one that holds a started run of the same config is resumed. A
-        string such as `s3://BUCKET/RUN` is in an object store; see remote.py.
-      stop_after: stop with a checkpoint after this many steps of this call. The schedule stays
-        that of `config.steps`.
-      progress: show a progress bar, or lines where the output is no terminal.
-      stop: a request that the caller watches for, over several runs; by default this run takes
-        over the signals itself.
-      programs: compiled by runs before this one in the process, if any; keeps those of this one.
+      workdir: the run directory; a started run of the same config there is resumed. A string such
+        as `s3://BUCKET/RUN` names a place in an object store; see remote.py.
+      stop_after: stop with a checkpoint after this many steps of this call. The schedule still
+        follows `config.steps`.
+      progress: show a progress bar, or lines if the output is not a terminal.
+      stop: a stop request that the caller watches for, over several runs; by default this run
+        handles the signals itself.
+      programs: a cache of compiled programs, shared by runs of one process.
 
     Returns:
-      How it ended; `result` is None if it was stopped by `stop_after`, SIGINT or SIGTERM.
+      The outcome; `result` is None if `stop_after`, SIGINT or SIGTERM stopped the run.
 
     Raises:
       InputError: the config, the data or the directory cannot be used; nothing was written there.
-      TrainingFailed: too many steps in a row had non-finite gradients.
-      CheckpointError: no checkpoint is intact, or the newest holds something else.
+      TrainingFailed: too many consecutive steps had non-finite gradients.
+      CheckpointError: no checkpoint is intact, or the newest does not match the run.
       OutOfMemory: a device or the machine has less memory than the run needs.
-      StorageFailed: a file or an object cannot be written. What was complete before still is.
+      StorageFailed: a file or object cannot be written. Files completed before stay intact.
       ExcessPrecisionError: the backend drops roundings.
     """
     if stop_after is not None and stop_after < 1:
@@ -125,7 +125,7 @@ def train(
             while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
                 pass
         except TrainingFailed:
-            if is_first():  # how it diverged is what one wants to see
+            if is_first():  # the curves show how it diverged
                 draw(run)
             raise
         if finished:
@@ -140,7 +140,7 @@ def train(
 def _loop_or_rewind(
     run: Run, programs: Programs, stop: StopRequest, last: int, progress: bool
 ) -> bool | None:
-    """`_loop`; None if the run has rewound instead and the loop is to be entered again."""
+    """`_loop`; None if the run was rewound and the loop must be entered again."""
     try:
         return _loop(run, programs, stop, last, progress)
     except NonFiniteGradients as failure:
@@ -151,9 +151,9 @@ def _loop_or_rewind(
 
 
 def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: bool) -> bool:
-    """Steps until the run is done (True) or stopped with a checkpoint (False), at `last` or before.
+    """Runs steps until the run is done (True) or stopped with a checkpoint (False) by `last`.
 
-    A request to stop that came earlier, while the step was compiled, is met after one step.
+    A stop request that arrived earlier, during compilation, takes effect after one step.
     """
     config, first = run.config, run.step
     if first >= last:
@@ -205,8 +205,8 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
                     profiler.end()
                 run.clock.resume()
             report.dispatched(step, metrics["loss"])
-            # Fetching the metrics of the step before, now that this one is on its way, keeps the
-            # device busy.
+            # Fetching the previous step's metrics after dispatching this one keeps the device
+            # busy.
             log.flush()
             if config.is_logged(step):
                 log.pending(step, metrics)
@@ -230,10 +230,10 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
 
 
 def _enter_phase(run: Run, batch: Batch, programs: Programs) -> PhasePrograms:
-    """The programs of the phase that the next step belongs to.
+    """The programs of the next step's phase.
 
-    The state moves into that phase's formats now and not after its predecessor's last step, so that
-    a checkpoint, an evaluation or the end of a run there holds what the predecessor has made.
+    The state is converted to that phase's formats here, not after the previous phase's last step,
+    so a checkpoint, an evaluation or the end of a run there holds what the previous phase made.
     """
     left, entered = run.config.after(run.step), run.config.at(run.step)
     if left != entered:
@@ -249,7 +249,7 @@ def _phase_note(config: Config, step: int) -> str:
 
 
 def _introduction(run: Run) -> str:
-    """What is about to be computed, in a line."""
+    """Describes the run about to start in one line."""
     start = f"resuming {run.workdir} at step {run.step}" if run.step else f"starting {run.workdir}"
     devices = jax.devices()
     return (
@@ -260,7 +260,7 @@ def _introduction(run: Run) -> str:
 
 
 def _held_out_note(run: Run) -> str:
-    """Which text the held-out loss is of, and how to choose another."""
+    """Describes the text of the held-out loss, and how to choose another."""
     data, corpus = run.config.data, run.corpus
     files = ["--data.validation-files"] if data.dataset == "text_files" else []
     fraction = [] if data.validation_files else ["--data.validation-fraction"]
@@ -284,7 +284,7 @@ def _evaluate(run: Run, programs: Programs, log: StepLog) -> None:
 
 
 def _finish(run: Run, programs: Programs) -> dict[str, Any]:
-    """Evaluates on the whole validation split and writes `result.json`, unless that was done."""
+    """Evaluates the whole validation split and writes `result.json`, unless already done."""
     path = run.workdir / "result.json"
     if from_first(path.exists()):
         return strict_json.read(path)
@@ -293,7 +293,7 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
 
 
 def _held_out(run: Run, programs: Programs, *, batches: int = 0) -> float:
-    """The held-out loss of the parameters, computed in the phase that made them."""
+    """The held-out loss of the parameters, computed in the phase that produced them."""
     eval_step = programs.evaluation(run.config.after(run.step), run.mesh)
     return held_out_loss(
         eval_step, run.state.params, run.corpus, run.config, run.mesh, batches=batches

@@ -1,6 +1,6 @@
-"""Memory: how much is left, and on CPU kept for the next step once it is freed.
+"""Reports free memory, and on CPU keeps freed memory for the next step.
 
-Knows the C library, Linux and what JAX says of a device.
+Knows the C library, Linux and what JAX reports about a device.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import jax
 def keep_freed_memory() -> None:
     """Asks glibc to keep freed memory for the next step instead of returning it to the kernel.
 
-    XLA on CPU allocates a step's temporaries anew in every step. Given back each time, they cost a
-    page fault per 4 KiB: a third of the time of a small model's step. Elsewhere than on glibc
-    nothing happens.
+    XLA on CPU allocates the temporaries of each step separately. Returned to the kernel each time,
+    they cost a page fault per 4 KiB: a third of a small model's step time. Does nothing without
+    glibc.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
     with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -29,10 +29,10 @@ def keep_freed_memory() -> None:
 
 
 def free_bytes(device: jax.Device) -> int | None:
-    """How many bytes a program may still take on a device; None where nothing says so.
+    """The bytes that a program may still allocate on a device; None if unknown.
 
-    Of the machine's memory, Linux says what can be had without swapping (proc(5), MemAvailable),
-    and of a container's or a job's, what its control groups still allow (cgroups(7), version 2).
+    Linux gives the memory available without swapping (proc(5), MemAvailable); control groups give
+    what remains of a container's or a job's limit (cgroups(7), version 2).
     """
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
@@ -51,7 +51,7 @@ def _free_of_machine() -> int | None:
 
 
 def _free_of_groups(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
-    """What each limited control group of this process still allows; caches can be given up."""
+    """The bytes left in each limited control group of this process; caches can be reclaimed."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))

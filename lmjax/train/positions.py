@@ -1,4 +1,4 @@
-"""Where in the data the batches of the last steps are, for a run that may have to rewind.
+"""Data positions of recent steps, for a run that may have to rewind.
 
 Knows configs and the states of data iterators.
 """
@@ -12,7 +12,7 @@ from lmjax.runs.config import Config
 
 
 class Positions:
-    """Where in the data the batches of the last steps are, as many as a rewind may concern."""
+    """Data positions of the last steps, as many as a rewind may need."""
 
     def __init__(self, config: Config):
         wanted = config.loss_scale.max_consecutive_skips + config.log_every + 2
@@ -21,14 +21,14 @@ class Positions:
         )
 
     def note(self, step: int, data: Any) -> None:
-        """Remembers the state of the data iterator before it gives the batch of a step."""
+        """Records the state of the data iterator before it yields the batch of a step."""
         if self._states.maxlen:
             self._states.append((step, data.get_state()))
 
     def between(self, first: int, last: int) -> dict[int, Any]:
-        """What is known of the batches of steps `first` to `last`, by step."""
+        """The recorded positions of steps `first` to `last`, by step."""
         return {step: state for step, state in self._states if first <= step <= last}
 
     def clear(self) -> None:
-        """Forgets everything: the steps that follow have other batches."""
+        """Clears all positions: the steps that follow have other batches."""
         self._states.clear()

@@ -1,10 +1,10 @@
-"""The programs of a run: its steps, compiled for the devices that it runs on.
+"""A run's steps, compiled for its devices.
 
-Runs that differ in the seed alone execute the same programs, as a seed is an argument of them. So a
-process that trains many runs hands the same `Programs` to all, and traces, lowers and compiles each
+The seed is an argument of the programs, so runs that differ only in the seed share them. A process
+that trains many runs passes the same `Programs` to all, and traces, lowers and compiles each
 program once.
 
-Knows meshes, states and steps; nothing of the loop around them.
+Knows meshes, states and steps, not the loop around them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class PhasePrograms(NamedTuple):
 
 
 class Programs:
-    """Compiled steps by what they compute.
+    """A cache of compiled steps, keyed by what they compute.
 
-    Even a small model's take tens of megabytes, so those not asked for lately are dropped.
+    Even a small model's steps take tens of megabytes, so the least recently used are dropped.
 
     Args:
-      capacity: how many phases, and how many evaluations, are kept.
+      capacity: the number of phases, and of evaluations, to keep.
     """
 
     def __init__(self, capacity: int = 12) -> None:
@@ -49,9 +49,9 @@ class Programs:
         """The train steps of a phase.
 
         Args:
-          config: resolved, and of one phase; see `Config.at`.
+          config: resolved, for a single phase; see `Config.at`.
           mesh: where the steps are computed.
-          state, batch: what they are called with, or arrays of the same shapes and shardings.
+          state, batch: their arguments, or arrays with the same shapes and shardings.
         """
 
         def make() -> PhasePrograms:
@@ -71,7 +71,7 @@ class Programs:
     def _kept(
         self, made: dict[_Key, _Program], key: _Key, make: Callable[[], _Program]
     ) -> _Program:
-        """What was made for a key whatever its seed, or is now; the last one in its dict."""
+        """Returns the entry of a key, ignoring the seed, made if missing; moves it to the end."""
         key = dataclasses.replace(key[0], seed=0), key[1]
         program = made.pop(key) if key in made else make()
         made[key] = program

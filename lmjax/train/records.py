@@ -1,7 +1,7 @@
 """What a run leaves in its directory: rows, checkpoints, the result, the curves.
 
-The parts of the loop that know files. They take a `Run` with its state; nothing here knows how
-steps are computed.
+The parts of the loop that write files. They take a `Run` with its state and do not know how steps
+are computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lmjax.train.start import Run
 
 @contextmanager
 def failing_storage_explained(workdir: str | Path) -> Iterator[None]:
-    """Raises `StorageFailed` for what the operating system refuses in the block."""
+    """Turns operating-system errors of the block into `StorageFailed`."""
     try:
         yield
     except OSError as error:
@@ -47,14 +47,14 @@ def failing_storage_explained(workdir: str | Path) -> Iterator[None]:
 
 
 def record_start(run: Run) -> None:
-    """Writes where the steps to come are computed, unless there are none, and the tokenizer."""
+    """Writes the environment of the remaining steps, if there are any, and the tokenizer."""
     if run.step < run.config.steps and is_first():
         record_environment(run.workdir, run.config)
         run.corpus.tokenizer.save(run.workdir / "tokenizer.json")
 
 
 def writer_of(run: Run, *, telemetry: bool = False) -> MetricsWriter:
-    """What writes the rows of the steps after the run's last one."""
+    """The writer of rows for the steps after the run's last one."""
     if is_first():
         sinks = open_sinks(run.config.metrics, run.workdir, to_json(run.config), run.note)
         return MetricsWriter(run.workdir, run.step, telemetry=telemetry, sinks=sinks)
@@ -62,14 +62,14 @@ def writer_of(run: Run, *, telemetry: bool = False) -> MetricsWriter:
 
 
 def pause(run: Run) -> None:
-    """Waits for the last step; the time until the clock is resumed does not count."""
+    """Waits for the last step; stops counting time until the clock resumes."""
     jax.block_until_ready(run.state.params)
     run.clock.pause()
 
 
 def save(run: Run, log: StepLog) -> None:
-    """Writes a checkpoint in the background, once the rows up to it are written."""
-    # Saving waits for the step anyway; waiting first gives the step's time to the run.
+    """Writes a checkpoint in the background, after the rows up to it are written."""
+    # Saving waits for the step anyway; waiting first counts the step's time as training.
     pause(run)
     if not log.writer.flush():
         log.report.note("warning: rows of metrics.jsonl wait for a file system that hangs")
@@ -78,23 +78,23 @@ def save(run: Run, log: StepLog) -> None:
         "corpus": run.corpus.fingerprint,
         "rewinds": run.rewinds,
     }
-    # While steps are being skipped, the checkpoints from before are those to rewind to.
+    # While steps are skipped, keep the earlier checkpoints to rewind to.
     good = int(run.state.opt_state.consecutive_skips) == 0
     prune = good or run.config.faults.non_finite != "rewind"
     run.checkpoints.save(run.step, run.state, run.data.get_state(), progress, prune=prune)
 
 
 def record_result(run: Run, loss: float) -> dict[str, Any]:
-    """Writes the last row and `result.json` of a run that has done its steps.
+    """Writes the last row and `result.json` of a finished run.
 
-    The row may be there already, from a process killed before the result was.
+    The row may exist already, written by a process killed before it wrote the result.
 
     Args:
       run: as the last step left it.
-      loss: held out, over the whole validation split.
+      loss: held-out loss over the whole validation split.
 
     Returns:
-      The result, as it stands in the file.
+      The result, as written to the file.
     """
     config = run.config
     row = {"step": config.steps, "eval_loss": loss}
@@ -117,12 +117,12 @@ def record_result(run: Run, loss: float) -> dict[str, Any]:
 
 
 def draw(run: Run) -> None:
-    """Draws the curves of a run, and what its telemetry has counted, if anything."""
+    """Draws a run's curves, and its telemetry counts if there are any."""
     rows = read_rows(run.workdir / "metrics.jsonl")
     title = printable(f"{run.workdir.name}   {run.config.precision}")
     telemetry = read_rows(run.workdir / "telemetry.jsonl")
     with warnings.catch_warnings():
-        # A font without some glyph is nothing that the reader could mend.
+        # The reader cannot fix a font that lacks a glyph.
         warnings.simplefilter("ignore")
         if rows:
             with decoration("curves.png", run.note):

@@ -1,10 +1,10 @@
-"""Going back to the checkpoint before gradients became non-finite, and on with other text.
+"""Rewinds a run to a checkpoint from before gradients became non-finite, and skips that text.
 
-The state is that of the checkpoint; the position in the data stays behind the text that was being
-read, as PaLM was trained across its loss spikes (Chowdhery et al. 2022, section 5.1). Replaying the
-same text from the same state would end in the same place.
+The state comes from the checkpoint, while the data position stays after the text being read, as
+PaLM was trained across its loss spikes (Chowdhery et al. 2022, section 5.1). Replaying the same
+text from the same state would fail in the same way.
 
-Knows states, data and checkpoints; nothing of steps or files of metrics.
+Knows states, data and checkpoints, not steps or metrics files.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lmjax.train.start import Run
 
 
 def rewind(run: Run, failure: NonFiniteGradients) -> None:
-    """Moves a run back to an earlier state, and its data on to the text after the failure.
+    """Moves a run back to an earlier state, and its data past the text that failed.
 
-    The last step whose gradients were finite may be the one that spoiled the parameters, so the
-    newest checkpoint is taken that another finite step came after, now or before an earlier rewind.
-    Later ones are set aside.
+    The last step with finite gradients may have spoiled the parameters, so the run restores the
+    newest checkpoint followed by another finite step, now or before an earlier rewind. Later
+    checkpoints are set aside.
 
     Raises:
-      TrainingFailed: it has done so too often, or there is no such checkpoint.
+      TrainingFailed: it has rewound too often, or there is no such checkpoint.
     """
     limit = run.config.faults.max_rewinds
     if len(run.rewinds) >= limit:
@@ -40,7 +40,7 @@ def rewind(run: Run, failure: NonFiniteGradients) -> None:
         ) from failure
     run.checkpoints.wait()
     last_applied = failure.step - failure.skips
-    # A state that was rewound to is known to be good: it is the text after it that is not.
+    # A state already rewound to is known to be good: the fault lies in the text after it.
     first_suspect = last_applied + (last_applied in run.rewinds)
     step = run.checkpoints.newest_intact(before=first_suspect)
     if step is None:
@@ -53,7 +53,7 @@ def rewind(run: Run, failure: NonFiniteGradients) -> None:
     target = abstract_state(run.config.after(step), run.mesh)
     run.state = run.checkpoints.restore(step, target).state
     for position in run.positions.between(failure.step + 1, failure.step + 1).values():
-        run.data.set_state(position)  # of the batch whose step was on its way
+        run.data.set_state(position)  # of the batch whose step was already dispatched
     run.positions.clear()
     run.rewinds.append(step)
     run.note(
@@ -63,11 +63,11 @@ def rewind(run: Run, failure: NonFiniteGradients) -> None:
 
 
 def _record_batches(run: Run, first: int, last: int) -> Path:
-    """Writes the batches of some steps, those of all hosts.
+    """Writes the batches of some steps, from all hosts.
 
     Returns:
-      A `.npz` with `steps`, int32[n], and what batches hold, int32[n, batch_size, context] each.
-      After a resumption it starts with the first step of this process.
+      A `.npz` with `steps`, int32[n], and each array of the batches, int32[n, batch_size, context].
+      After a resumption it starts at this process's first step.
     """
     path = run.workdir / "rewound" / f"batches-{last}.npz"
     if is_first():

@@ -1,6 +1,6 @@
-"""From a config to a run that can step: what is checked, found and restored before the first step.
+"""From a config to a run ready to step: validation, and what is found and restored.
 
-Knows data, meshes, checkpoints and states; nothing of how steps are computed.
+Knows data, meshes, checkpoints and states, not how steps are computed.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from lmjax.train.positions import Positions
 
 @dataclass
 class Run:
-    """What the functions of a run share: its fixed parts, and those that move with it.
+    """What the functions of a run share: its fixed parts and its changing state.
 
     Attributes:
       config: resolved.
-      corpus: what it is trained on.
+      corpus: the training data.
       mesh: where it is computed.
       workdir: the run directory.
-      checkpoints: those in it.
-      note: says a line to whoever is watching.
+      checkpoints: of that directory.
+      note: shows a line to the user.
       data: the iterator of training batches.
       state: the train state.
       clock: seconds of training.
-      positions: where in the data the last batches are.
-      rewinds: the steps that it has gone back to, in order.
+      positions: data positions of the last batches.
+      rewinds: the steps that it was rewound to, in order.
     """
 
     config: Config
@@ -60,23 +60,23 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step done."""
+        """The last completed step."""
         return int(self.state.step)
 
 
 def checked_input(
     config: Config, progress: bool, workdir: Path | None = None
 ) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
-    """The resolved config, its corpus and its mesh; refuses what does not fit together.
+    """The resolved config, its corpus and its mesh; rejects parts that do not fit together.
 
-    What is cheap is checked first: the config, the run directory if it is here, the mesh.
+    Cheap checks come first: the config, the run directory if it is local, the mesh.
 
-    Where several processes train together, what one of them refuses all do, and so they do if they
-    are about to compute different things.
+    Among several processes, an error in one is raised in all, and so is a difference between what
+    they are about to compute.
     """
     with failing_together():
         config, corpus, mesh = _checked_here(config, progress, workdir)
-    # Each may have its cache where it likes.
+    # Each process may choose its own cache.
     config_of_all = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=""))
     refuse_unequal("flags", repr(config_of_all))
     refuse_unequal("text", corpus.fingerprint)
@@ -90,7 +90,7 @@ def _checked_here(
         config = config.resolved()
         refuse_missing(config.metrics)
         if workdir is not None and is_first():
-            # Before text is tokenized for hours.
+            # Check before tokenizing, which may take hours.
             refuse_unusable(workdir, config)
         _refuse_f64_without_x64(config)
         with stages.stage("starting JAX"):
@@ -114,7 +114,7 @@ def _checked_here(
 
 
 def _refuse_uneven_batches(config: Config, mesh: sharding.Mesh) -> None:
-    """Refuses batches that devices cannot divide; those of an evaluation are filled up instead."""
+    """Rejects batches that devices cannot divide; evaluation batches are padded instead."""
     rows, parts = config.batch_size // config.micro_batches, sharding.batch_parts(mesh)
     if rows % parts:
         raise ValueError(

@@ -1,14 +1,13 @@
-"""How much of what a machine can do a run does: model FLOP utilisation, and its peak memory.
+"""Model FLOP utilisation of a run, and its peak memory.
 
 Model FLOP per token are 6 N + 12 x layers x width x length, not halved for causality (Chowdhery et
-al. 2022, appendix B), whatever is computed again. N counts the parameters that are multiplied:
-without the table of positions, and without that of tokens unless it is the head too. The width is
-that of all heads.
+al. 2022, appendix B), regardless of recomputation. N counts the parameters that are multiplied: not
+the position table, nor the token table unless it is also the head. The width is that of all heads.
 
-They are divided by the peak of the products' format, taken at `mlp/up` of the first block: of known
-chips by their data sheets (`lmjax/chips.py`); of other machines, CPUs above all, the rate of a
-square product measured here, once for each machine, format and version of JAX. It is the rate of
-all threads that a process has, however many devices it pretends to have.
+They are divided by the peak rate of the products' format, taken at `mlp/up` of the first block.
+Known chips use their data sheets (`lmjax/chips.py`); other machines, mainly CPUs, use the rate of a
+square product measured here, once per machine, format and JAX version. It is the rate of all
+threads of a process, however many devices it emulates.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from lmjax.precision.policy import carrier
 from lmjax.runs.config import Config
 
 ROWS: Final = {"cpu": 512}
-"""Of the measured product; elsewhere `ROWS_ELSEWHERE`."""
+"""For the measured product on CPU; elsewhere `ROWS_ELSEWHERE`."""
 
 ROWS_ELSEWHERE: Final = 4096
 REPETITIONS: Final = 7
@@ -46,12 +45,12 @@ REPETITIONS: Final = 7
 
 @dataclass(frozen=True)
 class Peak:
-    """What the devices of a run can do at most.
+    """The peak rate of a run's devices.
 
     Attributes:
-      flops: floating-point operations a second of products, all devices together.
+      flops: floating-point operations per second of products, over all devices.
       format: of the operands.
-      source: where the rate comes from: a chip, or a measurement.
+      source: of the rate: a chip, or a measurement.
     """
 
     flops: float
@@ -59,12 +58,12 @@ class Peak:
     source: str
 
     def __str__(self) -> str:
-        """In words, such as `210 GFLOP/s of f16 products (measured)`."""
+        """Describes the rate, such as `210 GFLOP/s of f16 products (measured)`."""
         return f"{_rate(self.flops)} of {self.format} products ({self.source})"
 
 
 def flops_per_token(model: ModelConfig, context: int) -> int:
-    """Model FLOP of training on one token; see the head of this file."""
+    """Model FLOP of training on one token; see the module docstring."""
     params = dict(structure(model)[1])
     params.pop("positions", None)
     if not model.tied:
@@ -77,11 +76,11 @@ def peak_of(config: Config, mesh: Mesh) -> Peak | None:
     """The peak of the devices of a mesh in the format of a config's products.
 
     Args:
-      config: resolved, and of one phase; says the format, and where measurements are kept.
+      config: resolved, for a single phase; gives the format and where measurements are cached.
       mesh: the devices.
 
     Returns:
-      The peak; None if nothing says it, and it cannot be measured.
+      The peak; None if it is unknown and cannot be measured.
     """
     name = product_format(config)
     device = mesh.devices.flat[0]
@@ -92,7 +91,7 @@ def peak_of(config: Config, mesh: Mesh) -> Peak | None:
     dtype = "f32" if name in ("tf32", "fp8") else name
     try:
         rate = _remembered(config.data.cache_path, device, dtype, lambda: measured(device, dtype))
-    except Exception:  # utilisation is a column of a log; no run ends for it
+    except Exception:  # utilisation is only a log column; it must not end a run
         return None
     return Peak(rate * parts, dtype, "measured")
 
@@ -112,11 +111,11 @@ def product_format(config: Config) -> str:
 
 
 def measured(device: jax.Device, name: str) -> float:
-    """FLOP/s of a square product on a device, the faster of two ways; takes well under a second.
+    """FLOP/s of a square product on a device, by the faster of two methods; well under a second.
 
     Args:
       device: where.
-      name: format of the operands; the other way is the same operands widened to f32 before.
+      name: format of the operands; the other method first widens them to f32.
     """
     rows = ROWS.get(device.platform, ROWS_ELSEWHERE)
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16, "f64": jnp.float64}[name]
@@ -136,7 +135,7 @@ def measured(device: jax.Device, name: str) -> float:
 
 
 def _remembered(cache: Path, device: jax.Device, name: str, measure: Callable[[], float]) -> float:
-    """A rate from the cache, or else measured and kept there if it can be written."""
+    """Reads a rate from the cache, or measures it and caches it if writable."""
     threads = os.environ.get("PJRT_NPROC") or str(os.cpu_count())
     what = (platform.node(), platform.processor(), device.device_kind, threads, name)
     key = hashlib.sha256("\0".join((*what, jax.__version__)).encode()).hexdigest()[:16]
@@ -155,7 +154,7 @@ def _remembered(cache: Path, device: jax.Device, name: str, measure: Callable[[]
 
 
 def peak_memory_bytes() -> int | None:
-    """The most memory that one device of this process has held; on CPU, the whole process."""
+    """Peak memory of one device of this process in bytes; on CPU, of the whole process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in _local()]
     known = [peak for peak in peaks if peak]
     if known:
