@@ -1,1 +1,1 @@
-"""What a command shows and obeys: stages, progress, streams, signals."""
+"""Terminal output and signals of a command: stages, progress, streams, interrupts."""

@@ -1,6 +1,6 @@
-"""Pictures, samples and the like: worth having, and never what decides how a run ends.
+"""Optional output, such as pictures and samples, whose failure must not end a run.
 
-Knows nothing of what is drawn.
+Knows nothing about what is drawn.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lmjax.files.filenames import printable
 
 @contextlib.contextmanager
 def decoration(what: str, note: Callable[[str], None] = say) -> Iterator[None]:
-    """A block that makes something to look at; where it fails, a line says so, and that is all.
+    """A block that makes optional output; a failure only prints a warning.
 
     Args:
       what: completes `could not draw ...`, such as `curves.png`.
-      note: says a line to whoever is watching.
+      note: shows a line to the user.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""How a command obeys SIGINT (Ctrl-C) and SIGTERM, whatever its main thread is doing.
+"""How a command handles SIGINT (Ctrl-C) and SIGTERM, whatever its main thread is doing.
 
-Python runs signal handlers in the main thread, between two instructions: not while that thread is
-inside XLA's compiler. So `watch` has a thread of its own woken by each signal.
+Python runs signal handlers in the main thread between two instructions, so not while that thread is
+inside XLA's compiler. Instead, each signal wakes a separate thread of `watch`.
 
     while importing      the command ends at once
     while it listens     `listen`: a training run decides; see `console/signals.py`
@@ -9,7 +9,7 @@ inside XLA's compiler. So `watch` has a thread of its own woken by each signal.
                          some seconds later, or gets a second signal, ends at once
 
 Exit codes are those of a shell: 130 for SIGINT, 143 for SIGTERM. Ending at once leaves files as a
-killed process does, which is what they are made for. Imports the standard library alone.
+killed process does, which they are designed to survive. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Listener = Callable[[int], None]
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ends the command.
+    """Raised when a signal ends the command.
 
     Attributes:
       number: of the signal.
@@ -45,12 +45,12 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """As a shell reports a process that a signal has ended."""
+        """The exit code that a shell reports for a process ended by a signal."""
         return 128 + self.number
 
 
 class _Watch:
-    """The state of this process."""
+    """The signal state of this process."""
 
     def __init__(self) -> None:
         self.active = False
@@ -61,7 +61,7 @@ class _Watch:
         self._signalled = False
 
     def start(self) -> None:
-        """Takes over the signals."""
+        """Installs the handlers."""
         if self.active or threading.current_thread() is not threading.main_thread():
             return
         self.active = True
@@ -97,7 +97,7 @@ _watch = _Watch()
 
 
 def watch() -> None:
-    """Takes over SIGINT and SIGTERM of this process; must be called in its main thread."""
+    """Handles SIGINT and SIGTERM of this process; call it in the main thread."""
     _watch.start()
 
 
@@ -108,7 +108,7 @@ def watching() -> bool:
 
 @contextmanager
 def catching() -> Iterator[None]:
-    """A block that `Interrupted` may be raised in, because somebody catches it."""
+    """A block in which `Interrupted` may be raised, because the caller catches it."""
     before, _watch.catching = _watch.catching, True
     try:
         yield
@@ -118,7 +118,7 @@ def catching() -> Iterator[None]:
 
 @contextmanager
 def listen(listener: Listener) -> Iterator[None]:
-    """A block in which signals are a listener's affair; it is called in another thread."""
+    """A block in which signals go to a listener, called in another thread."""
     _watch.listeners.append(listener)
     try:
         yield
@@ -128,7 +128,7 @@ def listen(listener: Listener) -> Iterator[None]:
 
 @contextmanager
 def cleaning_up(cleanup: Callable[[], None]) -> Iterator[None]:
-    """A block that `leave` ends with a call, to stop other processes for example."""
+    """A block during which `leave` makes a final call, for example to stop other processes."""
     _watch.cleanups.append(cleanup)
     try:
         yield
@@ -137,7 +137,7 @@ def cleaning_up(cleanup: Callable[[], None]) -> Iterator[None]:
 
 
 def leave(number: int) -> None:
-    """Ends the process at once, for a signal."""
+    """Ends the process at once because of a signal."""
     try:
         for cleanup in _watch.cleanups:
             cleanup()
@@ -147,12 +147,12 @@ def leave(number: int) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line on stderr, past whatever holds its lock, and leaves a terminal usable."""
+    """Prints a line on stderr without taking its lock, and restores the terminal."""
     terminal = sys.__stderr__ is not None and sys.__stderr__.isatty()
     start = stages.CLEAR + SHOW_CURSOR if terminal else ""
     try:
         os.write(2, f"{start}{text}\n".encode())
-    except OSError:  # nobody reads it any more
+    except OSError:  # the reader is gone
         return
 
 

@@ -1,7 +1,7 @@
-"""The first thing a command does: it says that it is importing, and obeys Ctrl-C.
+"""The first code of a command: reports that it is importing, and handles Ctrl-C.
 
-Importing JAX and the libraries around it takes from two seconds to a minute. Imports the standard
-library alone.
+Importing JAX and related libraries takes two seconds to a minute. Imports the standard library
+only.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 from lmjax.console import interrupts, stages
 
 RANKS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-"""Variables in which launchers number the processes of a run; the first one speaks for all."""
+"""Variables in which launchers number the processes of a run; only the first process prints."""
 
 
 def begin() -> None:
-    """Makes this process a command; the imports that follow are its first stage.
+    """Makes this process a command, with the following imports as its first stage.
 
-    Does nothing when it is one already.
+    Does nothing if it is one already.
     """
     if interrupts.watching():
         return

@@ -1,6 +1,6 @@
-"""What a person sees while a run trains.
+"""What the user sees while a run trains.
 
-In a terminal or a notebook, a live bar; elsewhere (a log file, CI) one line every few seconds.
+A live bar in a terminal or a notebook; elsewhere (a log file, CI) one line every few seconds.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Bar(Progress):
-    """A bar that looks before each drawing for what has been done since the last one."""
+    """A bar that updates itself before each drawing."""
 
     look: Callable[[], None] = staticmethod(lambda: None)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """What is drawn."""
+        """The rendered bar."""
         self.look()
         return super().get_renderables()
 
 
 class Reporter:
-    """Shows the course of a run; a context manager, silent when `enabled` is false."""
+    """Shows the progress of a run; a context manager, silent if `enabled` is false."""
 
     def __init__(self, first_step: int, steps: int, *, enabled: bool = True):
         self._console = Console(stderr=True, highlight=False, emoji=False, quiet=not enabled)
@@ -71,24 +71,24 @@ class Reporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leaves the bar where it is."""
+        """Stops the bar and leaves it visible."""
         self._bar.stop()
         self._stack.close()
 
     def dispatched(self, step: int, loss: jax.Array) -> None:
-        """Remembers a step that devices may still be computing; the bar shows it when it is done.
+        """Registers a step that devices may still be computing; the bar shows it once done.
 
         Args:
-          step: which one.
-          loss: its loss, which is ready when the step is done.
+          step: its number.
+          loss: its loss, ready when the step is done.
         """
         self._on_their_way.append((step, loss))
         self._look()
 
     def _look(self) -> None:
-        """Moves the bar to the last step that is done."""
+        """Advances the bar to the last completed step."""
         done = None
-        with contextlib.suppress(IndexError):  # two threads look
+        with contextlib.suppress(IndexError):  # two threads may look
             while self._on_their_way[0][1].is_ready():  # type: ignore[attr-defined]
                 done, _ = self._on_their_way.popleft()
         if done is not None:
@@ -96,7 +96,7 @@ class Reporter:
 
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
-        """A block between two steps, which the bar names."""
+        """A block between two steps, named by the bar."""
         self._bar.update(self._task, metrics=text)
         try:
             with stages.stage(text):
@@ -123,12 +123,12 @@ class Reporter:
             self.note(f"step {row['step']}/{self._steps}  {text}")
 
     def note(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a permanent line."""
         self._console.print(printable(text), markup=False, soft_wrap=True)
 
 
 def say(text: str, *, enabled: bool = True) -> None:
-    """Prints a line that stays, where no reporter is at work."""
+    """Prints a permanent line when no reporter is active."""
     Console(stderr=True, highlight=False, emoji=False, quiet=not enabled).print(
         printable(text), markup=False, soft_wrap=True
     )

@@ -1,4 +1,4 @@
-"""Stopping a run on request: SIGINT and SIGTERM ask for a checkpoint and a clean end."""
+"""Stopping a run on request: SIGINT and SIGTERM ask for a checkpoint and a clean exit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lmjax.console import interrupts, stages
 
 
 class StopRequest:
-    """A context manager in which the first SIGINT or SIGTERM is noted instead of obeyed.
+    """A context manager in which the first SIGINT or SIGTERM only requests a stop.
 
-    It is acknowledged at once, by a line that says what will happen. A second one ends a command
-    at once, even while its main thread compiles; where the process is not a command (a notebook, a
-    script), it gets the usual treatment. Outside the main thread Python does not allow handlers;
-    nothing is changed there.
+    A line acknowledges it at once and says what will happen. A second signal ends a command at
+    once, even while its main thread compiles; in a process that is not a command (a notebook, a
+    script) it has its usual effect. Python allows handlers only in the main thread; elsewhere
+    nothing changes.
 
     Args:
       promise: what the first signal leads to.
       at_once: called before a second signal ends the process.
 
     Attributes:
-      received: the name of the first signal; None: there was none.
-      promise: as above; may be changed as the run goes on.
+      received: the name of the first signal; None if there was none.
+      promise: as above; may change during the run.
     """
 
     SIGNALS = interrupts.SIGNALS
@@ -44,7 +44,7 @@ class StopRequest:
         self._stack = ExitStack()
 
     def __enter__(self) -> StopRequest:
-        """Takes over the signals."""
+        """Installs the handlers."""
         if interrupts.watching():
             self._stack.enter_context(interrupts.listen(self._heard))
             if self._at_once is not None:
@@ -59,13 +59,13 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Gives the signals back."""
+        """Restores the previous handlers."""
         self._stack.close()
         self._give_back()
 
     @contextmanager
     def acknowledged_by(self, say: Callable[[str], None]) -> Iterator[None]:
-        """A block in which the acknowledgement is said so, for example beside a live bar."""
+        """A block in which `say` prints the acknowledgement, for example beside a live bar."""
         before, self._say = self._say, say
         try:
             yield
@@ -73,7 +73,7 @@ class StopRequest:
             self._say = before
 
     def _heard(self, number: int) -> None:
-        """A signal of a command, in a thread of its own."""
+        """Handles a command's signal, in a separate thread."""
         if self.received is not None:
             interrupts.leave(number)
         self.received = signal.Signals(number).name
@@ -82,7 +82,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
         self._give_back()
-        # Not here: the main thread may be in the middle of printing.
+        # Do not print here: the main thread may be in the middle of printing.
         threading.Thread(target=self._acknowledge, daemon=True).start()
 
     def _acknowledge(self) -> None:

@@ -1,14 +1,14 @@
-"""What a command is doing while it has nothing else to show: a line with a clock.
+"""What a command is currently doing, shown as a line with a clock.
 
     with stage("reading the text"):
         ...
 
 In a terminal the line is live and disappears when the stage ends. Elsewhere (a pipe, a log file) a
-stage that lasts is announced by a plain line, stamped with the seconds since the command started,
-and again every half minute. Nothing is shown before `show` is called, which commands do and
-libraries and notebooks do not; the stages are known all the same.
+long stage is announced by a plain line, stamped with the seconds since the command started, and
+again every half minute. Nothing is shown before `show` is called, which commands do and libraries
+and notebooks do not; stages are tracked regardless.
 
-Imports the standard library alone, because importing is the first stage.
+Imports the standard library only, because importing is the first stage.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SECONDS_BETWEEN_DRAWINGS: Final = 0.25
 SECONDS_BETWEEN_LINES: Final = 30.0
 
 PATIENCE: Final = {IMPORTING: 2.5}
-"""Seconds after which a stage is announced where there is no terminal, if not `USUAL_PATIENCE`:
-flags are checked when importing is done, and a complaint about them is one line."""
+"""Seconds before a stage is announced without a terminal, if not `USUAL_PATIENCE`: flags are
+checked after importing, and a complaint about them stays one line."""
 
 USUAL_PATIENCE: Final = 1.0
 
@@ -38,7 +38,7 @@ CLEAR: Final = "\r\x1b[K"
 
 
 class _Stage:
-    """A stage that is going on; `due` is when it is next announced without a terminal."""
+    """An active stage; `due` is when it is next announced without a terminal."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -47,24 +47,24 @@ class _Stage:
 
 
 class _ClearedStream:
-    """A stream to a terminal: what is written to it first removes the live line."""
+    """A stream to a terminal; writing to it first removes the live line."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes where the live line was."""
+        """Writes in place of the live line."""
         with _line.lock:
             _line.erase()
             return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the stream's."""
+        """Delegates everything else to the stream."""
         return getattr(self._stream, name)
 
 
 class _Line:
-    """The line of this process, and the stages that are going on, the innermost last."""
+    """The live line of this process and its active stages, innermost last."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -76,7 +76,7 @@ class _Line:
         self._drawn = False
 
     def show(self) -> None:
-        """Shows the stages from now on."""
+        """Starts showing stages."""
         if self._stream is not None or sys.stderr is None:
             return
         self._stream = sys.stderr
@@ -88,7 +88,7 @@ class _Line:
         threading.Thread(target=self._keep_updated, name="stages", daemon=True).start()
 
     def update(self) -> None:
-        """Draws the innermost stage, or announces it if that is due."""
+        """Draws the innermost stage, or announces it when due."""
         with self.lock:
             if self._stream is None or not self.stages:
                 return
@@ -102,7 +102,7 @@ class _Line:
                 stage.due = now + SECONDS_BETWEEN_LINES
 
     def erase(self) -> None:
-        """Removes the live line, if it is there."""
+        """Removes the live line, if shown."""
         if self._drawn:
             self._drawn = False
             self._put(CLEAR)
@@ -113,7 +113,7 @@ class _Line:
         self._put(f"{CLEAR}{stage.text} ... {now - stage.since:.0f} s"[: width + len(CLEAR)])
 
     def _put(self, text: str) -> None:
-        """Writes; a stream that is gone or cannot hold the text does not end a run."""
+        """Writes; a closed stream or one that cannot encode the text does not end a run."""
         try:
             self._stream.write(text)
             self._stream.flush()
@@ -136,7 +136,7 @@ _line = _Line()
 
 
 def show() -> None:
-    """Shows the stages of this process on stderr from now on."""
+    """Starts showing the stages of this process on stderr."""
     _line.show()
 
 
@@ -148,7 +148,7 @@ def begin(text: str) -> None:
 
 
 def end(text: str) -> None:
-    """Ends the innermost stage of this text, if it is going on."""
+    """Ends the innermost stage with this text, if active."""
     with _line.lock:
         for index in reversed(range(len(_line.stages))):
             if _line.stages[index].text == text:
@@ -159,7 +159,7 @@ def end(text: str) -> None:
 
 @contextmanager
 def stage(text: str) -> Iterator[None]:
-    """A stage for the length of a block; an error that leaves it says in which stage it arose."""
+    """A stage for the length of a block; errors that leave it record the stage."""
     begin(text)
     try:
         yield
@@ -185,7 +185,7 @@ def current() -> str | None:
 
 @contextmanager
 def hidden() -> Iterator[None]:
-    """A block in which something else is live in the terminal."""
+    """A block in which something else draws live in the terminal."""
     with _line.lock:
         _line.hidden += 1
         _line.erase()

@@ -1,9 +1,9 @@
-"""Standard output and error that cannot end a command: terminals show what they can.
+"""Standard output and error that cannot end a command.
 
-A terminal may lack characters, a reader may leave (`| head -1`), a disk under `> log` may be full,
-and a service may start a process without streams. None of that is a reason for a run to stop. Where
-what is printed is the result of a command, `Stream.failure` tells that it did not arrive. Imports
-the standard library only.
+A terminal may lack characters, a reader may close the pipe (`| head -1`), the disk under `> log`
+may be full, and a service may start a process without streams. None of these should stop a run.
+Where the output is the command's result, `Stream.failure` reports that it was lost. Imports the
+standard library only.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any, TextIO
 
 
 class Stream:
-    """A text stream that takes everything: characters it cannot encode become escapes.
+    """A text stream that accepts everything: characters it cannot encode are escaped.
 
-    What goes wrong is remembered in `failure`, and from then on nothing is written.
+    The first error is kept in `failure`; afterwards nothing is written.
     """
 
     def __init__(self, stream: TextIO):
@@ -53,7 +53,7 @@ class Stream:
             yield
         except OSError as error:
             self.failure = error
-            # What is left in the buffer must not fail again when the interpreter ends.
+            # The rest of the buffer must not fail again when the interpreter exits.
             with contextlib.suppress(OSError, ValueError):
                 _point_to_nothing(self._stream.fileno())
 
@@ -63,7 +63,7 @@ class Stream:
 
 @contextlib.contextmanager
 def tolerant() -> Iterator[Stream]:
-    """A block in which nothing that is printed can fail; yields its standard output."""
+    """A block in which printing cannot fail; yields its standard output."""
     before = sys.stdout, sys.stderr
     _open_what_is_closed()
     with contextlib.ExitStack() as stack:
@@ -81,7 +81,7 @@ def tolerant() -> Iterator[Stream]:
 
 
 def _open_what_is_closed() -> None:
-    """Gives the numbers 0 to 2 to nothing, lest a file of the run gets one and is printed into."""
+    """Occupies closed descriptors 0 to 2, so that no file of the run gets one and is printed to."""
     for number in range(3):
         try:
             os.fstat(number)

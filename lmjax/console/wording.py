@@ -1,4 +1,4 @@
-"""Words that messages of all rooms share. Knows nothing else of lmjax."""
+"""Wording shared by messages of all rooms. Depends on nothing else in lmjax."""
 
 from __future__ import annotations
 
