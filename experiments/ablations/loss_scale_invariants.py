@@ -93,7 +93,7 @@ def resume() -> Finding:
         train(config, stopped, progress=False)
         undisturbed, resumed = _logged_scales(whole), _logged_scales(stopped)
     return holds(
-        "a resumed run goes on with the loss scale that it had",
+        "a resumed run continues with the loss scale that it had",
         f"scale {resumed[0]:g} at first and {resumed[-1]:g} at the end; {undisturbed[-1]:g} in a "
         "run that was not stopped",
         resumed == undisturbed and resumed[-1] > resumed[0],

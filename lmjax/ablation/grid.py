@@ -121,7 +121,7 @@ class Ablation:
         for name in self.varies:
             if not any(field == name or field.startswith(name + ".") for field in known):
                 raise ValueError(
-                    f"varies names {name!r}, which is no field of a config; write dotted names, "
+                    f"varies names {name!r}, which is not a field of a config; write dotted names, "
                     "such as optimizer.learning_rate"
                 )
 
@@ -306,7 +306,7 @@ def read_state(run: Path, metric: str) -> State:
         value = float(values[metric])
     except (KeyError, ValueError) as error:
         raise InputError(
-            f"{metric} is no number in {result}; the metric must be one of {', '.join(values)}"
+            f"{metric} is not a number in {result}; the metric must be one of {', '.join(values)}"
         ) from error
     if not math.isfinite(value):
         return State("failed", math.nan, f"{metric} is {value}", values["steps"])
@@ -393,7 +393,7 @@ def read_ablation(path: Path) -> Ablation:
         return Ablation(**values)
     except OSError as error:
         raise InputError(
-            f"{path.parent} is no directory of an ablation: {path.name} cannot be read "
+            f"{path.parent} is not the directory of an ablation: {path.name} cannot be read "
             f"({error.strerror})"
         ) from error
     except (ValueError, TypeError, KeyError) as error:

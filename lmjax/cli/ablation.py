@@ -36,7 +36,7 @@ class Launch:
     """Flags of an ablation: where it is, how long its runs are, and who computes them."""
 
     workdir: UserPath
-    """The ablation's directory; the same command again goes on with what is in it."""
+    """The ablation's directory; the same command again resumes what is in it."""
     processes: Annotated[int, at_least(1)] = 1
     """Runs at a time, each in a process of its own."""
     threads: Annotated[int, at_least(1)] = 1
@@ -99,12 +99,13 @@ def _run_ablation(
             slurm=options,
         )
     except AblationError as error:
-        print(f"error: {error}; run the same command again to go on", file=sys.stderr)
+        print(f"error: {error}; run the same command again to resume", file=sys.stderr)
         return FAILED
     _print_cells(outcome.ablation, outcome.cells)
     if outcome.stopped_by is not None:
         print(
-            f"stopped by {outcome.stopped_by}; run the same command again to go on", file=sys.stderr
+            f"stopped by {outcome.stopped_by}; run the same command again to resume",
+            file=sys.stderr,
         )
         return STOPPED
     _print_report(outcome.ablation, outcome.cells, launch.workdir)
@@ -175,7 +176,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in text.split(","))
     except ValueError as error:
-        raise InputError(f"--seeds {text!r} is no list of numbers such as 0,1,2") from error
+        raise InputError(f"--seeds {text!r} is not a list of numbers such as 0,1,2") from error
 
 
 def _slurm_options(launch: Launch) -> dict[str, Any] | None:

@@ -127,7 +127,7 @@ def _ended(outcomes: Iterator[Ended]) -> Ended:
     try:
         return next(outcomes)
     except AblationError as error:
-        raise TrainingFailed(f"{error}; run the same command again to go on") from error
+        raise TrainingFailed(f"{error}; run the same command again to resume") from error
 
 
 def _runs(ended: Ended | None) -> tuple[Ablation | None, tuple[Cell, ...]]:

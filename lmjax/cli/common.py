@@ -68,8 +68,8 @@ class Launch:
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     workdir: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    """The run directory; the same command again goes on with the run in it. s3://BUCKET/RUN and
-    gs://BUCKET/RUN are in an object store: any machine goes on with the run there."""
+    """The run directory; the same command again resumes the run in it. s3://BUCKET/RUN and
+    gs://BUCKET/RUN are in an object store: any machine can resume the run there."""
     config_file: Annotated[str, tyro.conf.arg(name=NAMED["config_file"], metavar="FILE")] = ""
     """Settings to start from, which other flags override: the config.json of a run, or a part."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -123,7 +123,7 @@ def resume_run(arguments: Sequence[str]) -> int:
     default = Launch(config=reopened(recorded), workdir=run)
     launch = parsed(Launch, with_file(arguments[1:]), default=default, command=RESUME)
     if launch.workdir != run:
-        raise InputError(f"{RESUME} goes on in RUN itself; leave --workdir out")
+        raise InputError(f"{RESUME} resumes in RUN itself; leave out --workdir")
     if result is not None:
         print(
             f"{run} is finished: held-out loss {float(result['eval_loss']):.4f} nats per token "

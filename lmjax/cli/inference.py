@@ -42,7 +42,7 @@ def generate(
       tokens: Most tokens to generate.
       temperature: Divides the logits; 0 takes the likeliest token.
       top_k: Draw from this many likeliest tokens only; 0: from all.
-      seed: Of the draws, from 0 to 2^64 - 1. The same seed gives the same text.
+      seed: Seed of the random draws, 0 to 2^64 - 1. The same seed gives the same text.
       precision: Policy to compute with, if not the run's own.
       json: Print JSON.
     """

@@ -263,7 +263,7 @@ def reproduce(
       all: All of them.
       quick: Those that take ten minutes together on two cores.
       large: The size of the paper, on the hardware that the list names.
-      workdir: Where runs and reports go; the same command again goes on with what is there.
+      workdir: Where runs and reports go; the same command again resumes what is there.
       processes: Runs at a time, each in a process of its own.
       seeds: Which seeds, such as 0,1,2, if not the claim's own.
       json: Print JSON.
@@ -350,5 +350,5 @@ def load_experiment(name: str) -> Config:
             f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
         ) from error
     if not callable(getattr(module, "config", None)):
-        raise InputError(f"{name} is no experiment: it defines no config()")
+        raise InputError(f"{name} is not an experiment: it does not define config()")
     return module.config()

@@ -63,7 +63,7 @@ def _read(path: Path) -> dict[str, str]:
         raise Damaged(f"{NAME} cannot be read ({error})") from error
     matches = [LINE.fullmatch(line) for line in text.split("\n")[:-1]]
     if not matches or None in matches or not text.endswith("\n"):
-        raise Damaged(f"{NAME} is no list of digests")
+        raise Damaged(f"{NAME} is not a list of digests")
     return {match[2]: match[1] for match in matches if match}
 
 

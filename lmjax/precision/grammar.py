@@ -264,7 +264,7 @@ def _parse_rule(text: str, segment: str, start: int) -> Rule:
     broken = re.search(r"\s|^/|//|/$", stripped)
     if broken:
         raise PolicyError(
-            f"'{stripped}' is no path pattern; write components separated by single slashes",
+            f"'{stripped}' is not a path pattern; write components separated by single slashes",
             text=text,
             position=position + broken.start(),
         )
@@ -307,7 +307,7 @@ def _parse_value(text: str, key: str, value: str, position: int, also: tuple[str
         close = difflib.get_close_matches(value, known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else str(error)
         raise PolicyError(
-            f"'{value}' is no value of '{key}' ({KEYS[key].tensor}); {hint}",
+            f"'{value}' is not a valid value of '{key}' ({KEYS[key].tensor}); {hint}",
             text=text,
             position=position,
         ) from error

@@ -250,7 +250,7 @@ class Checkpoints:
             left = "none is complete" if latest is None else f"that of step {latest} is complete"
             raise StorageFailed(
                 f"the checkpoint of step {step} could not be written: {reason}; {left}. Once that "
-                "is mended, the same command goes on from there"
+                "is mended, the same command resumes from there"
             ) from error
 
     def restore(self, step: int, target: TrainState, *, allow_cast: bool = False) -> Restored:

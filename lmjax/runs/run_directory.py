@@ -186,7 +186,7 @@ def read_config(workdir: Path) -> Config:
         return from_json(strict_json.read(path))
     except (OSError, NotADirectoryError) as error:
         raise InputError(
-            f"{workdir} is no run directory: {path.name} cannot be read ({error.strerror})"
+            f"{workdir} is not a run directory: {path.name} cannot be read ({error.strerror})"
         ) from error
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged or of another version: {error}") from error
@@ -225,7 +225,7 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
         advice = ", --restore.allow-cast to round what is stored to the new one" if castable else ""
         raise InputError(
             f"{workdir} holds another run ({fields}); choose another --workdir, repeat the old "
-            f"values to go on with that run{advice}, or delete the directory"
+            f"values to resume that run{advice}, or delete the directory"
         )
 
 

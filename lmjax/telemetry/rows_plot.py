@@ -23,7 +23,7 @@ from lmjax.precision.quantizer import parse_quantizer
 PANELS = {
     "weights": ("w",),
     "activations": ("x", "y"),
-    "cotangents handed back": ("dx",),
+    "gradients of inputs": ("dx",),
     "weight gradients": ("dw",),
 }
 """Title of each column and the roles in it, of which a site has at most one."""

@@ -225,7 +225,7 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
         run.checkpoints.wait()
         if step < config.steps:
             why = asked or "--stop-after"
-            report.note(f"stopped by {why} at step {step}; run the same command again to go on")
+            report.note(f"stopped by {why} at step {step}; run the same command again to resume")
     return step >= config.steps
 
 

@@ -42,7 +42,7 @@ def failing_storage_explained(workdir: str | Path) -> Iterator[None]:
     except OSError as error:
         raise StorageFailed(
             f"{error.filename or workdir}: {error.strerror or error}; the newest complete "
-            "checkpoint is intact. Once that is mended, the same command goes on from there"
+            "checkpoint is intact. Once that is mended, the same command resumes from there"
         ) from error
 
 

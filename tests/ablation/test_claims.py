@@ -438,5 +438,5 @@ def test_a_signal_and_a_worker_that_fails_stop_it(
     monkeypatch.setattr(reproduce, "run_each", fail)
     assert lmjax("--all", "--workdir", str(tmp_path)) == cli.FAILED
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: a worker was ended by SIGKILL; run the same command again to go on"
+        "error: a worker was ended by SIGKILL; run the same command again to resume"
     )

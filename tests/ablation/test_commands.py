@@ -133,7 +133,7 @@ def test_killed_and_gone_on_with_by_two_commands_at_once(
     first.send_signal(signal.SIGTERM)
     code, out, err = finish(first)
     assert code == 75, err
-    assert "stopped by SIGTERM; run the same command again to go on" in err
+    assert "stopped by SIGTERM; run the same command again to resume" in err
     assert "missing" in str(table(out))
 
     code, out, err = finish(second)
@@ -154,7 +154,7 @@ def test_a_killed_worker_stops_the_command(
     os.kill(children(process.pid)[0], signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 1
-    assert "error: a worker was ended by SIGKILL; run the same command again to go on" in err
+    assert "error: a worker was ended by SIGKILL; run the same command again to resume" in err
     assert complete(home, tmp_path, "--processes", "2") == table(undisturbed[1])
     assert digests(tmp_path) == digests(undisturbed[0])
 

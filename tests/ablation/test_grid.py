@@ -207,7 +207,7 @@ def test_the_definition_survives_its_file_and_the_next(tmp_path: Path) -> None:
     grid.write_ablation(ablation(), tmp_path)
     assert grid.read_ablation(path) == ablation()
     assert grid.read_ablation(copy) == written
-    with pytest.raises(InputError, match="is no directory of an ablation"):
+    with pytest.raises(InputError, match="is not the directory of an ablation"):
         grid.read_ablation(tmp_path / "none" / grid.DEFINITION)
     path.write_text("{}")
     with pytest.raises(InputError, match="damaged"):
@@ -230,7 +230,7 @@ def test_states_of_a_run(tmp_path: Path) -> None:
 
     write_json(tmp_path / "result.json", {"steps": 20, "eval_loss": 1.5})
     assert grid.read_state(tmp_path, "eval_loss") == ("finished", 1.5, "", 20)
-    with pytest.raises(InputError, match=r"perplexity is no number in .*; .* steps, eval_loss"):
+    with pytest.raises(InputError, match=r"perplexity is not a number in .*; .* steps, eval_loss"):
         grid.read_state(tmp_path, "perplexity")
 
     write_json(tmp_path / "result.json", {"steps": 20, "eval_loss": "nan"})

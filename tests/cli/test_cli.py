@@ -169,7 +169,7 @@ def test_a_directory_that_holds_another_run(
         (MODULE, "--workdir run --precision c=f33", "f33"),
         (MODULE, "--workdir run --stesp 3", "stesp"),
         (MODULE, "--workdir run --data.dataset text_files --data.files none/*.txt", "no file"),
-        ("lmjax", "evaluate run", "run is no run directory"),
+        ("lmjax", "evaluate run", "run is not a run directory"),
         ("lmjax", "frobnicate run", "frobnicate"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_run_from_another_directory_stops_goes_on_and_is_done(
     flags = tiny_flags(home, Path("run"))
     code, _, err = finish(start(MODULE, *flags, "--stop-after", "23", cwd=tmp_path))
     assert code == cli.STOPPED, err
-    assert "at step 23; run the same command again to go on" in err
+    assert "at step 23; run the same command again to resume" in err
     code, out, err = finish(start(MODULE, *flags, "--sample", "5", cwd=tmp_path))
     assert code == cli.DONE, err
     assert "resuming run at step 23" in err
@@ -337,8 +337,8 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 BAD_CALLS = {
-    "no run": ("evaluate {tmp}/none", "is no run directory"),
-    "empty directory": ("evaluate {tmp}", "is no run directory"),
+    "no run": ("evaluate {tmp}/none", "is not a run directory"),
+    "empty directory": ("evaluate {tmp}", "is not a run directory"),
     "empty text": ("score {run} --text ''", "no text to score"),
     "unknown format": ("evaluate {run} --precision c=f33", "f33"),
     "negative": ("generate {run} --temperature -1", "--temperature is -1.0"),
@@ -347,7 +347,7 @@ BAD_CALLS = {
         "sharding experiments.quickstart --batch-size 12",
         "12 rows cannot be divided among 8",
     ),
-    "no config": ("sites json", "json is no experiment"),
+    "no config": ("sites json", "json is not an experiment"),
     "unknown flag": ("evaluate {run} --josn", "josn"),
 }
 

@@ -560,7 +560,7 @@ def test_a_reader_looks_again_when_a_checkpoint_vanishes(
 
 def test_reading_what_is_no_run_is_bad_input(home: Path) -> None:
     with (
-        pytest.raises(InputError, match=r"memory://bucket/none is no run directory"),
+        pytest.raises(InputError, match=r"memory://bucket/none is not a run directory"),
         fetched("memory://bucket/none"),
     ):
         pass
@@ -795,7 +795,7 @@ def test_processes_and_a_server(
     code, _, err = finish(process)
     assert code == 1, err
     assert "Traceback" not in err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes from there" in err
     (copy,) = Path(machine["LMJAX_CACHE"]).glob("runs/*/train/other")
     for saved in local_steps(copy):
         manifest.check(copy / "checkpoints" / str(saved))

@@ -163,7 +163,7 @@ class Mirror:
         here = f"that of step {max(steps)}" if steps else "none"
         return (
             f"{error}; complete is {there} there, and {here} on this machine. Once that is mended, "
-            "the same command goes on from there"
+            "the same command resumes from there"
         )
 
     def _push(self, step: int) -> None:
@@ -272,7 +272,7 @@ def _fetch(copy: Copy, *, checkpoint: bool) -> None:
         with contextlib.suppress(FileNotFoundError):  # the process that trains has removed it
             names = copy.store.names()
             if CONFIG not in names:
-                raise InputError(f"{copy.store.url} is no run directory: there is no {CONFIG}")
+                raise InputError(f"{copy.store.url} is not a run directory: there is no {CONFIG}")
             if checkpoint:
                 _fetch_checkpoint(copy, names)
             copy.pull_files(names)
