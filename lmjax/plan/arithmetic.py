@@ -10,7 +10,7 @@ parameters    all-gather over fsdp of each weight P, in its compute format c, fo
                   2 m ring(f) P/t bytes(c)
 
               The head only once, because the gradients of its product follow immediately; likewise
-              blocks that are neither scanned (`unroll`) nor rematerialised: the compiler keeps them.
+              blocks that are neither scanned (`unroll`) nor rematerialised: XLA keeps them.
 
               This is ZeRO's third stage (Rajbhandari et al. 2020, section 7.2.2: two of its three
               parameter volumes). Nothing without fsdp.
