@@ -1,4 +1,4 @@
-"""What a number is, and where each is used."""
+"""Number formats, rounding and scaling, and the policy that assigns formats to sites."""
 
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.grammar import parse_policy

@@ -1,11 +1,11 @@
-"""Floating-point numbers as integers: sign and magnitude patterns.
+"""Floating-point numbers as integers: sign and magnitude bit patterns.
 
-The pattern of a float without its sign is an integer that grows with the number, infinity above all
-finite numbers and NaN above infinity. So comparing, taking maxima and rounding can be done on
-integers, where no compiler flushes a subnormal or keeps excess precision.
+The pattern of a float without its sign is an integer that increases with the number, with infinity
+above all finite numbers and NaN above infinity. Comparisons, maxima and rounding can therefore run
+on integers, where no compiler flushes subnormals or keeps excess precision.
 
-The *work format* is the one whose bits are computed on: float64 for float64 arrays, float32 for
-float32 and for everything narrower, which it holds exactly.
+The *work format* is the format whose bits are computed on: float64 for float64 arrays, float32 for
+float32 and everything narrower, which it holds exactly.
 
 Knows jax, numpy and `formats`.
 """
@@ -26,14 +26,14 @@ F64: Final = parse_format("f64")
 
 
 def split(x: jax.Array) -> tuple[Format, jax.Array, jax.Array]:
-    """Takes a float array apart, exactly.
+    """Splits a float array into sign and magnitude bits, exactly.
 
     Args:
       x: float32, bfloat16, float16 or float64 array.
 
     Returns:
-      The work format, and as unsigned integers of its width the sign bit (in its place) and the
-      magnitude.
+      The work format, and the sign bit (in place) and the magnitude as unsigned integers of its
+      width.
     """
     work = F64 if x.dtype == np.float64 else F32
     if x.dtype == jnp.bfloat16:  # not by a cast, which is free to flush subnormals
@@ -45,7 +45,7 @@ def split(x: jax.Array) -> tuple[Format, jax.Array, jax.Array]:
 
 
 def join(sign: jax.Array, magnitude: jax.Array, dtype: Any) -> jax.Array:
-    """The array of `dtype` with these bits; undoes `split` for values that `dtype` holds."""
+    """Returns the array of `dtype` with these bits; inverts `split` for values of `dtype`."""
     bits = sign | magnitude
     if dtype == jnp.bfloat16:
         return lax.bitcast_convert_type((bits >> np.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
@@ -85,9 +85,9 @@ def largest_magnitude(x: jax.Array, axis: int | tuple[int, ...] | None = None) -
 
 
 def floor_log2(x: jax.Array) -> jax.Array:
-    """`floor(log2(abs(x)))` of normal numbers, int32; one below the lowest exponent for the others.
+    """`floor(log2(abs(x)))` of normal numbers, int32; one below the lowest exponent for all others.
 
-    So it is right for 2**-127, the smallest e8m0, although that is subnormal in float32.
+    This is correct for 2**-127, the smallest e8m0, although it is subnormal in float32.
     """
     work, _, magnitude = split(x)
     exponent = magnitude >> unsigned(work)(work.mantissa_bits)

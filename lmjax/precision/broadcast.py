@@ -1,9 +1,9 @@
-"""Adding something small to every row of something large, with a gradient that is summed in f32.
+"""Broadcast addition of a bias or table to rows, with a gradient that is summed in f32.
 
-The gradient of a bias is a sum over all tokens of a batch. Left to autodiff, the cotangents of a
-bf16 addition are summed in bf16: of 4096 ones there XLA's CPU backend makes 1024.
+The gradient of a bias is a sum over all tokens of a batch. Autodiff would sum the cotangents of a
+bf16 addition in bf16, where XLA's CPU backend sums 4096 ones to 1024.
 
-Knows JAX only.
+Knows only JAX.
 """
 
 from __future__ import annotations

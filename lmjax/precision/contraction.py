@@ -1,21 +1,21 @@
-"""One product of two arrays, in the form that the backend at hand is fast at.
+"""Contracts two arrays in the form that is fastest on the current backend.
 
-That is `jnp.einsum`, but for XLA's CPU backend, which is particular:
+That is `jnp.einsum`, except on XLA's CPU backend:
 
-- It has bf16 kernels, but on many processors they are slower than the f32 ones, and f16 it widens
-  in any case. Narrow operands are therefore multiplied as f32, unless bf16 pays (`bf16_pays`).
-- Before a dot that sums over two axes (the weight gradient, over batch and positions) it transposes
-  an operand in memory, element by element, recomputing on the way what the operand was made of.
-  Where the axes are adjacent they are made one.
-- Where the last index of the result belongs to the first operand, it transposes the result. That
-  operand goes second.
-- Its bf16 kernels never take a first operand whose rows are summed over: x^T g, the weight
-  gradient, runs in f32. Where bf16 pays, the transpose is written out first.
+- It has bf16 kernels, but on many processors they are slower than the f32 kernels, and it always
+  widens f16. Narrow operands are therefore multiplied as f32, unless bf16 pays (`bf16_pays`).
+- Before a dot that sums over two axes (the weight gradient, over batch and positions), it
+  transposes an operand in memory, element by element, and recomputes the operand's producers.
+  Adjacent axes are therefore merged.
+- If the last index of the result belongs to the first operand, it transposes the result. The
+  operands are therefore swapped.
+- Its bf16 kernels do not accept a first operand whose rows are summed over: x^T g, the weight
+  gradient, would run in f32. Where bf16 pays, the transpose is materialised first.
 
-All but the first are for a single device, for axes that a mesh divides cannot be merged in place.
-A product of narrow operands is exact in f32, so no form changes more than the order of the sum.
+All but the first apply to a single device only: axes that a mesh divides cannot be merged in place.
+A product of narrow operands is exact in f32, so only the order of the sum can change.
 
-Knows JAX only.
+Knows only JAX.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _PLANNED: contextvars.ContextVar[str | None] = contextvars.ContextVar("planned",
 
 
 def platform() -> str:
-    """The platform that products are written for: JAX's default backend, or a planned one."""
+    """Returns the platform to write products for: JAX's default backend, or a planned one."""
     return _PLANNED.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def planned_for(name: str) -> Iterator[None]:
-    """Traces products as on the platform `name`, to lower a program that is not to run here."""
+    """Traces products as on the platform `name`, to lower a program that will not run here."""
     token = _PLANNED.set(name)
     try:
         yield
@@ -60,8 +60,8 @@ def contract(
       spec: as `lmjax.precision.matmul.einsum` takes it.
       x: the first operand.
       w: the second operand.
-      precision: of the product.
-      accumulate: the dtype to sum in, which is also that of the result.
+      precision: precision of the product.
+      accumulate: dtype of the sum and of the result.
     """
     backend = platform()
     if backend != "cpu":
@@ -75,7 +75,7 @@ def contract(
 
 
 def widened(platform: str, dtype: Any) -> bool:
-    """Whether `contract` has operands of a dtype multiplied as f32, on a platform of JAX."""
+    """Whether `contract` multiplies operands of a dtype as f32 on a JAX platform."""
     if platform != "cpu":
         return False
     return dtype == jnp.float16 or (dtype == jnp.bfloat16 and not bf16_pays())
@@ -83,10 +83,10 @@ def widened(platform: str, dtype: Any) -> bool:
 
 @functools.cache
 def bf16_pays() -> bool:
-    """Whether this processor multiplies bf16 faster than f32; False where nobody can tell.
+    """Whether this processor multiplies bf16 faster than f32; False if unknown.
 
-    AMD's AVX512-BF16 does, at twice the rate, and AMX. Intel's AVX512-BF16 alone makes as many
-    products a second as its f32 units, and XLA's kernels for it reach 0.6 of that.
+    AMD's AVX512-BF16 does, at twice the rate, and so does AMX. Intel's AVX512-BF16 alone has the
+    same peak rate as its f32 units, of which XLA's kernels reach 0.6.
     """
     try:
         text = CPU_INFO.read_text()
@@ -127,7 +127,7 @@ def _merged(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _sum_of_rows(dot: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`x.T @ w` of `[R, M]` and `[R, N]`, R even, for kernels that take no transposed operand."""
+    """`x.T @ w` of `[R, M]` and `[R, N]`, R even, for kernels without transposed operands."""
     if x.size > w.size:
         # The barrier keeps XLA from folding the transpose into the dot, which then fails to run.
         return jax.lax.optimization_barrier(_sum_of_rows(dot, w, x)).T
@@ -138,7 +138,7 @@ def _sum_of_rows(dot: Any, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 class Plan(NamedTuple):
-    """Where each index of a product stands: which axes are shared, kept, summed.
+    """The role of each index of a product: batch, kept or summed.
 
     `x_order` brings x to [batch, kept, summed], `w_order` w to [batch, summed, kept], and
     `y_order` [batch, x kept, w kept] to the order of the result.
@@ -155,7 +155,7 @@ class Plan(NamedTuple):
 
 @functools.cache
 def plan_of(spec: str) -> Plan:
-    """The plan of an `einsum` specification of two operands."""
+    """Parses an `einsum` specification of two operands into a plan."""
     x_axes, w_axes, y_axes = axes_of(spec)
     summed = "".join(axis for axis in x_axes if axis in w_axes and axis not in y_axes)
     batch = "".join(axis for axis in x_axes if axis in w_axes and axis in y_axes)
@@ -181,10 +181,10 @@ def axes_of(spec: str) -> tuple[str, str, str]:
 
 
 def beside_result(factor: jax.Array, axes: str, summed: tuple[int, ...], y_axes: str) -> jax.Array:
-    """A factor of an operand in a shape that broadcasts against the result of the product.
+    """Reshapes a factor of an operand to broadcast against the result of the product.
 
     Args:
-      factor: a single number, or as the operand, but of length 1 at all summed axes.
+      factor: a scalar, or of the operand's shape with length 1 at all summed axes.
       axes: the indices of the operand.
       summed: its axes that are summed over.
       y_axes: the indices of the result.

@@ -1,11 +1,11 @@
-"""Compiling programs that round where they say they round.
+"""Compiles programs without excess precision, so that every rounding takes place.
 
-By default XLA may keep more precision than a program asks for: it drops the rounding to bf16 inside
-chains of operations, so that a "bf16" experiment silently runs in something wider. Nothing in the
-loss shows it. Every program of lmjax is therefore compiled through `jit` below, with that licence
-taken away, and every run first asks `check_canary` whether the backend in use complies.
+By default XLA may keep more precision than a program asks for: it drops roundings to bf16 inside
+chains of operations, so that a "bf16" experiment silently runs in wider precision, which the loss
+does not reveal. lmjax therefore compiles every program through `jit` below, which disables this,
+and every run first calls `check_canary` to verify that the backend complies.
 
-Knows JAX only.
+Knows only JAX.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ COMPILER_OPTIONS: dict[str, bool | str] = {"xla_allow_excess_precision": False}
 
 
 class ExcessPrecisionError(RuntimeError):
-    """The backend drops roundings although told not to: no precision result would be true."""
+    """The backend drops roundings despite the option, so no precision result would be valid."""
 
 
 ORDER_OPTIONS: dict[str, dict[str, bool | str]] = {
     "cpu": {"xla_disable_hlo_passes": "algsimp"},
     "gpu": {"xla_gpu_deterministic_ops": True},
 }
-"""What a backend needs to compute the same in the same order, whatever is around it.
+"""Compiler options that make a program sum in the same order, whatever surrounds it.
 
-XLA's algebraic simplifier takes apart the program of a single device otherwise than that of several
-(a reshape lands on the other side of a division, a fusion ends there, and its multiplication and
-addition are no longer one instruction). The CPU compiler does without it. GPU kernels that add in
-whatever order their threads arrive are replaced or refused.
+XLA's algebraic simplifier rewrites the program of a single device differently from that of several
+(a reshape moves across a division and ends a fusion, so that a multiplication and an addition are
+no longer one instruction). It is disabled on CPU. GPU kernels whose order of summation depends on
+thread timing are replaced or refused.
 """
 
 
 def jit(function: Callable[..., Any], *, fixed_order: bool = False, **options: Any) -> Any:
-    """`jax.jit` with excess precision off; takes the same options.
+    """`jax.jit` without excess precision; takes the same options.
 
     Args:
-      function: to be compiled.
-      fixed_order: whether it must sum in the same order whenever it runs.
-      options: of `jax.jit`.
+      function: the function to compile.
+      fixed_order: whether it must always sum in the same order.
+      options: options of `jax.jit`.
     """
     order = ORDER_OPTIONS.get(jax.default_backend(), {}) if fixed_order else {}
     return jax.jit(function, compiler_options=COMPILER_OPTIONS | order, **options)
@@ -56,19 +56,18 @@ def at_least_f32(dtype: Any) -> np.dtype:
 
 
 def _chain(x: jax.Array) -> jax.Array:
-    """A bf16 multiply-add whose result must be representable in bf16, handed on as f32."""
+    """A bf16 multiply-add whose result must be representable in bf16, returned as f32."""
     return (x + x * jnp.asarray(0.3, jnp.bfloat16)).astype(jnp.float32)
 
 
 def dropped_roundings(compile_with: Callable[[Callable[..., Any]], Any] = jit) -> int:
-    """How many of 256 results of a bf16 chain are not bf16 values after compiling.
+    """Counts how many of 256 results of a compiled bf16 chain are not bf16 values.
 
     Args:
-      compile_with: turns a Python function into a compiled one; `jax.jit` shows what XLA does when
-        nobody tells it otherwise.
+      compile_with: compiles a Python function; `jax.jit` shows XLA's default behaviour.
 
     Returns:
-      0 when every rounding happened.
+      0 if every rounding took place.
     """
     x = jnp.linspace(1.0, 2.0, 256, dtype=jnp.float32).astype(jnp.bfloat16)
     results = np.asarray(compile_with(_chain)(x))
@@ -78,9 +77,9 @@ def dropped_roundings(compile_with: Callable[[Callable[..., Any]], Any] = jit) -
 
 @functools.cache
 def check_canary(backend: str | None = None) -> None:
-    """Proves on the backend in use that compiled programs keep every rounding.
+    """Checks that programs compiled for the current backend keep every rounding.
 
-    The answer cannot change within a process, so it is computed once per backend.
+    The result cannot change within a process, so it is computed once per backend.
 
     Raises:
       ExcessPrecisionError: the compiled chain returned values that bf16 cannot represent.

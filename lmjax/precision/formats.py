@@ -1,19 +1,19 @@
-"""What a number is: number formats and exact tables of their values.
+"""Number formats and exact tables of their values.
 
-A `Format` says how many bits go to exponent and mantissa, where the exponent is centred, and what
-the patterns at the top of the range mean. Everything else (largest value, subnormals, the table of
-all values, how to round) follows from that, for familiar formats and for made-up ones alike.
+A `Format` defines the number of exponent and mantissa bits, the exponent bias, and the meaning of
+the patterns at the top of the range. Everything else (largest value, subnormals, the table of all
+values, rounding) follows from these, for standard and custom formats alike.
 
 Two observations keep this file, and `rounding.py`, short.
 
-*Codes count upwards.* Read without its sign, a bit pattern is an integer, and larger integers are
-larger numbers. A format ends at its largest finite code, and one past it is whatever the format
-does on overflow: round first, compare with the largest code, and the boundary between "rounds to
-the largest" and "overflows" is right without being written down.
+*Codes are ordered.* Read without its sign, a bit pattern is an integer, and larger integers are
+larger numbers. A format ends at its largest finite code, and the next code is the result of
+overflow: rounding first and then comparing with the largest code gives the correct boundary between
+"rounds to the largest" and "overflows" without stating it explicitly.
 
 *An integer is a float that is subnormal everywhere.* Below the smallest normal number a float has a
 fixed quantum; `intN` has a fixed quantum of one over its whole range. It is the format with no
-exponent bits and N-1 mantissa bits, and the rounding code need not know the difference.
+exponent bits and N-1 mantissa bits, and the rounding code need not distinguish the two.
 
 Knows ml_dtypes and numpy; nothing of jax, nothing else of lmjax.
 """
@@ -33,7 +33,7 @@ import numpy as np
 
 
 class Encoding(enum.Enum):
-    """What the bit patterns at the ends of the range mean."""
+    """The meaning of the bit patterns at the ends of the range."""
 
     IEEE = "ieee"  # top exponent: mantissa 0 is infinity, anything else NaN
     FN = "fn"  # finite and NaN: only the all-ones magnitude is NaN, no infinity
@@ -45,7 +45,7 @@ class Encoding(enum.Enum):
 
 @dataclass(frozen=True)
 class Format:
-    """A number format of at most 64 bits; hashable, hence a static argument of jitted functions.
+    """A number format of at most 64 bits; hashable, so it can be a static argument under jit.
 
     The value of a finite pattern with exponent field E and mantissa field T is, with Y mantissa
     bits, `2**(E - bias) * (1 + T / 2**Y)` for E > 0 and `2**(1 - bias) * T / 2**Y` for E = 0 (IEEE
@@ -56,9 +56,9 @@ class Format:
       exponent_bits: width of the exponent field; 0 for integers.
       mantissa_bits: width of the mantissa field without the implicit leading bit.
       bias: exponent bias.
-      encoding: what the special patterns are.
-      dtype: the numpy dtype with exactly these bits that jax can compute a cast to, or None where
-        there is none and the format is emulated in a wider one.
+      encoding: the special patterns.
+      dtype: the numpy dtype with exactly these bits that jax can cast to, or None if there is none
+        and the format is emulated in a wider one.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Format:
 
     def __post_init__(self) -> None:
         if (self.encoding is Encoding.INTEGER) != (self.exponent_bits == 0):
-            raise ValueError(f"{self.name}: integers, and only they, have no exponent bits")
+            raise ValueError(f"{self.name}: integers, and only integers, have no exponent bits")
         if self.encoding is Encoding.SCALE and self.mantissa_bits:
             raise ValueError(f"{self.name}: a scale format has no mantissa bits")
         if self.encoding is Encoding.IEEE and not self.mantissa_bits:
@@ -164,14 +164,14 @@ class Format:
 
     @property
     def smallest_normal(self) -> float:
-        """Smallest positive value of full precision; the quantum, for integers."""
+        """Smallest positive value with full precision; the quantum, for integers."""
         if self.is_integer:
             return self.smallest_subnormal
         return math.ldexp(1.0, self.smallest_exponent)
 
     @property
     def smallest_subnormal(self) -> float:
-        """Smallest positive value; the smallest normal one where there are no mantissa bits."""
+        """Smallest positive value; the smallest normal one if there are no mantissa bits."""
         return math.ldexp(1.0, self.smallest_exponent - self.mantissa_bits)
 
     @property
@@ -192,7 +192,7 @@ class Format:
     def values(self) -> np.ndarray:
         """Every value of the format, float64 [2**bits], indexed by bit pattern.
 
-        Infinities and NaNs stand where their patterns are.
+        Infinities and NaNs are at the indices of their patterns.
 
         Raises:
           ValueError: the format is wider than 16 bits.
@@ -211,7 +211,7 @@ class Format:
         return table
 
     def contains(self, other: Format) -> bool:
-        """Whether every value of `other`, a format with infinities, is one of this format."""
+        """Whether every value of `other`, a format with infinities, is a value of this format."""
         return (
             self.has_infinity
             and self.mantissa_bits >= other.mantissa_bits
@@ -223,8 +223,8 @@ class Format:
 def _ieee(name: str, exponent_bits: int, mantissa_bits: int, dtype: Any = None) -> Format:
     bias = 2 ** (exponent_bits - 1) - 1
     native = None if dtype is None else np.dtype(dtype)
-    # Without mantissa bits the top exponent is a single pattern. It is NaN: of infinity and NaN
-    # that is the one whose loss would go unnoticed.
+    # Without mantissa bits the top exponent is a single pattern. It is NaN rather than infinity,
+    # because a missing NaN would go unnoticed.
     encoding = Encoding.IEEE if mantissa_bits else Encoding.FN
     return Format(name, exponent_bits, mantissa_bits, bias, encoding, native)
 
@@ -290,14 +290,14 @@ def parse_format(name: str) -> Format:
     names of numpy and ml_dtypes for them, jmp's names (`full float32 ...`), any `eXmY` with
     2 <= X <= 8 and 0 <= Y <= 23, and `intN` with 2 <= N <= 16.
 
-    Names of the same bits give the same format (`e5m10` is `f16`). `e4m3` is the kind with NaN and
-    without infinity, `e3m2 e2m3 e2m1` have neither, and `e8m0` is the unsigned scale, as in the OCP
-    specifications. Every other `eXmY` follows IEEE 754: bias `2**(X-1) - 1`, infinities, NaNs,
-    subnormals. With Y = 0 there is no room for an infinity, and the top exponent is NaN.
-    `half` is no format: it depends on the backend.
+    Names of the same bits give the same format (`e5m10` is `f16`). As in the OCP specifications,
+    `e4m3` has NaN but no infinity, `e3m2 e2m3 e2m1` have neither, and `e8m0` is the unsigned scale.
+    Every other `eXmY` follows IEEE 754: bias `2**(X-1) - 1`, infinities, NaNs, subnormals. With
+    Y = 0 there is no room for an infinity, and the top exponent is NaN. `half` is not accepted,
+    because it depends on the backend.
 
     Raises:
-      ValueError: unknown name; says what is accepted, and the nearest name.
+      ValueError: unknown name; the message lists what is accepted and suggests the nearest name.
     """
     canonical = _ALIASES.get(name, name)
     if canonical in _NAMED:
@@ -316,7 +316,7 @@ def parse_format(name: str) -> Format:
 
 
 def as_format(format: Format | str) -> Format:
-    """`format` itself, or the one it names."""
+    """Returns `format` itself, or the format that it names."""
     return parse_format(format) if isinstance(format, str) else format
 
 
@@ -337,11 +337,11 @@ class FormatRow:
 
 
 def format_table(names: Iterable[str] | None = None) -> list[FormatRow]:
-    """What there is to know about formats, for people to read.
+    """Returns the properties of formats in readable form.
 
     Args:
-      names: which formats, as `parse_format` takes them; by default every format with a name, and
-        the integers that have a dtype.
+      names: formats, as accepted by `parse_format`; by default every named format and the integers
+        that have a dtype.
     """
     if names is None:
         names = [*_NAMED, "int16", "int8", "int4", "int2"]

@@ -1,21 +1,21 @@
-"""Random Hadamard transforms: outliers spread over a block before a product is rounded.
+"""Random Hadamard transforms, which spread outliers over a block before a product is rounded.
 
-Both operands of a product are multiplied, along the axis that is summed over and in blocks of N, by
-the same orthogonal matrix, which drops out of the sum:
+Both operands of a product are multiplied, along the summed axis and in blocks of N, by the same
+orthogonal matrix, which cancels in the sum:
 
     (x Q) (Q^T w) = x w        Q = diag(signs) H / sqrt(N)
 
-H is the Hadamard matrix in Sylvester's order, N a power of two, and the signs are random. A number
-that stands out becomes N numbers of 1/sqrt(N) its size, and no longer makes the scale factor of its
-group too large for all the others. The signs are flipped first, so that no fixed pattern of a
-tensor, a constant for one, is gathered by H in a single number.
+H is the Hadamard matrix in Sylvester's order, N a power of two, and the signs are random. An
+outlier becomes N numbers of 1/sqrt(N) its size, and no longer inflates the scale factor of its
+group. The signs are applied first, so that H does not concentrate a fixed pattern of a tensor, such
+as a constant, in a single number.
 
-How much that wins depends on the grid: on a uniform one, of integers, the squared error of a group
-with a large outlier falls to 1/N; a 4-bit float is precise beside its own outliers, and wins less.
+The gain depends on the grid: on the uniform grid of integers, the squared error of a group with a
+large outlier falls to 1/N; a 4-bit float is precise near its own outliers and gains less.
 
 Sources: Tseng et al. 2025, arXiv 2502.20586, for both backward products; NVIDIA 2025, arXiv
-2509.25149, for weight gradients alone, with N = 16. Here signs are drawn anew for every step and
-product, and are the same in all blocks of one product.
+2509.25149, for weight gradients only, with N = 16. Here, new signs are drawn for every step and
+product, and all blocks of one product share them.
 
 Knows JAX, numpy and `exact`.
 """
@@ -33,11 +33,11 @@ from lmjax.precision.exact import at_least_f32
 
 DEFAULT_BLOCK: Final = 16
 LARGEST_BLOCK: Final = 1024
-"""The matrix is written out and multiplied: longer blocks would cost more than they are worth."""
+"""The matrix is multiplied explicitly, so longer blocks would cost more than they gain."""
 
 
 def check_block(size: int) -> None:
-    """Refuses blocks that have no Hadamard matrix here.
+    """Checks the size of a block.
 
     Raises:
       ValueError: `size` is not a power of two from 2 to `LARGEST_BLOCK`.
@@ -49,21 +49,21 @@ def check_block(size: int) -> None:
 
 
 def random_signs(size: int, key: jax.Array | None) -> jax.Array:
-    """f32[size] of 1 and -1; without a key, as in evaluation, always the same ones."""
+    """Returns f32[size] of 1 and -1; without a key, as in evaluation, always the same signs."""
     key = jax.random.key(0, impl="threefry2x32") if key is None else key
     return jax.random.rademacher(key, (size,), jnp.float32)
 
 
 def rotate(x: jax.Array, axis: int, signs: jax.Array) -> jax.Array:
-    """`x Q` along an axis, block by block.
+    """Computes `x Q` along an axis, block by block.
 
-    Summed in f32 (f64 for f64) and not rounded any further: the products with +1 and -1 are exact,
+    Sums are in f32 (f64 for f64) without further rounding: the products with +1 and -1 are exact,
     and 1/sqrt(N) is applied to their sum.
 
     Args:
       x: floating-point array.
-      axis: what the blocks are cut along. Its length is filled up with zeros to a whole number of
-        blocks, which changes no product of two operands that are filled up alike.
+      axis: the axis to divide into blocks. It is padded with zeros to a whole number of blocks,
+        which does not change the product of two operands padded alike.
       signs: f32[N].
 
     Returns:

@@ -1,10 +1,10 @@
 """Slash-separated paths and the patterns that name sets of them.
 
-Parameters, sites of a policy and optimizer masks are all addressed by the same patterns, so that a
-user learns one notation. Knows nothing but strings and JAX's key paths.
+Parameters, sites of a policy and optimizer masks are all addressed by the same patterns, so that
+users learn one notation. Knows only strings and JAX's key paths.
 
 A pattern is a path whose components may hold shell wildcards (`*`, `?`, `[...]`); the component
-`**` stands for any number of components, none included: `**/norm` matches `norm` and
+`**` stands for any number of components, including none: `**/norm` matches `norm` and
 `blocks/3/attention/norm`.
 """
 
@@ -18,12 +18,12 @@ import jax
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether `pattern` names exactly this `path`."""
+    """Whether `pattern` matches the whole `path`."""
     return _matches(pattern.split("/"), path.split("/"))
 
 
 def matches_any(patterns: Sequence[str], path: str) -> bool:
-    """Whether at least one of the patterns names exactly this path."""
+    """Whether at least one of the patterns matches the whole path."""
     return any(matches(pattern, path) for pattern in patterns)
 
 
@@ -43,7 +43,7 @@ def ancestors(path: str) -> list[str]:
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a pytree by path, in path order; nodes that `is_leaf` says so are leaves too.
+    """Returns the leaves of a pytree by path, in path order; `is_leaf` may mark nodes as leaves.
 
     >>> flatten({"b": 2, "a": {"x": 1}})
     {'a/x': 1, 'b': 2}
@@ -54,7 +54,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict whose leaves have these paths.
+    """Returns the nested dict whose leaves have these paths.
 
     >>> unflatten({"a/x": 1, "b": 2})
     {'a': {'x': 1}, 'b': 2}
