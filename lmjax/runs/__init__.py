@@ -1,1 +1,1 @@
-"""What a run is on disk and in memory: config, state, run directory, checkpoints, metrics."""
+"""A run on disk and in memory: config, state, run directory, checkpoints, metrics."""

@@ -1,20 +1,20 @@
 """Checkpoints: the only file that knows Orbax.
 
-A checkpoint holds the train state, the position in the data, and how far the run has come:
+A checkpoint holds the train state, the data position and the progress of the run:
 
     checkpoints/500/state/            the arrays, as Orbax writes them
                     data.json         state of the data iterator
                     progress.json     counters of the run
                     manifest.sha256   a digest of every file above
-    checkpoints/damaged/500/          what was found damaged: set aside, never read, never removed
+    checkpoints/damaged/500/          a damaged checkpoint: set aside, never read, never removed
 
-It is written in the background into a hidden folder. That gets its manifest when all of it is
-there, is flushed to the disk and only then renamed, so a folder named by a step is complete,
-whenever the process is killed. A manifest proves bytes, not that they can be restored, so that is
-tried before older checkpoints are removed. A folder is renamed before it is removed, so that none
-is ever half there under its own name.
+It is written in the background into a hidden folder. Once complete, that folder gets its manifest,
+is flushed to disk and only then renamed, so a folder named by a step is complete, whenever the
+process is killed. A manifest proves bytes, not that they can be restored, so restoring is tried
+before older checkpoints are removed. A folder is renamed before it is removed, so none is ever
+incomplete under its own name.
 
-Orbax globs paths and reads `gs:/` as a URL, so it is given plain ones (see files/filenames.py).
+Orbax globs paths and reads `gs:/` as a URL, so it gets plain ones (see files/filenames.py).
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from lmjax.runs.state import TrainState
 CLOCK_MAY_JUMP = ocp.AsyncOptions(
     timeout_secs=10 * 365 * 24 * 3600, create_directories_asynchronously=False
 )
-"""Orbax measures its time limits by the wall clock: the first is out of the way so, and without
-folders made in the background the second does not apply."""
+"""Orbax measures its time limits by the wall clock: this disables the first, and the second does
+not apply if no folders are made in the background."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held: the state, the data iterator's state, and counters of the run."""
+    """The content of a checkpoint: train state, data iterator state and run counters."""
 
     state: TrainState
     data: dict[str, Any]
@@ -61,16 +61,16 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, newest `keep` of them; without `keep`, only to read.
+    """The checkpoints of a run directory: the newest `keep` of them, or read-only without `keep`.
 
-    `mirror` is given the steps of those that stay, once another is complete and before older ones
-    are removed. It is a part of writing: the next one waits for it, and hears of its failure.
+    `mirror` receives the steps to keep once another checkpoint is complete, before older ones are
+    removed. It is part of writing: the next checkpoint waits for it and raises its failure.
 
-    The one that writes also removes what a killed process left unfinished, and sets aside what is
-    damaged. A reader touches nothing: another process may be training.
+    A writer also removes what a killed process left unfinished, and sets damaged checkpoints aside.
+    A reader changes nothing: another process may be training.
 
-    Where several processes train together, all make the same calls; the first one writes what is
-    not arrays, and what it finds intact is what all of them restore.
+    With several processes, all make the same calls; the first writes everything but arrays, and all
+    restore the checkpoint that it finds intact.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Checkpoints:
         note: Callable[[str], None] | None = None,
         mirror: Callable[[Sequence[int]], None] | None = None,
     ):
-        # Orbax logs every save through absl; a run reports its saves, and their failures, itself.
+        # Orbax logs every save through absl; a run reports its own saves and failures.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._directory = directory.absolute()
         self._keep = keep
@@ -106,12 +106,12 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def newest_intact(self, before: int | None = None) -> int | None:
-        """Step of the newest checkpoint whose files are all what they were when it was written.
+        """Step of the newest checkpoint whose files are unchanged since it was written.
 
-        Damaged ones that are newer are reported and, unless this is a reader, moved into `damaged`.
+        Reports newer, damaged ones and, unless this is a reader, moves them into `damaged`.
 
         Args:
-          before: only steps less than this count.
+          before: only consider steps less than this.
 
         Returns:
           The step; None if there is no checkpoint and never was.
@@ -135,7 +135,7 @@ class Checkpoints:
         return None
 
     def _search(self, before: int | None) -> tuple[int, str]:
-        """The newest intact step or -1, and what was wrong with the last one that was not."""
+        """The newest intact step or -1, and what was wrong with the last damaged one."""
         why = ""
         for step in reversed(self.steps()):
             if before is not None and step >= before:
@@ -145,7 +145,7 @@ class Checkpoints:
                 return step, ""
             except manifest.Damaged as error:
                 if not self._folder(step).exists():
-                    continue  # the process that trains has removed it while this one looked
+                    continue  # the training process removed it meanwhile
                 why = f" (of {step}, {error})"
                 moved = "" if self._keep is None else f"; moved to {self._set_aside(step)}"
                 self._note(f"checkpoint {step} is damaged: {error}{moved}")
@@ -167,14 +167,14 @@ class Checkpoints:
         *,
         prune: bool = True,
     ) -> None:
-        """Starts writing a checkpoint; returns when the arrays are copied, not when it is on disk.
+        """Starts writing a checkpoint; returns once the arrays are copied, not once it is on disk.
 
         Saving the same step twice writes it once: the state of a step is unique. With `prune` the
-        oldest ones beyond `keep` are removed once this one is complete.
+        oldest checkpoints beyond `keep` are removed once this one is complete.
 
         Raises:
-          StorageFailed: this checkpoint or the one before could not be written, or not by the
-            mirror. Those that were complete before still are.
+          StorageFailed: this checkpoint or the one before could not be written or mirrored. Earlier
+            complete ones stay intact.
         """
         self.wait()
         if from_first(step in self.steps()):
@@ -185,7 +185,7 @@ class Checkpoints:
                 folder.mkdir()
             self._arrays.save(plain(self._directory) / folder.name / "state", state)
         texts = {"data.json": strict_json.dumps(data), "progress.json": strict_json.dumps(progress)}
-        # Once everything is read back, then the descriptions of arrays.
+        # Read everything back for the first one, then only the descriptions of arrays.
         proof = Proof.of(state, content=not self._proved)
         self._proved = True
         self._pending = self._background.submit(self._complete, step, folder, texts, proof, prune)
@@ -209,9 +209,9 @@ class Checkpoints:
                     self._remove(old)
 
     def _prove(self, step: int, proof: Proof) -> None:
-        """Returns if the checkpoint can be restored; else sets it aside, and older ones stay."""
+        """Checks that the checkpoint can be restored; else sets it aside and keeps older ones."""
         state = plain(self._directory) / str(step) / "state"
-        # Other processes are training, and take no part in this.
+        # Other processes are training and take no part in this.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
@@ -224,7 +224,7 @@ class Checkpoints:
                 if proof.content is not None:
                     args = ocp.args.StandardRestore(proof.template())
                     proof.compare_content(reader.restore(state, args=args))
-        # Whatever a library raises here, the next start would meet it.
+        # Whatever a library raises here, the next start would raise too.
         except Exception as error:
             aside = self._set_aside(step)
             latest = self.latest()
@@ -236,7 +236,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self, step: int, folder: Path) -> Iterator[None]:
-        """A block that writes a checkpoint: if it fails, nothing of that stays."""
+        """A block that writes a checkpoint; a failure leaves nothing of it behind."""
         try:
             yield
         except CheckpointError:
@@ -254,17 +254,17 @@ class Checkpoints:
             ) from error
 
     def restore(self, step: int, target: TrainState, *, allow_cast: bool = False) -> Restored:
-        """Reads a checkpoint onto the devices that `target` names.
+        """Reads a checkpoint onto the devices of `target`.
 
         Args:
-          step: which checkpoint.
-          target: shapes, dtypes and shardings, as `abstract_state` gives them.
-          allow_cast: round arrays that are stored in another floating dtype to the target's, and
-            say which. Shapes and integers are never changed.
+          step: of the checkpoint.
+          target: shapes, dtypes and shardings, as returned by `abstract_state`.
+          allow_cast: round arrays stored in another floating dtype to the target's, and report
+            which. Shapes and integers never change.
 
         Raises:
-          CheckpointError: there is no such checkpoint, it is damaged, or it stores an array in
-            another shape or dtype than the target's. Orbax would cast that silently.
+          CheckpointError: the checkpoint is missing or damaged, or stores an array in another shape
+            or dtype than the target's. Orbax would cast that silently.
         """
         folder = self._folder(step)
         if not folder.is_dir():
@@ -288,7 +288,7 @@ class Checkpoints:
             ) from error
 
     def _compare(self, step: int, stored: Any, wanted: Any, allow_cast: bool) -> None:
-        """Refuses arrays that are not what is wanted, or that a cast does not make so."""
+        """Rejects arrays that differ from the target, unless a permitted cast fixes them."""
         casts = []
         for path in sorted(stored.keys() | wanted.keys()):
             old, new = described(stored.get(path)), described(wanted.get(path))
@@ -306,7 +306,7 @@ class Checkpoints:
             self._note(f"checkpoint {step} is cast while it is read: {', '.join(casts)}")
 
     def wait(self) -> None:
-        """Returns when every checkpoint is on disk; raises what went wrong while writing."""
+        """Waits until every checkpoint is on disk; raises errors of writing."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -324,12 +324,12 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes them; but a process that fails does not wait for others, which may be lost."""
+        """Closes them; a failing process does not wait for others, which may be lost."""
         if error is None or jax.process_count() == 1:
             self.close()
 
     def close(self) -> None:
-        """Waits, then gives up the background threads."""
+        """Waits, then stops the background threads."""
         try:
             self.wait()
         finally:
@@ -337,7 +337,7 @@ class Checkpoints:
             self._arrays.close()
 
     def abandon_after(self, step: int) -> None:
-        """Moves checkpoints newer than a step into `rewound`: the run takes another way."""
+        """Moves checkpoints newer than a step into `rewound`, as the run takes another path."""
         self.wait()
         for newer in self.steps():
             if newer > step and is_first():
@@ -347,7 +347,7 @@ class Checkpoints:
         return self._directory / str(step)
 
     def _set_aside(self, step: int, where: str = "damaged") -> Path:
-        """Moves a checkpoint where nobody reads it, beside what was moved there before."""
+        """Moves a checkpoint out of the way, beside those moved before."""
         self._checked.discard(step)
         place = self._directory / where
         place.mkdir(exist_ok=True)
@@ -360,14 +360,14 @@ class Checkpoints:
         shutil.rmtree(self._folder(step).rename(self._directory / f".{step}.removed"))
 
     def _remove_leftovers(self) -> None:
-        """Folders that a killed process was writing or removing, those of older versions too."""
+        """Folders that a killed process was writing or removing, including older versions'."""
         for pattern in (".*.partial", ".*.removed", "*.orbax-checkpoint-tmp*"):
             for folder in self._directory.glob(pattern):
                 shutil.rmtree(folder)
 
 
 def _system_error(error: BaseException) -> str | None:
-    """What the operating system said, through Python or through TensorStore; None: nothing."""
+    """The operating system's error, through Python or TensorStore; None if there is none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.strerror or str(error)
     code = re.search(r"os_error_code='(\d+)'", str(error))
@@ -375,7 +375,7 @@ def _system_error(error: BaseException) -> str | None:
 
 
 def _is_unsealed(folder: Path) -> bool:
-    """Whether it has the layout of versions before there were manifests."""
+    """Whether it has the layout of versions without manifests."""
     return (folder / "data" / "metadata").is_file()
 
 
@@ -389,7 +389,7 @@ def _floating(dtype: np.dtype) -> bool:
 
 
 def _stored(metadata: Any) -> Any:
-    """The tree of what Orbax says of the arrays in a folder."""
+    """Orbax's metadata of the arrays in a folder, as a tree."""
     if metadata.item_metadata is None:
         raise ValueError("Orbax finds no arrays in it")
     return metadata.item_metadata.tree

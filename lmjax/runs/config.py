@@ -1,8 +1,8 @@
 """One experiment as one frozen dataclass tree: everything that decides what a run computes.
 
-Each part stands beside the code that reads it; this file only joins them and resolves what one part
-leaves to another. Two runs with equal resolved configs compute the same numbers; the mesh is part
-of the tree for convenience but not of a run's identity, as are other fields marked `housekeeping`.
+Each part is defined beside the code that reads it; this file joins the parts and resolves what
+depends on several. Two runs with equal resolved configs compute the same numbers; the mesh and
+other fields marked `housekeeping` are in the tree for convenience, not part of a run's identity.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from lmjax.telemetry.rows import TelemetryConfig, refuse_no_tensor
 Count = Annotated[int, at_least(1)]
 
 SEEDS = 2**64
-"""How many seeds there are: a key of threefry has two words of 32 bits, so a larger number would be
-the stream of a smaller one."""
+"""The number of seeds: a threefry key has two words of 32 bits, so a larger seed would repeat the
+stream of a smaller one."""
 
 Seed = Annotated[int, at_least(0, SEEDS - 1)]
 
 VERSION = 1
-"""Of `config.json`. A field that is new has a default which means what runs did before there was
-that field, so a file without it, or without a version, reads as what it meant; a field that changes
-its name or meaning raises the version."""
+"""Version of `config.json`. A new field's default means what runs did before the field existed, so
+a file without it, or without a version, keeps its meaning; a field that changes its name or meaning
+raises the version."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """When and on how much held-out text a run is evaluated."""
+    """When, and on how much held-out text, a run is evaluated."""
 
     every: Annotated[int, at_least(0), housekeeping("evaluation only reads the parameters")] = 250
     """Steps between evaluations; 0: only at the end."""
@@ -77,7 +77,7 @@ class CheckpointConfig:
     ] = 500
     """Steps between checkpoints; one more is written at the end and when the run is stopped."""
     keep: Annotated[int, at_least(1), housekeeping("a run reads only its newest checkpoint")] = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
@@ -86,13 +86,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class FaultsConfig:
-    """What is done when gradients stay non-finite. A single such step is always skipped."""
+    """What to do when gradients stay non-finite. A single such step is always skipped."""
 
     non_finite: Literal["stop", "skip", "rewind"] = "stop"
-    """After loss_scale.max_consecutive_skips in a row: stop with an error; skip on; or rewind to a
-    checkpoint from before, and go on with the text that comes after."""
+    """After loss_scale.max_consecutive_skips consecutive skips: stop with an error; keep skipping;
+    or rewind to an earlier checkpoint and continue with the text that follows the failure."""
     max_rewinds: Annotated[int, at_least(0)] = 3
-    """A run that has rewound so often stops instead."""
+    """Number of rewinds after which a run stops instead."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
@@ -101,14 +101,14 @@ class FaultsConfig:
 
 @dataclass(frozen=True)
 class RestoreConfig:
-    """What a run may do to the checkpoint that it goes on from."""
+    """What a run may do to the checkpoint that it resumes from."""
 
     allow_cast: bool = False
-    """Go on in another precision: round what is stored in another floating format. Otherwise a run
-    of another precision is another run."""
+    """Resume in another precision: round stored arrays of another floating format. Otherwise a
+    change of precision makes it a different run."""
 
     def __post_init__(self) -> None:
-        """Refuses what is not a switch."""
+        """Rejects values that are not booleans."""
         validate(self, "restore")
 
 
@@ -121,23 +121,23 @@ class Config:
     steps: Count = 1000
     """Planned length in optimizer steps; it sets the learning-rate schedule."""
     seed: Seed = 0
-    """Decides initial parameters, order of the data and dropout; from 0 to 2^64 - 1."""
+    """Determines initial parameters, data order and dropout; from 0 to 2^64 - 1."""
     context: Count = 256
-    """Tokens of context that the model is trained on."""
+    """Context length in tokens for training."""
     batch_size: Count = 16
-    """Sequences in a step, over all devices and micro-batches."""
+    """Sequences per step, over all devices and micro-batches."""
     micro_batches: Count = 1
     """Parts that a batch is cut into; their gradients are summed in f32."""
     deterministic_reductions: Annotated[int, power_of_two(also=(0,), hint="try 8")] = 0
-    """Parts (2^n) of each micro-batch, summed in a fixed order: losses and parameters are then bit
-    for bit the same on any number of devices (mesh.data x mesh.fsdp) that divides it. 0: they are
-    the same but for rounding, and a step is faster."""
+    """Parts (2^n) of each micro-batch, summed in a fixed order: losses and parameters are then
+    bit-identical on any number of devices (mesh.data x mesh.fsdp) that divides it. 0: they are the
+    same up to rounding, and steps are faster."""
     log_every: Annotated[int, at_least(1), housekeeping("logging only reads metrics")] = 10
     """Steps between rows of metrics.jsonl."""
     loss_multiplier: Annotated[float, power_of_two(hint=f"2**-10, for example, is {2**-10}")] = 1.0
-    """What the gradients are multiplied by, without being divided by it again: 2^-k stands in for a
-    batch or a vocabulary 2^k times as large. Logged losses are without it, and so are the gradients
-    of a unit-scaled model: its constants cancel it, as they do the size of batch and vocabulary."""
+    """Factor of the gradients that is not divided out again: 2^-k stands in for a batch or a
+    vocabulary 2^k times as large. Logged losses exclude it, as do the gradients of a unit-scaled
+    model, whose constants cancel it along with the size of batch and vocabulary."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -165,7 +165,7 @@ class Config:
     ] = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
-        """Refuses parts that do not fit each other."""
+        """Rejects parts that do not fit together."""
         validate(self)
         if self.model.positions == "learned" and self.context > self.model.max_positions:
             raise ValueError(
@@ -193,7 +193,7 @@ class Config:
                 )
 
     def _refuse_disorder(self) -> None:
-        """Refuses what `deterministic_reductions` cannot hold for."""
+        """Rejects configs that `deterministic_reductions` cannot support."""
         parts = self.deterministic_reductions
         if not parts:
             return
@@ -218,11 +218,11 @@ class Config:
     def at(self, step: int) -> Config:
         """The config of the phase that a step belongs to; without phases, this one.
 
-        It differs in the policy alone, and fixes what all phases have in common: the kind of loss
-        scaling, whose state passes from phase to phase.
+        It differs only in the policy, and fixes what all phases share: the kind of loss scaling,
+        whose state passes from phase to phase.
 
         Args:
-          step: number of steps attempted before it, as `TrainState.step` counts.
+          step: number of steps attempted before it, as in `TrainState.step`.
         """
         policy = parse_policy(self.precision)
         if not policy.later:
@@ -230,14 +230,14 @@ class Config:
         return dataclasses.replace(self.resolved(), precision=str(policy.at(step)))
 
     def after(self, steps: int) -> Config:
-        """The config of the phase that a state is in after so many steps: that of the last one.
+        """The config of the phase of a state after this many steps: that of its last step.
 
-        The state moves into the next phase's formats when that phase computes its first step.
+        The state is converted to the next phase's formats when that phase computes its first step.
         """
         return self.at(max(steps - 1, 0))
 
     def is_watched(self, step: int) -> bool:
-        """Whether telemetry counts what rounding does in a step."""
+        """Whether telemetry counts the effects of rounding in a step."""
         return self.telemetry.every > 0 and step % self.telemetry.every == 0
 
     def is_logged(self, step: int) -> bool:
@@ -245,12 +245,12 @@ class Config:
         return step % self.log_every == 0 or self.is_watched(step) or step == self.steps
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether a step is followed by an evaluation; the one at the end is not meant."""
+        """Whether an evaluation follows a step, not counting the one at the end."""
         every = self.evaluation.every
         return every > 0 and step % every == 0 and step < self.steps
 
     def is_saved(self, step: int) -> bool:
-        """Whether a step is followed by a checkpoint even if the run neither ends nor stops."""
+        """Whether a checkpoint follows a step even if the run neither ends nor stops."""
         return step % self.checkpoint.every == 0
 
     @property
@@ -259,22 +259,22 @@ class Config:
         sites = resolve_sites(self.model, parse_policy(self.precision))
         if self._loss_scale_kind() not in ("dynamic", "predictive"):
             return sites
-        # Cotangents that a clamp would hide must skip the step, and so lower the scale.
+        # Non-finite cotangents must skip the step and lower the scale, so no clamp may hide them.
         return {path: dataclasses.replace(s, cotangents="fail") for path, s in sites.items()}
 
     @property
     def param_sites(self) -> dict[str, SitePolicy]:
-        """The formats of the site that each parameter belongs to, by the parameter's path."""
+        """The formats of each parameter's site, by the parameter's path."""
         return param_sites(self.model, self.sites)
 
     def products(self) -> dict[str, dict[str, Arithmetic]]:
-        """How each product of the model is computed on the backend in use, under one phase."""
+        """How each product of the model is computed on the current backend, for one phase."""
         return products(self.sites, self.batch_size // self.micro_batches * self.context)
 
     def _loss_scale_kind(self) -> Kind:
-        """What the kind stands for under all phases of the policy.
+        """The resolved kind of loss scaling under all phases of the policy.
 
-        A unit-scaled model has its cotangents where narrow formats want them: `auto` is none.
+        Unit scaling already places cotangents in the range of narrow formats: `auto` is none.
         """
         if self.loss_scale.kind != "auto":
             return self.loss_scale.kind
@@ -289,7 +289,7 @@ class Config:
         return [s for policy in policies for s in resolve_sites(self.model, policy).values()]
 
     def resolved(self) -> Config:
-        """The same run with nothing left to be derived: what `config.json` records."""
+        """The same run with every derived field filled in, as recorded in `config.json`."""
         policy = parse_policy(self.precision)
         scale = dataclasses.replace(self.loss_scale, kind=self._loss_scale_kind())
         if scale.kind == "predictive" and scale.format == "auto":
@@ -306,13 +306,13 @@ class Config:
 
 
 HOUSEKEEPING = checks.housekeeping_fields(Config)
-"""The fields that a resumed run may change, by dotted name, and why they are no part of what it
-is: where it runs, how closely it is watched, how often it is saved, what is done when something
-goes wrong. They are recorded."""
+"""The fields that a resumed run may change, by dotted name, and why they are not part of its
+identity: where it runs, how it is watched and saved, and what is done when something fails. They
+are recorded."""
 
 
 def _of_cotangents(sites: Collection[SitePolicy]) -> list[Format]:
-    """The formats that cotangents are rounded to without a scale factor of their own."""
+    """The formats that cotangents are rounded to without their own scale factor."""
     quantizers = [site.grads.quantizer for site in sites if site.grads is not None]
     raw = [quantizer.format for quantizer in quantizers if quantizer.groups == "none"]
     return [site.compute for site in sites] + raw
@@ -324,10 +324,10 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> Config:
-    """The config that `to_json` wrote, with or without a `version` beside its fields.
+    """Parses a config written by `to_json`, with or without a `version` beside its fields.
 
     Raises:
-      ValueError: a field or the version is unknown here: another version of lmjax wrote it.
+      ValueError: the field or version is unknown; another version of lmjax wrote it.
     """
     if isinstance(values, dict):
         version = values.get("version", 0)
@@ -365,7 +365,7 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def all_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two configs differ, housekeeping too, by dotted name."""
+    """The fields in which two configs differ, including housekeeping, by dotted name."""
     return _unequal(by_name(old), by_name(new))
 
 
@@ -394,7 +394,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_no_seed(name: str, seed: Any) -> None:
-    """Checks a seed that is not a field: each whole number in [0, 2**64) is a different stream.
+    """Validates a seed that is not a field: each integer in [0, 2**64) is a different stream.
 
     Raises:
       ValueError: it is anything else.

@@ -1,6 +1,6 @@
-"""What a run says about itself while it trains: `metrics.jsonl`, TensorBoard, and the curves.
+"""What a run reports while it trains: `metrics.jsonl`, TensorBoard and the curves.
 
-Knows the file formats, tensorboardX and matplotlib; nothing about models or state.
+Knows the file formats, tensorboardX and Matplotlib, but no models or state.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lmjax.runs.sinks import Sink
 Row = Mapping[str, Any]
 
 PATIENCE_SECONDS = 10.0
-"""How long a checkpoint, or the end of a run, waits for rows that are on their way to the disk."""
+"""How long a checkpoint, or the end of a run, waits for pending rows."""
 
 SECONDS_BETWEEN_FLUSHES = 10.0
-"""Of TensorBoard's files: each flush waits for the disk."""
+"""For TensorBoard files: each flush waits for the disk."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line cut short by a killed process is left out."""
+    """The rows of a `metrics.jsonl`, without a last line truncated by a killed process."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -42,12 +42,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends rows to `metrics.jsonl` and to TensorBoard event files.
 
-    A resumed run repeats the steps since its checkpoint; rows of those steps, left by the process
-    that was stopped, are dropped first, so that each step stands in the file once. A context
-    manager: what goes wrong in it must not cost the rows written so far.
+    A resumed run repeats the steps since its checkpoint; rows of those steps, left by the stopped
+    process, are dropped first, so each step occurs once. Use it as a context manager, so that an
+    error inside does not lose the rows written so far.
 
-    Rows are written in the background: a file system that hangs holds up neither training nor
-    checkpoints. What goes wrong there is raised by the next call.
+    Rows are written in the background: a file system that hangs delays neither training nor
+    checkpoints. The next call raises errors of writing.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class MetricsWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Closes the files; an error that is on its way already is the one to hear about."""
+        """Closes the files; an exception already being raised takes precedence."""
         with contextlib.suppress(*(() if error is None else (OSError,))):
             self.close()
 
     def write(self, row: Row) -> None:
-        """Writes one row; `step` is required, everything else a number."""
+        """Writes one row; `step` is required, all other values are numbers."""
         self._background.submit(lambda: self._append(self._file, row))
         scalars = {name: value for name, value in row.items() if name != "step"}
         self._background.submit(lambda: self._add_event(scalars, row["step"]))
@@ -112,13 +112,13 @@ class MetricsWriter:
     def flush(self) -> bool:
         """Whether all rows are in their files.
 
-        Waits for that, but not for ever; and where it has waited in vain, not again.
+        Waits for a limited time; after a timeout, later calls do not wait again.
         """
         self._hangs = not self._background.drained(0 if self._hangs else PATIENCE_SECONDS)
         return not self._hangs
 
     def close(self) -> None:
-        """Writes what is left; files that hang are left to the operating system."""
+        """Writes the remaining rows; files that hang are left to the operating system."""
         try:
             self._background.submit(self._close)
             self.flush()
@@ -145,9 +145,9 @@ class MetricsWriter:
             self._show(lambda: events.add(scalars, step))
 
     def _show(self, act: Callable[[], None]) -> None:
-        """Does something with the event file; once that fails, there are no more events.
+        """Applies a function to the event file; after a failure, no more events are written.
 
-        The same numbers are in `metrics.jsonl`, whose failure is the one to stop for.
+        `metrics.jsonl` has the same numbers, and only its failure stops a run.
         """
         worked = False
         with decoration("TensorBoard's curves"):
@@ -158,7 +158,7 @@ class MetricsWriter:
 
 
 class SilentWriter(MetricsWriter):
-    """Takes rows and writes none: in the processes of a run that leave writing to the first one."""
+    """Accepts rows and discards them, in processes that leave writing to the first one."""
 
     def __init__(self) -> None:
         pass
@@ -170,7 +170,7 @@ class SilentWriter(MetricsWriter):
         """Does nothing."""
 
     def flush(self) -> bool:
-        """Nothing is on its way."""
+        """Nothing is pending."""
         return True
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class SilentWriter(MetricsWriter):
 class _EventFile:
     """A TensorBoard file of scalars.
 
-    It does without tensorboardX's own thread: when that has died of a full disk, its queue blocks.
+    It avoids tensorboardX's own thread, whose queue blocks once a full disk has killed it.
     """
 
     def __init__(self, folder: Path, resumed_step: int):
@@ -188,13 +188,13 @@ class _EventFile:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
 
-        # A skipped step has an infinite gradient norm; the row says so, a warning need not.
+        # A skipped step has an infinite gradient norm; the row shows it without a warning.
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
         folder.mkdir(exist_ok=True)
         self._event, self._scalar = Event, scalar
-        # A path such as `s3:/events` would be taken for one in a store.
+        # A path such as `s3:/events` would be read as a store URL.
         self._writer = EventsWriter(str(plain(folder) / "events"), f".{resumed_step}")
-        # Makes TensorBoard forget the steps that are repeated.
+        # Makes TensorBoard forget the repeated steps.
         again = resumed_step + 1
         self._writer.write_event(Event(step=again, file_version="brain.Event:2"))
         session = SessionLog(status=SessionLog.START)
@@ -203,7 +203,7 @@ class _EventFile:
         self._flushed = -SECONDS_BETWEEN_FLUSHES
 
     def add(self, scalars: Row, step: int) -> None:
-        """Appends scalars of a step."""
+        """Appends the scalars of a step."""
         for name, value in scalars.items():
             summary = self._scalar(name, value)
             self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
@@ -213,19 +213,19 @@ class _EventFile:
 
 
 def _reopened(path: Path, resumed_step: int) -> TextIO:
-    """A file of rows, open for appending, without those of steps after the resumed one."""
+    """Opens a file of rows for appending, without the steps after the resumed one."""
     kept = [row for row in read_rows(path) if row["step"] <= resumed_step]
     replace_text(path, "".join(strict_json.dumps(row) + "\n" for row in kept))
     return path.open("a", encoding="utf-8")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that at every moment it holds either the old text or the new.
+    """Replaces a file atomically: it holds either the old text or the new.
 
-    A process killed meanwhile leaves `partial(path)` behind, which the next one writes over.
+    A process killed meanwhile leaves `partial(path)` behind, which the next one overwrites.
     """
     temporary = partial(path)
-    # Names of files may hold bytes that are no UTF-8, which would have no place in the text.
+    # File names may hold bytes that are not UTF-8, which the text cannot represent.
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     temporary.replace(path)
 
@@ -236,7 +236,7 @@ def partial(path: Path) -> Path:
 
 
 def draw_curves(rows: Iterable[Row], title: str, path: Path) -> None:
-    """Draws loss, learning rate and any loss scale other than 1 over the steps, as a PNG."""
+    """Plots loss, learning rate and any loss scale other than 1 over the steps, as a PNG."""
     from matplotlib.figure import Figure
 
     rows = list(rows)
@@ -274,7 +274,7 @@ def _draw_loss(panel: Any, rows: list[Row]) -> None:
             color="#b5412b",
         )
     lost = [row["step"] for row in rows if isinstance(row.get("loss"), str)]
-    if lost:  # at the foot of the panel, where a run diverged
+    if lost:  # mark diverged steps at the bottom of the panel
         foot = panel.get_xaxis_transform()
         panel.plot(
             lost, [0.02] * len(lost), "x", color="#b5412b", transform=foot, label="not finite"
@@ -284,6 +284,6 @@ def _draw_loss(panel: Any, rows: list[Row]) -> None:
 
 
 def _column(rows: Iterable[Row], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric, where it was logged and is a finite number."""
+    """Steps and values of one metric, where logged and finite."""
     points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     return [step for step, _ in points], [value for _, value in points]

@@ -1,10 +1,10 @@
 """A trace of some steps, for TensorBoard and Perfetto: `--profile.steps 10:13`.
 
-It lies in `profile/` of the run directory, as JAX's profiler writes it: `*.xplane.pb` is what
-TensorBoard's profile plugin opens, `perfetto_trace.json.gz` what https://ui.perfetto.dev opens.
-What goes wrong with a trace costs the trace and nothing else.
+It is written to `profile/` in the run directory by JAX's profiler: TensorBoard's profile plugin
+opens `*.xplane.pb`, https://ui.perfetto.dev opens `perfetto_trace.json.gz`. A failed trace costs
+only the trace.
 
-Knows JAX's profiler; nothing of how steps are computed.
+Knows JAX's profiler, not how steps are computed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from lmjax.console.decoration import decoration
 
 FOLDER = "profile"
 STEP = "train"
-"""What a step is called in a trace; `step_num` is its number."""
+"""Name of a step in a trace; `step_num` is its number."""
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Which steps are traced."""
+    """Which steps to trace."""
 
     steps: str = ""
     """FIRST:END, such as 10:13 for the steps 10, 11 and 12: their trace goes to profile/ in the run
     directory, for TensorBoard and Perfetto. Empty: none."""
 
     def __post_init__(self) -> None:
-        """Refuses what is no range of steps."""
+        """Rejects text that is not a range of steps."""
         validate(self, "profile")
         if not self.steps:
             return
@@ -47,18 +47,18 @@ class ProfileConfig:
 
     @property
     def range(self) -> range:
-        """The steps that are traced."""
+        """The steps to trace."""
         first, end = map(int, self.steps.split(":")) if self.steps else (0, 0)
         return range(first, end)
 
 
 class Profiler:
-    """Traces the steps of a range, as far as this launch takes them; a context manager.
+    """Traces the steps of a range, as far as this launch runs them; a context manager.
 
     Args:
       steps: which.
       workdir: the run directory.
-      note: says a line to whoever is watching.
+      note: shows a line to the user.
     """
 
     def __init__(self, steps: range, workdir: Path, note: Callable[[str], None]):
@@ -83,20 +83,20 @@ class Profiler:
         return self._tracing and step == self._steps[-1]
 
     def begin(self) -> None:
-        """Starts the trace; devices should have nothing left to do."""
+        """Starts the trace; devices should be idle."""
         with decoration(f"the trace in {self._folder}", self._note):
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._tracing = True
 
     def step(self, step: int) -> contextlib.AbstractContextManager[object]:
-        """A block that dispatches a step, by its number in the trace if there is one."""
+        """A block that dispatches a step, labelled with its number if a trace is running."""
         if not self._tracing:
             return contextlib.nullcontext()
         self._traced.append(step)
         return jax.profiler.StepTraceAnnotation(STEP, step_num=step)
 
     def end(self) -> None:
-        """Writes the trace, if there is one; the steps in it should be done."""
+        """Writes the trace, if any; its steps should be done."""
         if not self._tracing:
             return
         self._tracing = False

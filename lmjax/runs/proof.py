@@ -1,6 +1,6 @@
-"""What a checkpoint has to give back when it is read: compared before an older one is given up.
+"""What a checkpoint must give back when read, compared before an older one is removed.
 
-Knows arrays and digests; nothing of how checkpoints are read.
+Knows arrays and digests, not how checkpoints are read.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ Description = tuple[tuple[int, ...], np.dtype]
 
 
 class NotRestorable(ValueError):
-    """A checkpoint gives back something else than was written."""
+    """A checkpoint does not give back what was written."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The arrays of a state, as they have to come back.
+    """The arrays of a state, as they must be restored.
 
     Attributes:
       arrays: shape and dtype of each array, as a pytree like the state.
-      content: path, slices and CRC-32 of each part of each array that lives on this process's
-        devices; None if the content is not to be compared.
+      content: path, slices and CRC-32 of each array part on this process's devices; None if
+        content is not compared.
     """
 
     arrays: Any
@@ -37,11 +37,11 @@ class Proof:
 
     @classmethod
     def of(cls, state: Any, *, content: bool) -> Proof:
-        """The proof that a state asks for.
+        """The proof required for a state.
 
         Args:
           state: the arrays, which may be donated as soon as this returns.
-          content: also compute digests, for which every array is copied to the host once.
+          content: also compute digests, which copies every array to the host once.
         """
         arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         if not content:
@@ -55,7 +55,7 @@ class Proof:
         return cls(arrays, digests)
 
     def template(self) -> Any:
-        """Arrays on the host, without memory of their own, to restore like."""
+        """Host arrays that allocate no memory, as restore targets."""
         return jax.tree.map(
             lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), self.arrays
         )
@@ -69,7 +69,7 @@ class Proof:
                 raise NotRestorable(f"{path} was {in_words(old)} and is {in_words(new)}")
 
     def compare_content(self, restored: Any) -> None:
-        """Raises `NotRestorable` unless restored arrays hold every bit that was written."""
+        """Raises `NotRestorable` unless restored arrays are bit-identical to those written."""
         found = paths.flatten(restored)
         for path, index, digest in self.content or ():
             if _digest(np.asarray(found[path])[index]) != digest:
@@ -77,7 +77,7 @@ class Proof:
 
 
 def described(leaf: Any) -> Description | None:
-    """Shape and dtype of an array, or of what describes one."""
+    """Shape and dtype of an array, or of an array description."""
     return None if leaf is None else (tuple(leaf.shape), np.dtype(leaf.dtype))
 
 

@@ -1,11 +1,11 @@
 """The files of a run directory other than metrics and checkpoints.
 
 config.json       the fully resolved config: what the run computes
-history.jsonl     which fields of it a later launch has changed, and at which step
-environment.json  versions, devices, XLA flags, git revision, which products are native: where and
-                  how it was computed
+history.jsonl     which fields of it a later launch changed, and at which step
+environment.json  versions, devices, XLA flags, git revision, native products: where and how it was
+                  computed
 result.json       once the planned steps are done
-tokenizer.json    a copy, so that the run can generate text on its own
+tokenizer.json    a copy, so that the run can generate text by itself
 checkpoints/      see checkpoint.py
 metrics.jsonl, tensorboard/, curves.png   see metrics.py
 rewound/          see rewind.py
@@ -44,23 +44,23 @@ LOCK = ".lock"
 HISTORY = "history.jsonl"
 
 CASTABLE = ("precision", "loss_scale.kind", "loss_scale.format")
-"""Fields in which a run may differ from its directory if it may cast: the policy, and what is
-derived from it."""
+"""Fields in which a run may differ from its directory if casting is allowed: the policy, and what
+is derived from it."""
 
 
 @contextlib.contextmanager
 def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iterator[None]:
-    """`open_run`, for the length of a block in which no other process may train there.
+    """`open_run` for the length of a block during which no other process may train there.
 
-    Where several processes train together, the first one locks and writes for all.
+    With several processes, the first one locks and writes for all.
 
     Args:
       workdir: the run directory.
       config: what to compute.
-      note: is told if nothing can keep another process out.
+      note: receives a warning if other processes cannot be kept out.
 
     Raises:
-      InputError: as `open_run`, or another process is training there; in all processes alike.
+      InputError: as `open_run`, or another process is training there; raised in all processes.
     """
     with contextlib.ExitStack() as stack:
         with failing_together():
@@ -78,7 +78,7 @@ def hold_run(workdir: Path, config: Config, note: Callable[[str], None]) -> Iter
 
 
 def refuse_unusable(workdir: Path, config: Config) -> None:
-    """Refuses a directory that holds something else or, as far as can be seen, cannot be written.
+    """Rejects a directory that holds something else or appears not to be writable.
 
     Raises:
       InputError: it cannot be used; nothing was written.
@@ -98,7 +98,7 @@ def refuse_unusable(workdir: Path, config: Config) -> None:
 def _lock_run(
     workdir: Path, config: Config, note: Callable[[str], None], stack: contextlib.ExitStack
 ) -> bool:
-    """Keeps other runs out of the directory until the stack is closed; False if nothing can."""
+    """Locks the directory until the stack is closed; False if locks are unavailable."""
     with _unwritable_is_bad_input(workdir):
         _refuse_unfit(workdir, config)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -116,10 +116,10 @@ def _lock_run(
 
 
 def open_run(workdir: Path, config: Config, *, may_take_over: bool = True) -> None:
-    """Makes a directory for this run and records its config, or finds it from an earlier start.
+    """Creates a directory for this run and records its config, or opens that of an earlier start.
 
-    A directory in which no step was taken belongs to nobody: whatever run was to be there, it has
-    failed before, and this one takes its place.
+    A directory without any completed step may be taken over: the run that it was created for failed
+    early.
 
     Args:
       workdir: the run directory.
@@ -127,7 +127,7 @@ def open_run(workdir: Path, config: Config, *, may_take_over: bool = True) -> No
       may_take_over: whether no other process can be about to take the first step there.
 
     Raises:
-      InputError: it cannot be written, or holds another run; nothing is written then.
+      InputError: it cannot be written, or holds another run; nothing was written.
     """
     with _unwritable_is_bad_input(workdir):
         _refuse_unfit(workdir, config, may_take_over=may_take_over)
@@ -139,10 +139,10 @@ def open_run(workdir: Path, config: Config, *, may_take_over: bool = True) -> No
 
 
 def record_changes(workdir: Path, config: Config, step: int) -> None:
-    """Records in which fields a launch differs from the one before, after so many steps.
+    """Records the fields in which a launch differs from the one before, after this many steps.
 
-    `config.json` holds the newest config, `history.jsonl` what each field was before. Where the run
-    was cast to another precision, the config until then is kept whole.
+    `config.json` holds the newest config, `history.jsonl` the previous value of each field. If the
+    run was cast to another precision, the whole previous config is kept.
     """
     if not is_first():
         return
@@ -176,10 +176,10 @@ def _unwritable_is_bad_input(workdir: Path) -> Iterator[None]:
 
 
 def read_config(workdir: Path) -> Config:
-    """The resolved config of a run directory.
+    """Reads the resolved config of a run directory.
 
     Raises:
-      InputError: there is none, or it cannot be read.
+      InputError: it is missing or cannot be read.
     """
     path = workdir / "config.json"
     try:
@@ -193,18 +193,18 @@ def read_config(workdir: Path) -> Config:
 
 
 def _is_untrained(workdir: Path) -> bool:
-    """Whether a run directory holds nothing that a step has made: no checkpoint, no row."""
+    """Whether a run directory has no output of a step: no checkpoint and no row."""
     checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
     kept = checkpoints.is_dir() and any(not p.name.startswith(".") for p in checkpoints.iterdir())
     return not kept and not (metrics.exists() and metrics.stat().st_size)
 
 
 def _refuse_unfit(workdir: Path, config: Config, *, may_take_over: bool = True) -> None:
-    """Refuses a directory that holds something else than this run; writes nothing."""
+    """Rejects a directory that holds something other than this run; writes nothing."""
     path = workdir / "config.json"
     if path.exists():
         if may_take_over and _is_untrained(workdir):
-            read_config(workdir)  # a damaged one is none of ours
+            read_config(workdir)  # raises if damaged
             return
         _refuse_another_run(workdir, read_config(workdir), config)
     elif workdir.is_dir() and set(workdir.iterdir()) - {partial(path), workdir / LOCK}:
@@ -230,7 +230,7 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
 
 
 def record_environment(workdir: Path, config: Config) -> None:
-    """Writes `environment.json`: where the steps from here on are computed."""
+    """Writes `environment.json`: where the remaining steps are computed."""
     sites = [site for _, phase in config.phases for site in phase.products().values()]
     recorded = environment() | {"products": summary(sites)}
     replace_text(workdir / "environment.json", strict_json.dumps(recorded, indent=2) + "\n")
@@ -255,7 +255,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of the CPU; empty where the system does not tell."""
+    """The name of the CPU; empty if the system does not report it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -271,7 +271,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """The revision of the source tree that lmjax was imported from, `+` if it was changed since."""
+    """The revision of lmjax's source tree, with `+` appended if it has local changes."""
     source = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -288,8 +288,7 @@ def _git_revision() -> str | None:
 def parameters_sha256(params: Any) -> str:
     """A digest of path, dtype, shape and bytes of every parameter, in path order.
 
-    It depends on the values alone and not on how they are divided among devices. All processes must
-    ask for it.
+    It depends only on the values, not on their sharding. All processes must call it.
     """
     digest = hashlib.sha256()
     for path, leaf in paths.flatten(params).items():

@@ -1,9 +1,9 @@
-"""Services that metrics are also sent to: Weights & Biases and trackio.
+"""Services that also receive metrics: Weights & Biases and trackio.
 
-They are views of `metrics.jsonl`, which is what counts: each has a thread of its own, so a service
-that hangs holds up nothing, and the first call that fails is the last one. A resumed run goes on in
-the service's run of the same name; both drop or show again the steps that are repeated, as they
-see fit. Offline, W&B obeys WANDB_MODE=offline; trackio writes to this machine anyway.
+They are views of `metrics.jsonl`, which is authoritative. Each has its own thread, so a service
+that hangs delays nothing, and is dropped after its first failure. A resumed run continues the
+service's run of the same name; each service drops or shows repeated steps in its own way. Offline,
+W&B obeys WANDB_MODE=offline; trackio always writes to this machine.
 
 The only file that knows wandb and trackio.
 """
@@ -23,7 +23,7 @@ from lmjax.console.decoration import decoration
 from lmjax.files.background import Background
 
 PATIENCE_SECONDS = 30.0
-"""How long the end of a run waits for what is on its way to a service."""
+"""How long the end of a run waits for rows being sent to a service."""
 
 Name = Literal["wandb", "trackio"]
 
@@ -33,13 +33,13 @@ class MetricsConfig:
     """Where the rows of metrics.jsonl are also sent."""
 
     sinks: tuple[Name, ...] = ()
-    """Services: wandb, trackio; each needs its extra, such as lmjax[wandb]. One that fails is left
-    out from then on, and the run goes on."""
+    """Services: wandb, trackio; each needs its extra, such as lmjax[wandb]. A service that fails is
+    dropped, and the run continues."""
     project: str = "lmjax"
-    """The services' name for what the run belongs to."""
+    """Project name in the services."""
 
     def __post_init__(self) -> None:
-        """Refuses unknown services."""
+        """Rejects unknown services."""
         validate(self, "metrics")
         if not self.project:
             raise ValueError("metrics.project is empty; name a project, such as lmjax")
@@ -48,7 +48,7 @@ class MetricsConfig:
 
 
 def refuse_missing(config: MetricsConfig) -> None:
-    """Raises `ValueError` if a service is asked for whose package is not installed."""
+    """Raises `ValueError` if the package of a requested service is not installed."""
     for name in config.sinks:
         if importlib.util.find_spec(name) is None:
             raise ValueError(
@@ -57,13 +57,13 @@ def refuse_missing(config: MetricsConfig) -> None:
 
 
 class Sink:
-    """One service, in a thread of its own.
+    """One service, in its own thread.
 
     Args:
       name: of its package.
-      start: opens the service's run and returns what logs a row at a step.
+      start: opens the service's run and returns a function that logs a row at a step.
       finish: closes it.
-      note: says a line to whoever is watching.
+      note: shows a line to the user.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Sink:
         self._background.submit(lambda: self._try(lambda: self._send(scalars, step)))
 
     def close(self) -> None:
-        """Waits for what is on its way, but not for ever."""
+        """Waits a limited time for rows being sent."""
         self._background.submit(lambda: self._try(self._end))
         if not self._background.drained(PATIENCE_SECONDS):
             self._note(f"warning: {self._name} does not answer; metrics.jsonl has all rows")
@@ -102,12 +102,12 @@ class Sink:
             self._finish()
 
     def _try(self, act: Callable[[], None]) -> None:
-        """Does something; once that fails, nothing more is sent."""
+        """Calls a function; after a failure, nothing more is sent."""
         worked = False
         with decoration(f"curves in {self._name}", self._note):
             try:
                 act()
-            except SystemExit as error:  # a service's own idea of how to fail
+            except SystemExit as error:  # some services exit on failure
                 raise RuntimeError(str(error)) from error
             worked = True
         if not worked:
@@ -117,13 +117,13 @@ class Sink:
 def open_sinks(
     config: MetricsConfig, workdir: Path, values: dict[str, Any], note: Callable[[str], None]
 ) -> list[Sink]:
-    """The services of a run.
+    """Opens the services of a run.
 
     Args:
-      config: which, and the project.
-      workdir: the run directory, whose name is the run's there.
-      values: the config of the run, for people to filter by.
-      note: says a line to whoever is watching.
+      config: which services, and the project.
+      workdir: the run directory, whose name is the run's name there.
+      values: the config of the run, to filter by.
+      note: shows a line to the user.
     """
     makers = {"wandb": _wandb, "trackio": _trackio}
     return [makers[name](config.project, workdir, values, note) for name in config.sinks]
@@ -136,7 +136,7 @@ def _wandb(
 
     def start() -> Callable[[Mapping[str, Any], int], object]:
         wandb = importlib.import_module("wandb")
-        # The directory is what makes a run the same run when it is resumed.
+        # The directory identifies the run when it is resumed.
         own = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
         run.append(
             wandb.init(
@@ -144,7 +144,7 @@ def _wandb(
                 config=values, settings=wandb.Settings(silent=True, console="off"),
             )
         )  # fmt: skip
-        # The number of the step goes with the row: evaluations have a row of their own at a step.
+        # The step number is sent with the row: an evaluation adds its own row at the same step.
         run[0].define_metric("*", step_metric="step")
         return lambda scalars, step: run[0].log({**scalars, "step": step})
 

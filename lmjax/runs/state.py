@@ -40,8 +40,8 @@ class TrainState(NamedTuple):
       step: int32[], steps attempted; skipped ones count.
       params: the parameters, each in its stored format.
       opt_state: the loss scale, with the optimizer's state inside.
-      residuals: what Kahan-compensated updates have lost to rounding; empty without any.
-      scaling: histories of maxima of operands whose scaling is delayed; empty without any.
+      residuals: rounding errors of Kahan-compensated updates; empty without any.
+      scaling: amax histories of operands with delayed scaling; empty without any.
       key: uint32[2], data of a threefry key; dropout and stochastic rounding fold the step in.
     """
 
@@ -80,7 +80,7 @@ def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:
 
     Args:
       config: the run.
-      key: the key that its seed stands for, by default.
+      key: by default the key of the config's seed.
     """
     key = seed_key(config.seed) if key is None else key
     init_key, dropout_key = jax.random.split(key)
@@ -107,10 +107,10 @@ def abstract_state(config: Config, mesh: Any) -> TrainState:
 
 
 def create_state(config: Config, mesh: Mesh) -> TrainState:
-    """A fresh state, each array made on the devices where it lives.
+    """A fresh state, each array created on the devices where it lives.
 
-    The seed is an argument of the compiled program and not a constant in it, so that runs which
-    differ in nothing else find it in the compilation cache.
+    The seed is an argument of the compiled program, not a constant, so that runs which differ only
+    in the seed share it in the compilation cache.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
 
@@ -122,12 +122,12 @@ def create_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
-    """The state of one phase of a policy as the next phase stores it: a pure function.
+    """Converts the state of one phase of a policy for the next phase; a pure function.
 
-    Parameters with their residuals and moments are converted where their formats change (see
-    `convert_params` and `convert_moments`), and histories of delayed scaling kept where the next
-    phase has the same. Everything else is handed on bit for bit: the step, the loss scale and its
-    counters, the counts of the optimizer, the key.
+    Parameters, residuals and moments are converted where their formats change (see
+    `convert_params` and `convert_moments`); histories of delayed scaling are kept where the next
+    phase has the same. The rest is unchanged bit for bit: the step, the loss scale with its
+    counters, the optimizer's counts, the key.
 
     Args:
       state: as a step of `old` left it.
@@ -149,7 +149,7 @@ def change_phase(state: TrainState, old: Config, new: Config, mesh: Mesh) -> Tra
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(new, mesh))
     convert = lambda state: carry_over(state, old, new)
     with warnings.catch_warnings():
-        # The memory of an array whose format changes is of no use, and nobody needs to be told.
+        # Donated memory of an array whose format changes cannot be reused; suppress the warning.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
         return exact.jit(convert, donate_argnums=0, out_shardings=shardings)(state)
 
