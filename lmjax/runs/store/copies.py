@@ -1,6 +1,6 @@
-"""The copy on this machine of a run in an object store.
+"""The local copy of a run in an object store.
 
-Knows run directories by their files, manifests and stores; nothing of what files hold.
+Knows a run directory's files, manifests and stores, not the files' content.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SEALED = re.compile(rf"checkpoints/([0-9]+)/{re.escape(manifest.NAME)}")
 
 
 class Copy:
-    """A run directory of this machine and the store that has, or is to have, the same."""
+    """A local run directory and the store that mirrors it."""
 
     def __init__(self, store: Store, workdir: Path):
         self.store, self.workdir = store, workdir
@@ -31,19 +31,19 @@ class Copy:
         """The manifests of the store's checkpoints, by step.
 
         Args:
-          names: of all that the store has.
+          names: of all objects in the store.
         """
         steps = [int(match[1]) for name in names if (match := SEALED.fullmatch(name))]
         seals = {step: self.store.read(seal_of(step)) for step in steps}
         return {step: seal for step, seal in seals.items() if seal is not None}
 
     def seal(self, step: int) -> bytes | None:
-        """The manifest of a checkpoint here."""
+        """The manifest of a local checkpoint."""
         path = self.workdir / seal_of(step)
         return path.read_bytes() if path.exists() else None
 
     def is_intact(self, step: int) -> bool:
-        """Whether a checkpoint here is what its manifest says."""
+        """Whether a local checkpoint matches its manifest."""
         try:
             manifest.check(self.checkpoint(step))
         except manifest.Damaged:
@@ -51,7 +51,7 @@ class Copy:
         return True
 
     def has_newest(self, sealed: dict[int, bytes]) -> bool:
-        """Whether the newest checkpoint of the store is here: the same, and intact."""
+        """Whether the store's newest checkpoint exists locally, identical and intact."""
         newest = max(sealed, default=None)
         return (
             newest is not None
@@ -61,17 +61,17 @@ class Copy:
         )
 
     def checkpoint(self, step: int) -> Path:
-        """The folder of a checkpoint here."""
+        """The local folder of a checkpoint."""
         return self.workdir / "checkpoints" / str(step)
 
     def steps(self) -> list[int]:
-        """The checkpoints that are complete here."""
+        """The steps of the complete local checkpoints."""
         folder = self.workdir / "checkpoints"
         found = folder.iterdir() if folder.is_dir() else ()
         return sorted(int(path.name) for path in found if path.name.isdecimal())
 
     def files(self) -> dict[str, Path]:
-        """The files here beside the checkpoints, by name; the config comes first."""
+        """The local files except checkpoints, by name; the config comes first."""
         beside = [path for path in self.workdir.iterdir() if path.name != "checkpoints"]
         found = {
             path.relative_to(self.workdir).as_posix(): path
@@ -82,12 +82,12 @@ class Copy:
         return dict(sorted(found.items(), key=lambda item: (item[0] != CONFIG, item[0])))
 
     def pull_files(self, names: Iterable[str]) -> None:
-        """Brings everything that the store has but checkpoints and the claim."""
+        """Downloads everything in the store except checkpoints and the lease."""
         wanted = [n for n in names if n != claim.NAME and not n.startswith("checkpoints/")]
         self.store.download({name: self.workdir / name for name in wanted})
 
     def pull_checkpoint(self, names: Iterable[str], step: int) -> None:
-        """Brings a checkpoint, which gets its name when all of it is here, intact or not.
+        """Downloads a checkpoint; it gets its name once it is complete, intact or not.
 
         Raises:
           FileNotFoundError: it was removed meanwhile.
@@ -106,17 +106,17 @@ def seal_of(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step of the checkpoint that an object is a part of, whether that is complete or not."""
+    """The step of the checkpoint that an object belongs to, complete or not."""
     match = PART.match(name)
     return int(match[1]) if match else None
 
 
 def folder_of(url: str, cache: Path, purpose: str) -> Path:
-    """The folder below the cache for what is in a place of a store and wanted for a purpose."""
+    """The cache folder for a place in a store and a purpose."""
     return cache / "runs" / hashlib.sha256(os.fsencode(url)).hexdigest()[:16] / purpose
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """What changes when a file does."""
+    """A fingerprint that changes with the file."""
     status = path.stat()
     return status.st_mtime_ns, status.st_size

@@ -1,17 +1,17 @@
-"""A claim on a run in an object store: which process trains there.
+"""A lease on a run in an object store: it says which process trains there.
 
-A store has no locks, so the process that trains keeps an object, `owner.json`, and renews it as
-long as it lives. Whoever finds one watches whether it is renewed, and so compares no clocks: if it
-is, the newcomer is refused; if it is not for `SILENCE_SECONDS`, its owner is taken for dead. A
-process that ends by itself removes its claim.
+A store has no locks, so the training process keeps an object, `owner.json`, and renews it while it
+lives. A newcomer that finds one watches whether it is renewed, which needs no synchronized clocks:
+if it is, the newcomer is rejected; if not for `SILENCE_SECONDS`, the owner counts as dead. A normal
+exit removes the lease.
 
-What this cannot do: a process that hears nothing from the store for that long, while another
-machine does, may be taken for dead and is not. It notices when it looks at the claim, which it does
-before it writes any checkpoint and again before it seals one, and stops. Between such a look and
-the write after it there is no lock: two that write a checkpoint of the same step at the same moment
-can leave one that does not match its manifest, and the one before is used then.
+Limits: a live process that cannot reach the store for that long, while another machine can, may
+count as dead. It notices when it next checks the lease, which it does before it writes a checkpoint
+and again before it seals one, and stops. Nothing locks the time between a check and the write after
+it: two processes that write a checkpoint of the same step at once can leave one that does not match
+its manifest, and the previous one is used then.
 
-Knows stores; nothing of runs.
+Knows stores, not runs.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ LOOK_SECONDS = 1.0
 
 
 class Claim:
-    """The claim of this process. It must be renewed with `beat` every `BEAT_SECONDS`."""
+    """The lease of this process. Renew it with `beat` every `BEAT_SECONDS`."""
 
     def __init__(self, store: Store, memory: Path, note: Callable[[str], None]):
-        """Claims what is below the URL of a store.
+        """Acquires the lease of everything below the URL of a store.
 
         Args:
           store: where.
-          memory: a file of this machine in which the last claim made here is remembered, and which
-            no other process uses: that claim is known to be dead.
-          note: is told if this has to wait.
+          memory: a local file, used by no other process, that remembers the last lease acquired
+            here; that lease is known to be dead.
+          note: receives a line if this has to wait.
 
         Raises:
-          InputError: another process has it.
+          InputError: another process holds the lease.
           StoreError: the store does not work.
         """
         self._store = store
@@ -64,13 +64,13 @@ class Claim:
             raise InputError(_refusal(store, owner))
 
     def beat(self) -> None:
-        """Renews it; raises as `confirm`."""
+        """Renews the lease; raises as `confirm`."""
         self.confirm()
         self._beats += 1
         self._store.write(NAME, self._record())
 
     def confirm(self) -> None:
-        """Returns if the claim is still this process's.
+        """Checks that this process still holds the lease.
 
         Raises:
           StorageFailed: another process has taken over.
@@ -84,7 +84,7 @@ class Claim:
             )
 
     def release(self) -> None:
-        """Gives it up, if it still is this process's."""
+        """Releases the lease if this process still holds it."""
         if self._is_mine(_read(self._store)):
             self._store.remove([NAME])
 
@@ -92,7 +92,7 @@ class Claim:
         return owner is not None and owner.get("token") == self._token
 
     def _record(self) -> bytes:
-        """The beats tell a renewed claim from an old one; the time is for people."""
+        """The beats distinguish a renewed lease from an old one; the time is informational."""
         record = {
             "token": self._token,
             "process": os.getpid(),
@@ -104,7 +104,7 @@ class Claim:
 
 
 def _watch(store: Store, found: dict[str, Any], note: Callable[[str], None]) -> None:
-    """Returns when a claim has been given up or not been renewed for long enough."""
+    """Waits until a lease is released or has not been renewed for long enough."""
     note(
         f"{_words(found)} was training in {store.url}, last at {found.get('time')}; waiting for up "
         f"to {SILENCE_SECONDS:.0f} s to see whether it still is"

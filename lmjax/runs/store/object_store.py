@@ -1,12 +1,12 @@
 """Objects below a URL of a store such as S3 or Google Cloud Storage: the only file that knows
 fsspec.
 
-An object is written whole or not at all, replaces what had its name, and is seen by everybody from
-then on; nothing can be renamed. That much S3 and Google Cloud Storage promise. Credentials, regions
-and endpoints are the library's business, which reads the same variables and files as the store's
-own tools (for S3 also `AWS_ENDPOINT_URL`).
+A write is atomic, replaces any object of the same name and is visible to everyone afterwards;
+nothing can be renamed. S3 and Google Cloud Storage guarantee this. The library handles credentials,
+regions and endpoints, using the same variables and files as the store's own tools (for S3 also
+`AWS_ENDPOINT_URL`).
 
-Knows nothing of what the objects are.
+Knows nothing about the objects' content.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from lmjax.errors import InputError
 URL = re.compile(r"([a-z][a-z0-9+.-]+)://(.*)", re.DOTALL)
 COLLAPSED = re.compile(r"([a-z][a-z0-9+.-]+):/[^/].*", re.DOTALL)
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}
-"""Which extra of lmjax brings the library behind a scheme."""
+"""The extra of lmjax that installs the library of a scheme."""
 
 
 class StoreError(RuntimeError):
-    """The store cannot be reached, or refuses; the message says what it said."""
+    """The store cannot be reached or refuses; the message quotes it."""
 
 
 def as_url(place: str | Path) -> str | None:
-    """The URL that a place is, without a slash at its end; None for a path of this machine.
+    """The URL of a place, without a trailing slash; None for a local path.
 
     Raises:
-      InputError: it is meant to be a URL, but is none of a place in a store.
+      InputError: it looks like a URL but does not name a place in a store.
     """
     text = str(place)
     if isinstance(place, Path):
@@ -63,16 +63,16 @@ def refuse_collapsed(path: Path) -> None:
 
 
 class Store:
-    """The objects whose names begin with a URL; names are what comes after it and a slash.
+    """The objects below a URL; an object's name is the part after the URL and a slash.
 
-    Every method raises `StoreError` if the store does not do what it is asked.
+    Every method raises `StoreError` if the store fails.
     """
 
     def __init__(self, url: str):
-        """Finds the library for a URL; the store is not asked for anything.
+        """Finds the library for a URL; does not contact the store.
 
         Raises:
-          InputError: it is not installed, or there is none.
+          InputError: the library is not installed, or none is known.
         """
         self.url = url
         scheme = url.partition(":")[0]
@@ -91,7 +91,7 @@ class Store:
             self._files, self._root = fsspec.url_to_fs(url)
 
     def names(self) -> list[str]:
-        """All names, in order."""
+        """All names, sorted."""
         with self._explained():
             self._files.invalidate_cache()
             found = self._files.find(self._root)
@@ -102,7 +102,7 @@ class Store:
         return [name for name in names if name and not name.endswith("/")]
 
     def read(self, name: str) -> bytes | None:
-        """The content of an object; None if there is none."""
+        """The content of an object; None if it does not exist."""
         with self._explained():
             try:
                 return self._files.cat_file(self._path(name))
@@ -110,13 +110,13 @@ class Store:
                 return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes an object, whatever had its name."""
+        """Writes an object, replacing any of the same name."""
         with self._explained():
             self._files.pipe_file(self._path(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes an object unless there is one; whether it did. Of several writers one succeeds,
-        where the store has conditional writes.
+        """Writes an object unless it exists; returns whether it did. Of several writers one
+        succeeds, if the store has conditional writes.
         """
         try:
             with self._explained():
@@ -128,25 +128,25 @@ class Store:
         return True
 
     def upload(self, files: Mapping[str, Path]) -> None:
-        """Writes objects from files, in any order and many at a time."""
+        """Uploads files as objects, concurrently and in any order."""
         with self._explained():
             self._files.put([str(path) for path in files.values()], self._paths(files))
 
     def download(self, files: Mapping[str, Path]) -> None:
-        """Writes files from objects, likewise.
+        """Downloads objects to files, concurrently and in any order.
 
         Raises:
-          FileNotFoundError: there is no such object any more.
+          FileNotFoundError: an object no longer exists.
         """
         with self._explained(FileNotFoundError):
             if files:
                 self._files.get(self._paths(files), [str(path) for path in files.values()])
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes objects, in any order; what is not there need not be removed."""
+        """Removes objects, in any order; missing ones are ignored."""
         paths = self._paths(names)
         with self._explained(), contextlib.suppress(FileNotFoundError):
-            # `rm`, which removes many at a time, takes each path for a pattern.
+            # `rm`, which removes many at a time, treats each path as a pattern.
             literal = [path for path in paths if glob.escape(path) == path]
             if literal:
                 self._files.rm(literal)
@@ -161,7 +161,7 @@ class Store:
 
     @contextlib.contextmanager
     def _explained(self, *passed: type[Exception]) -> Iterator[None]:
-        """What a library raises is its own affair, and each has errors of its own."""
+        """Converts any library error to `StoreError`, as each library has errors of its own."""
         try:
             yield
         except passed:

@@ -1,22 +1,22 @@
-"""Run directories in an object store: a copy on this machine, and what keeps the store equal to it.
+"""Run directories in an object store: a local copy, and the code that mirrors it to the store.
 
-A run in `s3://bucket/run` trains in a folder below the cache directory. Everything else in lmjax
-sees that folder alone. What is in the store is the run:
+A run in `s3://bucket/run` trains in a folder below the cache directory, and the rest of lmjax sees
+only that folder. The store's content is the run:
 
     config.json, metrics.jsonl, ...    the files of the run directory, config.json first
     checkpoints/500/...                a checkpoint; its manifest.sha256 is written last of all
-    owner.json                         who trains there; see claim.py
+    owner.json                         who trains there; see lease.py
 
-A store cannot rename, so the manifest is what makes a checkpoint one: without it, it is not there.
-It is written when all it names is written, and removed before any of that is. A checkpoint is on
-its way until it is in the store, as it is until it is on the disk: the next one waits for it, and
-steps do not. The store's copies of older ones are removed after that.
+A store cannot rename, so a checkpoint exists only once it has a manifest, which is written after
+everything it names and removed before any of it. A checkpoint is pending until it is in the store,
+as it is until it is on disk: the next checkpoint waits for it, steps do not. The store's older
+checkpoints are removed afterwards.
 
-When a run is started, the store is right. The copy is used only if it has the store's newest
-checkpoint, so that what is in it is what the store has or went on from that (a process that was
-killed before it could write to the store). Otherwise it is replaced.
+When a run starts, the store is authoritative. The local copy is used only if it has the store's
+newest checkpoint, so its content equals the store's or continues it (after a process was killed
+before it could write to the store). Otherwise it is replaced.
 
-Knows run directories by their files, manifests, stores and claims; nothing of what files hold.
+Knows a run directory's files, manifests, stores and leases, not the files' content.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from lmjax.runs.store.lease import Claim
 from lmjax.runs.store.object_store import Store, StoreError, as_url
 
 SECONDS_BETWEEN_PUSHES = 60.0
-"""Of the files beside the checkpoints, while none of these is due."""
+"""Interval of uploading the files beside the checkpoints, between checkpoints."""
 
 LOOKS = 5
-"""How often a reader looks again when checkpoints vanish while it reads them."""
+"""How often a reader retries when checkpoints vanish while it reads them."""
 
 
 class Staged(NamedTuple):
     """Where a run is trained.
 
     Attributes:
-      workdir: the run directory on this machine.
-      mirror: what makes the store hold these checkpoints and no others, once they are complete on
-        this machine; it raises `StorageFailed`.
+      workdir: the local run directory.
+      mirror: makes the store hold exactly these checkpoints once they are complete locally; raises
+        `StorageFailed`.
     """
 
     workdir: Path
@@ -66,13 +66,13 @@ def staged(workdir: str | Path, cache: Path, note: Callable[[str], None]) -> Ite
     """A run directory to train in, which may be in an object store: `s3://BUCKET/RUN`.
 
     Args:
-      workdir: a directory of this machine, which is used as it is, or a URL.
-      cache: the folder in which copies are kept.
-      note: says a line to whoever is watching.
+      workdir: a local directory, used as it is, or a URL.
+      cache: the folder of local copies.
+      note: shows a line to the user.
 
     Raises:
-      InputError: the store cannot be used, holds something else than a run, or another process is
-        training there. Nothing was written.
+      InputError: the store cannot be used or holds something other than a run, or another process
+        is training there. Nothing was written.
       StorageFailed: at the end, not everything could be written to the store.
     """
     url = as_url(workdir)
@@ -101,12 +101,12 @@ def staged(workdir: str | Path, cache: Path, note: Callable[[str], None]) -> Ite
 
 
 def local_path(workdir: str | Path) -> Path:
-    """The directory of this machine that was named; in a string, as it was typed, `~` is a home."""
+    """The local directory that was named; in a string, as typed, `~` is a home directory."""
     return workdir if isinstance(workdir, Path) else expanded(workdir)
 
 
 class Mirror:
-    """Keeps a store equal to a run directory that this process trains in."""
+    """Mirrors the run directory in which this process trains to a store."""
 
     def __init__(self, copy: Copy, claim: Claim, note: Callable[[str], None]):
         self._copy, self._store, self._claim, self._note = copy, copy.store, claim, note
@@ -117,7 +117,7 @@ class Mirror:
         self._ended = threading.Event()
 
     def pull(self) -> None:
-        """Makes the run directory what the store has, unless it has gone on from that."""
+        """Makes the run directory equal to the store, unless it continues the store's run."""
         names = self._store.names()
         sealed = self._copy.seals(names)
         if self._copy.has_newest(sealed):
@@ -130,7 +130,7 @@ class Mirror:
             shutil.rmtree(self._copy.workdir)
         if CONFIG not in names:
             return
-        # The newest checkpoint comes last: what has it has everything.
+        # Download the newest checkpoint last: a copy that has it has everything.
         self._copy.pull_files(names)
         for step in sorted(sealed):
             self._copy.pull_checkpoint(names, step)
@@ -139,11 +139,11 @@ class Mirror:
         self._pushed = {name: stamp(path) for name, path in self._copy.files().items()}
 
     def hold(self, steps: Sequence[int]) -> None:
-        """Makes the store hold these checkpoints, complete on this machine, and no others.
+        """Makes the store hold exactly these checkpoints, which are complete locally.
 
         Raises:
-          StorageFailed: it does not work, or another process has taken over. What the store held
-            before, it holds.
+          StorageFailed: the store fails, or another process has taken over. The store keeps what it
+            held before.
         """
         try:
             self._claim.confirm()
@@ -184,11 +184,11 @@ class Mirror:
         self._store.remove(name for name in names if not SEALED.fullmatch(name))
 
     def _push_files(self) -> None:
-        """Writes what has changed beside the checkpoints."""
+        """Uploads changed files other than checkpoints."""
         with self._pushing:
             self._pushed_at = time.monotonic()
             for name, path in self._copy.files().items():
-                with contextlib.suppress(FileNotFoundError):  # one that is just being replaced
+                with contextlib.suppress(FileNotFoundError):  # being replaced right now
                     now = stamp(path)
                     if self._pushed.get(name) != now:
                         self._store.write(name, path.read_bytes())
@@ -196,7 +196,7 @@ class Mirror:
 
     @contextlib.contextmanager
     def kept_alive(self) -> Iterator[None]:
-        """A block in which the claim is renewed, and at whose end the store has everything."""
+        """A block that keeps the lease renewed; at its end the store has everything."""
         beats = threading.Thread(target=self._beat, daemon=True)
         beats.start()
         try:
@@ -214,8 +214,8 @@ class Mirror:
         else:
             self._release(beats)
         finally:
-            # All that is done after KeyboardInterrupt: who does not wait for a checkpoint does not
-            # wait for a store.
+            # Nothing else after KeyboardInterrupt: a user who does not wait for a checkpoint does
+            # not wait for a store.
             self._ended.set()
 
     def _release(self, beats: threading.Thread) -> None:
@@ -224,9 +224,9 @@ class Mirror:
         self._claim.release()
 
     def _beat(self) -> None:
-        """Renews the claim and writes rows of metrics.
+        """Renews the lease and uploads rows of metrics.
 
-        If that fails it is tried again, for the store may work before a checkpoint needs it.
+        Failures are retried, because the store may recover before a checkpoint needs it.
         """
         warned = False
         while not self._ended.wait(claims.BEAT_SECONDS):
@@ -243,17 +243,17 @@ class Mirror:
 
 @contextlib.contextmanager
 def fetched(workdir: str | Path, *, checkpoint: bool = True) -> Iterator[Path]:
-    """A run directory to read, which may be in an object store; nothing is written there.
+    """A run directory to read, which may be in an object store; writes nothing there.
 
     Args:
-      workdir: a directory of this machine, which is used as it is, or a URL.
-      checkpoint: whether its newest intact checkpoint is wanted too.
+      workdir: a local directory, used as it is, or a URL.
+      checkpoint: whether the newest intact checkpoint is needed too.
 
     Yields:
-      A directory of this machine, which nobody else changes during the block.
+      A local directory that nothing else changes during the block.
 
     Raises:
-      InputError: the store cannot be read, or there is no run.
+      InputError: the store cannot be read, or holds no run.
     """
     url = as_url(workdir)
     if url is None:
@@ -287,7 +287,7 @@ def _fetch(copy: Copy, *, checkpoint: bool) -> None:
 
 
 def _fetch_checkpoint(copy: Copy, names: Sequence[str]) -> None:
-    """Brings the newest intact one and, so that a reader reports them, damaged ones before that."""
+    """Downloads the newest intact checkpoint, and damaged newer ones for readers to report."""
     sealed = copy.seals(names)
     if copy.has_newest(sealed):
         return
@@ -307,7 +307,7 @@ def _refuse_foreign(store: Store) -> None:
 
 
 def _made(url: str, cache: Path, purpose: str) -> Path:
-    """`folder_of`, which exists then."""
+    """`folder_of`, created if missing."""
     folder = folder_of(url, cache, purpose)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -321,7 +321,7 @@ def _made(url: str, cache: Path, purpose: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(folder: Path, url: str) -> Iterator[None]:
-    """Keeps other processes of this machine out of a folder."""
+    """Locks a folder against other processes of this machine."""
     with lock(folder / "lock", wait=False) as mine:
         if not mine:
             raise InputError(
@@ -341,7 +341,7 @@ def _unusable_is_bad_input(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _speaking_of(url: str, copy: Path) -> Iterator[None]:
-    """What is wrong with the copy is wrong with what is in the store, which is what users know."""
+    """Reports errors of the local copy under the store's URL, which is what users know."""
     try:
         yield
     except (InputError, CheckpointError) as error:
