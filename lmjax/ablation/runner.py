@@ -1,10 +1,10 @@
-"""Running ablations: everything around their cells.
+"""Runs ablations: prepares data, starts workers and watches the cells.
 
 `run` prepares the texts, writes the definition into the directory, starts workers and watches the
-files of the cells until every cell has ended; where seeds are added as needed, it then does so and
-goes on. `run_each` does the same for several ablations, whose workers wait for nobody in between.
-They keep no state of their own: what is done is what the directory says, and which seeds were added
-follows from that, so the same call goes on after any interruption.
+files of the cells until every cell has ended; if seeds are added as needed, it adds them and
+continues. `run_each` does the same for several ablations without pausing workers in between. Both
+are stateless: the directory records what is done, and the added seeds follow from that, so the same
+call resumes after any interruption.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class AblationError(RuntimeError):
-    """A cell could not be run, for a reason that is no result."""
+    """A cell could not be run, for a reason other than its result."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Outcome:
     """How a call of `run` ended.
 
     Attributes:
-      ablation: what was run, with the seeds that were added.
-      cells: every cell of it, arm by arm.
+      ablation: the ablation, including added seeds.
+      cells: its cells, arm by arm.
       stopped_by: the signal that stopped it before all cells had ended; else None.
     """
 
@@ -62,23 +62,23 @@ def run(
     slurm: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Outcome:
-    """Runs what is left of an ablation.
+    """Runs the unfinished cells of an ablation.
 
     Args:
       ablation: what to run.
-      directory: where its cells are or will be. Cells of other ablations in it are left alone, and
-        cells in common are shared.
-      processes: how many work at the same time.
-      threads: XLA threads of each on CPU. With one, results do not depend on `processes`.
-      retry_failed: run cells again that failed.
-      slurm: parameters of submitit; the processes then are jobs of a Slurm array.
-      progress: show a table of the cells, or lines where the output is no terminal.
+      directory: directory of the cells. Cells of other ablations in it are left alone, and common
+        cells are shared.
+      processes: number of worker processes.
+      threads: XLA threads per process on CPU. With one, results do not depend on `processes`.
+      retry_failed: rerun failed cells.
+      slurm: parameters of submitit; the processes are then jobs of a Slurm array.
+      progress: show a table of the cells, or lines if the output is not a terminal.
 
     Returns:
-      The cells. SIGINT and SIGTERM stop the runs with checkpoints; the same call goes on then.
+      The outcome. SIGINT and SIGTERM stop the runs with checkpoints; the same call resumes them.
 
     Raises:
-      InputError, DataError: something cannot be used; see `lmjax.train.train`.
+      InputError, DataError: bad input; see `lmjax.train.train`.
       AblationError: a worker failed. The others have saved checkpoints.
     """
     directory = Path(directory)
@@ -106,13 +106,13 @@ def run_each(
     threads: int = 1,
     progress: bool = True,
 ) -> Generator[Outcome, None, None]:
-    """Runs what is left of several ablations; see `run`. Adds no seeds.
+    """Runs the unfinished cells of several ablations; see `run`. Adds no seeds.
 
-    The workers are the same for all, and go on while the caller looks at what came out. They are
-    killed if the iterator is closed before its end.
+    All ablations share the workers, which keep running while the caller handles an outcome. They
+    are killed if the iterator is closed before its end.
 
     Yields:
-      The outcome of each ablation when its cells have ended. One that was stopped is the last.
+      The outcome of each ablation when its cells have ended. An outcome that was stopped is last.
 
     Raises:
       As `run` does.
@@ -129,10 +129,10 @@ def run_each(
 
 
 def with_added_seeds(ablation: Ablation, directory: Path) -> Ablation:
-    """The ablation with the seeds that its cells so far call for.
+    """Returns the ablation with the seeds that its results so far require.
 
-    That is the ablation itself where a cell has not ended yet, where every question is settled, and
-    where `max_seeds` is reached or not given.
+    Returns the ablation itself if a cell has not ended yet, every question is settled, or
+    `max_seeds` is reached or not given.
     """
     while ablation.max_seeds is not None:
         cells = grid.read_cells(ablation, directory)
@@ -147,7 +147,7 @@ def with_added_seeds(ablation: Ablation, directory: Path) -> Ablation:
 
 @dataclass(frozen=True)
 class _Workers:
-    """How cells of a directory are worked on; see `run` for the meaning of the fields."""
+    """How the cells of a directory are run; see `run` for the fields."""
 
     directory: Path
     processes: int
@@ -155,13 +155,13 @@ class _Workers:
     slurm: Mapping[str, Any] | None
 
     def __post_init__(self) -> None:
-        """Refuses fewer than one."""
+        """Refuses counts below one."""
         for name in ("processes", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     def start(self, definitions: Sequence[Path], left: Mapping[str, Config]) -> Pool:
-        """As many as find work."""
+        """Starts as many workers as there is work for."""
         count = min(self.processes, len(left))
         if self.slurm is None:
             return LocalPool(self.directory, definitions, count, self.threads)
@@ -171,10 +171,10 @@ class _Workers:
 def _run_cells(
     ablations: Sequence[Ablation], workers: _Workers, progress: bool
 ) -> Generator[tuple[tuple[Cell, ...], str | None], None, None]:
-    """Runs what is left of the cells of ablations.
+    """Runs the unfinished cells of ablations.
 
     Yields:
-      For each ablation, when they have ended, its cells and the signal that was received, if any.
+      For each ablation, once its cells have ended, the cells and the signal received, if any.
     """
     directory = workers.directory
     definitions = [grid.write_ablation(ablation, directory) for ablation in ablations]
@@ -212,10 +212,10 @@ def _left(ablation: Ablation, directory: Path) -> dict[str, Config]:
 def _outcome(
     ablation: Ablation, cells: tuple[Cell, ...], signal: str | None, directory: Path
 ) -> Outcome:
-    """What became of an ablation whose workers have ended, or are at another.
+    """Returns the outcome of an ablation whose workers have ended or moved on.
 
     Raises:
-      AblationError: cells have not ended, though nobody asked to stop.
+      AblationError: cells have not ended, although no stop was requested.
     """
     missing = any(cell.status == "missing" for cell in cells)
     if missing and signal is None:
@@ -230,7 +230,7 @@ def _added(ablation: Ablation) -> str:
 
 
 def _prepare(ablations: Sequence[Ablation], directory: Path, progress: bool) -> None:
-    """Tokenizes each text once, before several workers would set out to; opens the directory."""
+    """Tokenizes each text once, before several workers would try to; opens the directory."""
     refuse_collapsed(directory)
     arms = [arm for ablation in ablations for arm in ablation.arms.values()]
     try:
@@ -243,7 +243,7 @@ def _prepare(ablations: Sequence[Ablation], directory: Path, progress: bool) -> 
 
 
 def _open(directory: Path) -> None:
-    """Makes the directory, or finds that of an ablation."""
+    """Creates the directory, or accepts that of an ablation."""
     try:
         inside = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
         if inside and not inside & {grid.DEFINITION, "locks"}:
@@ -261,9 +261,9 @@ def _open(directory: Path) -> None:
 def _watch(
     pool: Pool, stop: StopRequest, display: Display, ablation: Ablation, directory: Path
 ) -> None:
-    """Shows the cells until all have ended, or no worker is left.
+    """Shows the cells until all have ended or no worker is left.
 
-    Has all workers stop, and waits for them, when one fails, or on request.
+    Stops all workers and waits for them if one fails or a stop is requested.
 
     Raises:
       InputError, AblationError: a worker failed.
@@ -291,7 +291,7 @@ def _any_missing(states: Mapping[str, State]) -> bool:
 
 
 def _await_end(pool: Pool) -> None:
-    """The last pictures are drawn after the last result is there."""
+    """Waits for workers to exit: the last plots are drawn after the last result is written."""
     while pool.alive():
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -299,7 +299,7 @@ def _await_end(pool: Pool) -> None:
 def _read_states(
     keys: Sequence[str], metric: str, directory: Path, known: Mapping[str, State]
 ) -> dict[str, State]:
-    """The states of cells; what is known to have ended is not read again."""
+    """Reads the states of cells, except those known to have ended."""
     cells = grid.cells_directory(directory)
     return {
         key: known[key]

@@ -1,8 +1,8 @@
-"""Runs that were trained one by one, read as an ablation: configs are arms, their seeds its seeds.
+"""Treats individually trained runs as an ablation: configs are arms, and their seeds its seeds.
 
-Nobody announced in what they may differ, so every field that does is one that varies; nobody named
-a control, so it is the config of the run that is named first. Runs with the same seed are pairs: a
-seed fixes initial parameters and the order of the data whatever the arm.
+Every field that differs counts as varying, and the config of the first run named is the control.
+Runs with the same seed are pairs: a seed fixes initial parameters and the order of the data in
+every arm.
 
 Knows what an ablation is and the files of a run.
 """
@@ -22,17 +22,17 @@ from lmjax.runs.run_directory import CASTABLE
 from lmjax.train import Config, InputError, read_config
 
 LONGEST_NAME = 100
-"""Characters of an arm's name that can be read in a table."""
+"""Longest readable name of an arm in a table, in characters."""
 
 
 def ablation_of(directories: Sequence[Path]) -> tuple[Ablation, list[Cell]]:
-    """What run directories amount to together, and the cell that each of them is.
+    """Returns the ablation that run directories form together, and the cell of each.
 
     Args:
       directories: of runs, finished or not; the config of the first is the control.
 
     Raises:
-      InputError: one of them holds no run, or two hold the same run.
+      InputError: a directory contains no run, or two contain the same run.
     """
     configs = {directory: read_config(directory) for directory in directories}
     keys = {directory: _arm_key(config) for directory, config in configs.items()}
@@ -69,12 +69,12 @@ def _arm_key(config: Config) -> str:
 
 
 def _names(arms: Mapping[Path, Config], varies: Sequence[str]) -> dict[Path, str]:
-    """What each arm is called: the fields in which the configs differ, and its values of them.
+    """Names each arm by its values of the fields in which the configs differ.
 
-    All of them if that is short enough to be a name, else the first field, or pair of fields, that
-    tells all apart. Where none does, the name of its run, with the fields.
+    Uses all fields if the name is short enough, else the first field or pair of fields that
+    distinguishes all arms, else the name of its run and the fields.
     """
-    # What follows from the policy need not be said beside it.
+    # Omit fields that follow from the policy.
     told = [f for f in varies if f not in CASTABLE[1:]] if CASTABLE[0] in varies else varies
     fields = {directory: identity(config) for directory, config in arms.items()}
     pairs = (*itertools.combinations(told, 1), *itertools.combinations(told, 2))
@@ -91,7 +91,7 @@ def _names(arms: Mapping[Path, Config], varies: Sequence[str]) -> dict[Path, str
 
 
 def _short(field: str, others: Sequence[str]) -> str:
-    """`learning_rate` for `optimizer.learning_rate`, unless another field ends alike."""
+    """`learning_rate` for `optimizer.learning_rate`, unless another field ends the same way."""
     last = field.rpartition(".")[2]
     return last if sum(other.rpartition(".")[2] == last for other in others) == 1 else field
 
@@ -114,10 +114,10 @@ def _cell(arm: str, config: Config, directory: Path, metric: str) -> Cell:
 
 
 def _diverged(directory: Path, config: Config) -> str:
-    """Why a run without a result has failed, as its rows tell; empty if it may go on.
+    """Why a run without a result failed, according to its rows; empty if it may continue.
 
-    A run by itself leaves no other trace of that than the steps that it skipped to the end, which
-    are counted here from one row to another, and so up to `log_every` too few.
+    The only trace is the steps skipped up to its end. They are counted from row to row, and so the
+    count may be up to `log_every` too low.
     """
     rows = [row for row in read_rows(directory / "metrics.jsonl") if "skipped_steps" in row]
     if not rows or config.faults.non_finite == "skip":

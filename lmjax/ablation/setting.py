@@ -1,4 +1,4 @@
-"""What was run: how large, how long, at which rate, on which data, seeds, machine and versions.
+"""Describes what was run: model size, length, learning rate, data, seeds, machine and versions.
 
 Knows configs, the state of a run and `environment.json`; nothing of statistics.
 """
@@ -24,13 +24,13 @@ Environment = Mapping[str, Any]
 
 
 def read_environment(run: Path) -> Environment:
-    """What a run directory says about where it was computed; empty before it was."""
+    """Reads the environment that a run directory records; empty before the run starts."""
     path = run / "environment.json"
     return strict_json.read(path) if path.exists() else {}
 
 
 class Footprint(NamedTuple):
-    """The size of a run: its parameters, and the bytes of all that it keeps between steps."""
+    """The size of a run: its parameters, and the bytes of all state kept between steps."""
 
     parameters: int
     state_bytes: int
@@ -38,7 +38,7 @@ class Footprint(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def footprint(config: Config) -> Footprint:
-    """The size of a run at its first step; nothing is computed."""
+    """Returns the size of a run at its first step, without computing anything."""
     state = jax.eval_shape(lambda: initial_state(config.resolved().at(0)))
     size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -46,11 +46,11 @@ def footprint(config: Config) -> Footprint:
 
 
 def what_was_run(ablation: Ablation | None, environments: Iterable[Environment]) -> dict[str, str]:
-    """The set-up of an ablation, a line each; where arms differ, all that there is.
+    """Returns the setup of an ablation, one entry per line; differing arms list all values.
 
     Args:
-      ablation: None where nothing was trained.
-      environments: of the runs, or of the process that computed.
+      ablation: None if nothing was trained.
+      environments: those of the runs, or that of the process that computed.
     """
     there = [environment for environment in environments if environment]
     machines = {
@@ -72,7 +72,7 @@ def what_was_run(ablation: Ablation | None, environments: Iterable[Environment])
 
 
 def subject(ablation: Ablation | None) -> str:
-    """What was looked at, as the subject of a sentence."""
+    """The object of study, as the subject of a sentence."""
     if ablation is None:
         return "Arithmetic on random numbers"
     sizes = _either(millions(footprint(arm).parameters) for arm in ablation.arms.values())

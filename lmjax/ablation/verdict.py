@@ -1,4 +1,4 @@
-"""What an ablation found, arm by arm: a comparison with the control and a verdict in words.
+"""Compares each arm of an ablation with its control and states a verdict.
 
     worse by 0.165 ± 0.004 nats (5 seeds)            the interval leaves zero out
     better by 0.049 ± 0.012 nats (5 seeds)
@@ -7,11 +7,11 @@
     undecided: needs about 7 seeds                   neither
     failed on 3 of 3 seeds: loss is nan              runs ended without a finite value
 
-A difference has one interval wherever it is written: the one that its verdict rests on (see
+A difference is shown with the same interval everywhere: the one that its verdict rests on (see
 `Comparison.decisive`), widened for the number of arms. A difference that is certain but smaller
-than the margin is called equivalent: the margin says what matters. One seed never decides anything,
-two are marked as provisional, and a failed run is a result: it is counted, and the seeds that
-survived are compared.
+than the margin is called equivalent: the margin defines what matters. One seed decides nothing, two
+are marked as provisional, and a failed run is a result: it is counted, and the surviving seeds are
+compared.
 
 Knows `statistics.py` and `words.py`; nothing about runs.
 """
@@ -50,10 +50,10 @@ class Criteria:
     Attributes:
       margin: the largest difference that does not matter, in the unit of the metric.
       alpha: probability of a wrong verdict.
-      monitoring: `anytime` where seeds are added until the question is settled.
-      unit: of the metric, for the words.
-      alone: each comparison stands by itself and is judged one-sided, as the findings of a claim
-        are; see `evidence.py`. Nothing is corrected, for a claim needs all its findings.
+      monitoring: `anytime` if seeds are added until the question is settled.
+      unit: unit of the metric, for display.
+      alone: judge each comparison separately and one-sided, like the findings of a claim; see
+        `evidence.py`. No correction is needed, because a claim needs all its findings.
     """
 
     margin: float
@@ -63,13 +63,13 @@ class Criteria:
     alone: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses a margin inside which nothing could lie."""
+        """Refuses a margin that is not positive."""
         if not self.margin > 0:
             raise ValueError(f"margin is {self.margin}; it must be positive")
 
 
 class Verdict(NamedTuple):
-    """The finding about one arm, as a word to act on and as a sentence to print."""
+    """The finding about one arm: a keyword for programs and a sentence to print."""
 
     kind: Kind
     text: str
@@ -118,10 +118,10 @@ class Comparison:
 
     @property
     def decisive(self) -> Interval:
-        """The interval that the verdict rests on, and the only one that is shown.
+        """The interval that the verdict rests on, and the only one shown.
 
         A claim of equivalence rests on two one-sided tests, each at alpha, and so on the interval
-        at 1 - 2 alpha (`equivalence_interval`); everything else on the one at 1 - alpha.
+        at 1 - 2 alpha (`equivalence_interval`); everything else rests on the one at 1 - alpha.
         """
         return self.equivalence_interval if self.tests_equivalence else self.interval
 
@@ -133,7 +133,7 @@ class Comparison:
 
     @property
     def bootstrap(self) -> Interval:
-        """BCa interval of the mean at 95%, uncorrected, to be looked at beside `interval`."""
+        """BCa interval of the mean at 95%, uncorrected, for comparison with `interval`."""
         return bootstrap_interval(tuple(self.differences.values()), self.criteria.alpha)
 
     @property
@@ -148,7 +148,7 @@ class Comparison:
 
     @property
     def seeds_needed(self) -> int:
-        """Seeds in all, more than there are, that settle the question 80% of the time."""
+        """Total seeds, more than there are now, that settle the question 80% of the time."""
         needed = seeds_needed(
             self.estimate.mean,
             self.estimate.sd,
@@ -160,7 +160,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """All of it in words."""
+        """The verdict in words."""
         rest = _of_differences(self)
         if self.failures:
             text = _failed_on(self.failures, self.ended)
@@ -179,17 +179,17 @@ def compare_arms(
     criteria: Criteria,
     reasons: Reasons | None = None,
 ) -> dict[str, Comparison]:
-    """Compares every arm with its control; the verdicts hold together.
+    """Compares every arm with its control; the verdicts hold jointly.
 
-    The probability that any arm is called different although it is not is at most `alpha`, and so
-    is that of any false equivalence: both families of tests are corrected by Holm's method.
+    The probability of calling any arm different when it is not is at most `alpha`, and so is that
+    of any false equivalence: both families of tests are corrected by Holm's method.
 
     Args:
       values: the metric, by arm and seed; lower is better. NaN and infinities are failed runs, and
         seeds that have not run yet are left out.
       controls: by arm, the arm that it is compared with. These arms are the family.
-      criteria: margin, error rate, way of looking.
-      reasons: why runs failed, by arm and seed, where the value alone does not say it.
+      criteria: margin, error rate and monitoring.
+      reasons: why runs failed, by arm and seed, if the value alone does not tell.
 
     Returns:
       Comparisons by arm, in the order of `controls`.
@@ -247,7 +247,7 @@ def _failures(values: Values, reasons: Reasons | None, arm: str) -> dict[int, st
 
 
 def _of_differences(comparison: Comparison) -> Verdict:
-    """What the differences say, failed runs left aside."""
+    """The verdict on the differences, ignoring failed runs."""
     criteria, estimate = comparison.criteria, comparison.estimate
     if comparison.equivalence_p <= criteria.alpha:
         power = f"smallest detectable effect {size(comparison.smallest_detectable)}"
@@ -264,7 +264,7 @@ def _of_differences(comparison: Comparison) -> Verdict:
 
 
 def _failed_on(failures: Mapping[int, str], ended: int) -> str:
-    """How often, and the most frequent reason."""
+    """How often an arm failed, and the most frequent reason."""
     reason = Counter(failures.values()).most_common(1)[0][0]
     return f"failed on {len(failures)} of {counted(ended, 'seed')}: {reason}"
 
@@ -277,25 +277,25 @@ def difference(comparison: Comparison) -> str:
 
 
 def _about(seeds: int) -> str:
-    """Exact below 100, then two digits: the plan is no more certain than that."""
+    """Exact below 100, then two digits: the estimate is no more precise than that."""
     digits = max(0, len(str(seeds)) - 2)
     return f"{round(seeds, -digits):,}"
 
 
 def seeds_to_add(comparisons: Mapping[str, Comparison], budget: int) -> dict[str, int]:
-    """How many seeds to run next for each arm that is not settled, in an `anytime` ablation.
+    """Returns how many seeds to run next for each undecided arm of an `anytime` ablation.
 
-    As many as are needed by the present estimate, but never more than there are already, because
-    the sd of a few seeds is itself a guess; none beyond the budget.
+    This is the number that the present estimate requires, but at most as many as there are already,
+    because the sd of a few seeds is itself uncertain, and never beyond the budget.
 
     Args:
-      comparisons: of all seeds so far, made with `monitoring="anytime"`: only that allows looking
-        again and again.
-      budget: seeds of an arm at most.
+      comparisons: of all seeds so far, with `monitoring="anytime"`, which alone permits repeated
+        looks.
+      budget: maximum number of seeds per arm.
 
     Returns:
-      Seeds to add, by arm; arms that are settled or out of budget are left out. Empty: the ablation
-      is over.
+      Seeds to add, by arm, without arms that are settled or out of budget. Empty if the ablation is
+      complete.
     """
     adding = {}
     for arm, comparison in comparisons.items():

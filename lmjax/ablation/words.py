@@ -1,6 +1,6 @@
-"""How reports and terminals write numbers, counts and what a metric is called.
+"""Formats numbers, counts and names of metrics for reports and terminals.
 
-Values have four significant digits; a difference has as many as its interval leaves certain.
+Values have four significant digits; a difference has as many as its interval makes certain.
 
 Knows `console/wording.py`; nothing of runs.
 """
@@ -17,12 +17,12 @@ import numpy as np
 from lmjax.console.wording import counted
 
 FEWEST_SEEDS = 3
-"""With fewer, nothing in the data speaks for or against the normality that every interval assumes,
-and the sd behind it is little more than a guess. What they show is marked as provisional."""
+"""With fewer seeds, the data cannot test the normality that every interval assumes, and the sd is
+little more than a guess, so results are marked as provisional."""
 
 
 def seeds_in_words(number: int) -> str:
-    """The number of seeds behind a difference, with a caution where they are too few."""
+    """The number of seeds behind a difference, with a caution if they are too few."""
     few = 1 < number < FEWEST_SEEDS
     return f"only {counted(number, 'seed')}, provisional" if few else counted(number, "seed")
 
@@ -38,7 +38,7 @@ def significant(value: float) -> str:
 
 
 def written(value: float, name: str = "") -> str:
-    """A number of a table: shares as percentages, sizes in MB, large powers of two as such."""
+    """A number in a table: shares as percentages, sizes in MB, large powers of two as such."""
     if not math.isfinite(value):
         return str(value)
     if "share" in name or "fraction" in name:
@@ -56,7 +56,7 @@ def millions(count: float) -> str:
 
 
 def span(values: Sequence[float], name: str = "") -> str:
-    """The values of the seeds: their mean, and their range where they differ; NaN is left out."""
+    """The values of the seeds: their mean, and their range if they differ; ignores NaN."""
     there = [float(value) for value in values if not math.isnan(value)]
     if not there:
         return ""
@@ -70,7 +70,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def title_of(name: str) -> str:
-    """`skipped_steps` as people write it."""
+    """The display name of a metric: `skipped steps` for `skipped_steps`."""
     words = name.removesuffix("_bytes").replace("_", " ").replace("/", " / ")
     return "held-out loss" if name == "eval_loss" else words
 
@@ -90,12 +90,12 @@ def ends(low: float, high: float) -> str:
 
 
 def p_text(p: float) -> str:
-    """A p value as it is printed in papers."""
+    """A p value, formatted as in papers."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def size(value: float) -> str:
-    """A difference without sign, to two digits: an effect size is no better known."""
+    """A difference without sign, to two digits: an effect size is not known more precisely."""
     return f"{value:.2g}" if math.isfinite(value) else ""
 
 
@@ -109,7 +109,7 @@ def signed(mean: float, half_width: float) -> str:
 
 
 def plus_minus(value: float, half_width: float, digits: int = 1) -> str:
-    """`0.165 ± 0.004`: rounded to what the interval leaves certain.
+    """`0.165 ± 0.004`: rounded to the digits that the interval makes certain.
 
     The half width keeps `digits` digits, one more if the first is a 1, and more where the rounded
     interval would reach zero although the exact one does not.
@@ -127,21 +127,21 @@ def plus_minus(value: float, half_width: float, digits: int = 1) -> str:
 
 
 class Markdown(str):
-    """Text that is Markdown already; any other string has its signs escaped in a table."""
+    """Text that is already Markdown; any other string is escaped in a table."""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table; a cell is one line, whatever its text."""
+    """The lines of a table; each cell is one line, whatever its text."""
     line = lambda cells: "| " + " | ".join(_cell(cell) for cell in cells) + " |"
     return [line(header), "|" + " --- |" * len(header), *(line(row) for row in rows)]
 
 
 def _cell(text: str) -> str:
-    # Underscores inside of words are no markup.
+    # Underscores inside words are not markup.
     escaped = text if isinstance(text, Markdown) else re.sub(r"([\\`*\[\]<|$])", r"\\\1", text)
     return " ".join(escaped.split())
 
 
 def markdown_link(text: str, address: str) -> Markdown:
-    """A link, to an address that is quoted already."""
+    """A link to an address that is already quoted."""
     return Markdown(f"[{_cell(text)}]({address})")

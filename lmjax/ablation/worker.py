@@ -1,13 +1,13 @@
-"""A process that runs the cells of ablations until none is left.
+"""A worker process that runs the cells of ablations until none is left.
 
     python -m lmjax.ablation.worker DIRECTORY THREADS DEFINITION...
 
-Any number of workers share a directory: each takes a lock on the cell that it is working on, which
-the operating system releases when the worker ends, however it ends. The process that started it
-holds its standard input open; when that is closed, because the other process asks for it or is
-dead, the worker saves a checkpoint and ends.
+Any number of workers can share a directory: each locks the cell that it works on, and the operating
+system releases the lock however the worker ends. The parent process holds the worker's standard
+input open; when it is closed, by request or because the parent died, the worker saves a checkpoint
+and exits.
 
-Knows how runs are trained; nothing of who starts workers, and where.
+Knows how runs are trained; nothing of who starts workers, or where.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def work(
     *,
     patient: bool = True,
 ) -> None:
-    """Runs every cell that is not done, until all are or somebody asks to stop.
+    """Runs unfinished cells until all are done or a stop is requested.
 
     Args:
-      directory: where the cells are.
-      ablations: what they are; those of the first come first.
-      stop: is watched for requests to stop.
-      patient: wait for cells that other workers are at, in case these workers die.
+      directory: directory of the cells.
+      ablations: the ablations, in the order in which to run them.
+      stop: watched for requests to stop.
+      patient: wait for cells that other workers hold, in case those workers die.
     """
     left = {key: config for each in ablations for key, config in grid.plan(each).items()}
     programs, compiled = Programs(), set[str]()
@@ -70,9 +70,9 @@ def work(
 
 
 def _first(ahead: Sequence[str], compiled: Collection[str]) -> str:
-    """The cell to run first: of the first seed, and there of an arm that this process has compiled.
+    """The next cell: of the first seed, preferably of an arm that this process has compiled.
 
-    Seeds stay in turn, so that the finished cells form pairs early.
+    Seeds are run in order, so that finished cells form pairs early.
     """
     _, seed = grid.arm_and_seed(ahead[0])
     for key in ahead:
@@ -99,12 +99,12 @@ def _run_if_free(
 
 
 def cell_lock(directory: Path, key: str) -> contextlib.AbstractContextManager[bool]:
-    """Whether the cell belongs to this process for the length of the block."""
+    """Locks a cell for the duration of the block; yields whether this process has the lock."""
     return lock(directory / "locks" / key, wait=False)
 
 
 def discard_failed(directory: Path, ablation: Ablation) -> None:
-    """Removes the cells that failed, except those that a worker is at, so that they run again."""
+    """Removes failed cells, except those that a worker holds, so that they are rerun."""
     cells = grid.cells_directory(directory)
     for leftover in cells.glob(".discarded-*"):
         shutil.rmtree(leftover)
