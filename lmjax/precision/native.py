@@ -1,20 +1,20 @@
-"""Which products the hardware multiplies in their own narrow formats, and which are emulated.
+"""Decides which products run natively in narrow formats and which are emulated.
 
-A product is *native* where both operands are handed to the dot in the dtypes of their elements:
+A product is *native* if both operands are passed to the dot in the dtypes of their elements:
 
     Nvidia GPUs of compute capability 8.9 and above    e4m3 x e4m3, e4m3 x e5m2, e5m2 x e4m3 -> f32
     GPUs and TPUs                                      int8 x int8 -> int32
 
-Everywhere else the same elements are multiplied in a wider format that has them all, which is exact
-but for the order of the f32 sum. An operand whose factors differ among the terms of one sum, as
-those of blocks do, or that has zero points is multiplied with them first, and so is emulated in the
-compute format.
+Otherwise the same elements are multiplied in a wider format that holds them all, which is exact
+except for the order of the f32 sum. An operand with zero points, or with factors that differ among
+the terms of a sum (blocks), is multiplied by its factors first, and so is emulated in the compute
+format.
 
-Native says what XLA is given. Whether it has a kernel for it is seen in the compiled program alone:
-fp8 products that cuBLASLt does not take are widened again. The native forms were compared with the
+Native describes the input of XLA. Only the compiled program shows whether XLA has a kernel: fp8
+products that cuBLASLt does not support are widened again. The native forms were compared with the
 emulation on CPUs, where XLA widens fp8; they have not been run on a GPU or TPU. Nvidia's tensor
-cores, for one, are known to keep fewer bits of fp8 sums than f32 has (DeepSeek-V3 technical report,
-arXiv 2412.19437, section 3.3.2).
+cores are known to keep fewer bits of fp8 sums than f32 has (DeepSeek-V3 technical report, arXiv
+2412.19437, section 3.3.2).
 
 Knows formats, policies, contractions and JAX.
 """
@@ -48,11 +48,11 @@ _LARGEST_ELEMENT: Final = 2.0**48
 
 
 class Backend(NamedTuple):
-    """What decides.
+    """The properties of a backend that decide which products are native.
 
     Attributes:
-      platform: as JAX calls it: `cpu`, `gpu`, `tpu`.
-      capability: compute capability of an Nvidia GPU; zeros for everything else.
+      platform: JAX name of the platform: `cpu`, `gpu`, `tpu`.
+      capability: compute capability of an Nvidia GPU; zeros otherwise.
     """
 
     platform: str
@@ -60,7 +60,7 @@ class Backend(NamedTuple):
 
 
 def this_backend() -> Backend:
-    """The backend in use, or the one that is planned for."""
+    """Returns the current backend, or the one being planned for."""
     capability = re.fullmatch(
         r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", ""))
     )
@@ -69,12 +69,12 @@ def this_backend() -> Backend:
 
 
 def native_dtypes(backend: Backend, x: Format, w: Format, terms: int) -> Dtypes | None:
-    """The dtypes in which a backend multiplies elements of two narrow formats, or None.
+    """Returns the dtypes in which a backend multiplies elements of two narrow formats, or None.
 
     Args:
-      backend: which one.
+      backend: the backend.
       x: format of the elements of the first operand.
-      w: of the second.
+      w: format of the elements of the second.
       terms: length of the sums.
     """
     pair = _holder(x), _holder(w)
@@ -97,10 +97,10 @@ def _holder(elements: Format) -> np.dtype[Any] | None:
 
 
 def multiplies_elements(operand: Operand, compute: Format) -> bool:
-    """Whether an operand's elements are multiplied, and its factors are left for the sum.
+    """Whether an operand's elements are multiplied and its factors applied to the sum.
 
-    For that all terms of a sum must share them, the carrier of the compute format must have every
-    element, and no f32 sum of products may overflow.
+    This requires that all terms of a sum share the factors, that the carrier of the compute format
+    holds every element, and that no f32 sum of products can overflow.
     """
     quantizer = operand.quantizer
     shared = quantizer.groups != "block" and not quantizer.affine
@@ -109,9 +109,9 @@ def multiplies_elements(operand: Operand, compute: Format) -> bool:
 
 
 def multiplied(operand: Operand | None, compute: Format) -> Format:
-    """The format of the numbers that stand for an operand in a product.
+    """The format of an operand's numbers as they enter a product.
 
-    Elements, or else numbers of the compute format's carrier; without a quantizer, of the compute
+    That of its elements, or else of the compute format's carrier; without a quantizer, the compute
     format itself.
     """
     if operand is None:
@@ -123,13 +123,13 @@ def multiplied(operand: Operand | None, compute: Format) -> Format:
 def product_dtypes(
     backend: Backend, site: SitePolicy, x: Operand | None, w: Operand | None, terms: int
 ) -> Dtypes | None:
-    """The dtypes in which a product of a site is native on a backend, or None.
+    """Returns the dtypes in which a product of a site is native on a backend, or None.
 
     Args:
-      backend: which one.
+      backend: the backend.
       site: the formats.
-      x: how the first operand is quantized.
-      w: the second.
+      x: quantization of the first operand.
+      w: quantization of the second.
       terms: length of the sums.
     """
     wide = site.compute.bits > 32 or site.accum.format.bits > 32
@@ -153,12 +153,12 @@ def _carrier(compute: Format) -> Format:
 
 
 class Arithmetic(NamedTuple):
-    """How one product is computed, for people to read.
+    """A readable description of how one product is computed.
 
     Attributes:
-      operands: formats of both operands, as the policy has them.
-      native: whether they are multiplied in those.
-      multiplied: the name of the format that they are multiplied in where they are not.
+      operands: formats of both operands in the policy.
+      native: whether they are multiplied in those formats.
+      multiplied: name of the format in which they are multiplied otherwise.
     """
 
     operands: tuple[str, str]
@@ -172,13 +172,13 @@ class Arithmetic(NamedTuple):
 def products(
     sites: Mapping[str, SitePolicy], tokens: int, backend: Backend | None = None
 ) -> dict[str, dict[str, Arithmetic]]:
-    """How the product `y` of every product site is computed, and its gradients `dx` and `dw`.
+    """Describes how each product site computes its product `y` and gradients `dx` and `dw`.
 
     Args:
       sites: formats by path.
-      tokens: what gradients of weights sum over: those of a micro-batch, on all devices. Sums over
-        a width of the model are taken to be short enough for int32.
-      backend: by default the one in use.
+      tokens: tokens of a micro-batch on all devices, over which weight gradients are summed. Sums
+        over a width of the model are assumed to be short enough for int32.
+      backend: the current one by default.
     """
     backend = backend or this_backend()
     return {

@@ -1,7 +1,7 @@
-"""The policy: which number format every tensor has.
+"""The policy: the number format of every tensor.
 
-A policy is a base and rules by path; `resolve` says what they come to at one site of a model, and
-the last rule that matches decides. How a policy is written down is `grammar.py`'s business.
+A policy is a base and rules by path; `resolve` applies them to one site of a model, where the last
+matching rule wins. `grammar.py` defines how policies are written.
 
 A rule reaches a site in one of two ways. It *names* the site when its pattern matches the site's
 own path; it *contains* the site when the pattern matches a path above it, and then sets what the
@@ -10,16 +10,16 @@ sites within follow by default. The difference matters twice:
 - sites that are declared *wide* compute in at least f32: neither the base nor a rule on a container
   narrows them, only a rule that names them (`**/softmax: c=bf16`, or `blocks/0/**: c=bf16`);
 - products that are declared *unquantized* keep their operands in the compute format unless a rule
-  that names them sets `w`, `x`, `g`, `wb` or `xb`; the others inherit these keys too.
+  that names them sets `w`, `x`, `g`, `wb` or `xb`; other products also inherit these keys.
 
-The base `o` belongs to the logits alone, as in jmp; inside the model a site hands on its own
+The base `o` applies only to the logits, as in jmp; inside the model, a site's output has its
 compute format unless a rule that names it sets `o`.
 
-A policy may change with the step. It then has phases, each a policy of its own, and what a site
-resolves to is a question about one phase: `policy.at(step).resolve(path)`.
+A policy may change with the step. It then has phases, each a complete policy, and a site is
+resolved in one phase: `policy.at(step).resolve(path)`.
 
-`sites.py` declares what each site is. Knows that, formats, quantizers, settings and jmp; which
-sites a model has it learns from the paths it is given.
+`sites.py` declares each site. Knows that module, formats, quantizers, settings and jmp; the sites
+of a model come from the paths passed in.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ MatmulPrecision = Literal["highest", "tf32", "default"]
 
 
 class PolicyError(ValueError):
-    """A policy that cannot be obeyed.
+    """An invalid policy.
 
     Attributes:
-      position: index of the offending character in the policy string, or None where the string is
-        well formed but does not fit the model.
+      position: index of the offending character in the policy string, or None if the string is well
+        formed but does not fit the model.
     """
 
     def __init__(self, message: str, *, text: str, position: int | None = None):
@@ -73,30 +73,30 @@ SUMMED_IN_F32 = Accumulator(F32)
 
 @dataclass(frozen=True)
 class SitePolicy:
-    """What the tensors of one site are; hashable, so a static argument of compiled functions.
+    """The formats of one site's tensors; hashable, so usable as a static argument under jit.
 
     Attributes:
-      site: what it is declared to be.
+      site: its declaration.
       params: format that parameters are stored in.
       compute: format of everything the site computes with.
-      output: format of what it hands on.
+      output: format of its output.
       update: how an update is rounded to `params`.
       weights, activations, grads: quantization of the operands of its product, and of the
         cotangent in the backward products; None leaves them in the compute format.
-      backward_weights, backward_activations: the same as weights and activations, for the backward
-        products; what a policy does not set is as in the forward one.
+      backward_weights, backward_activations: the same for the backward products; as in the forward
+        product unless the policy sets them.
       accum: accumulation of its product.
       matmul: precision of products of f32 operands: `highest` (f32), `tf32`, or whatever the
         backend does by default.
       reduce: format that its gradients are summed in over devices.
       mu, nu: how the optimizer stores the first and second moment of its parameters.
-      cache: how decoding keeps its second operand from token to token: keys at `scores`, values at
-        `combine`, after they were cast to the compute format; None leaves them in it.
-      cotangents: what becomes of cotangents beyond a format without infinities, as `quantize` takes
-        it: `clamp`, or `fail` while the loss scale adapts. Not a key of the grammar; the config of
-        a run sets it.
-      path: where it is, which names its equations in compiled programs (`scope`); sites that differ
-        in nothing else are equal.
+      cache: how decoding stores its second operand between tokens: keys at `scores`, values at
+        `combine`, after the cast to the compute format; None leaves them in it.
+      cotangents: overflow mode of `quantize` for cotangents in a format without infinities:
+        `clamp`, or `fail` while the loss scale adapts. Not a key of the grammar; the config of a
+        run sets it.
+      path: path of the site, which names its equations in compiled programs (`scope`); ignored
+        when sites are compared.
     """
 
     site: Site
@@ -120,12 +120,12 @@ class SitePolicy:
 
     @property
     def scope(self) -> AbstractContextManager[Any]:
-        """Names what is traced inside after the site, in jaxprs, compiled programs and profiles."""
+        """Labels operations traced inside with the site, in jaxprs, programs and profiles."""
         return jax.named_scope(self.path or self.site.name)
 
     @property
     def second(self) -> Operand | None:
-        """How the second operand of its product is quantized: weights, or activations again."""
+        """Quantization of the second operand of its product: weights or activations."""
         return self.weights if self.site.kind is Kind.WEIGHT_PRODUCT else self.activations
 
     @property
@@ -144,29 +144,29 @@ class SitePolicy:
         )
 
     def to_params(self, tree: Any) -> Any:
-        """The floating-point leaves of a pytree, rounded to the stored format."""
+        """Rounds the floating-point leaves of a pytree to the stored format."""
         return self._emulated(self.jmp.cast_to_param(tree), self.params)
 
     def to_compute(self, tree: Any) -> Any:
-        """The floating-point leaves of a pytree, rounded to the compute format.
+        """Rounds the floating-point leaves of a pytree to the compute format.
 
-        Their cotangents arrive in that format too, as they do in a dtype of JAX.
+        Their cotangents have that format too, as with a JAX dtype.
         """
         return self._emulated(self.jmp.cast_to_compute(tree), self.compute)
 
     def to_output(self, tree: Any) -> Any:
-        """The floating-point leaves of a pytree, rounded to the output format, as `to_compute`."""
+        """Rounds the floating-point leaves of a pytree to the output format, like `to_compute`."""
         return self._emulated(self.jmp.cast_to_output(tree), self.output)
 
     def to_cotangent(self, g: jax.Array) -> jax.Array:
-        """A cotangent, rounded to the compute format."""
+        """Rounds a cotangent to the compute format."""
         g = self.jmp.cast_to_compute(g)
         if self.compute.name in NATIVE:
             return g
         return quantize(g, self.compute, overflow=self.cotangents)
 
     def _emulated(self, tree: Any, number_format: Format) -> Any:
-        """Leaves that are already in the carrier's dtype, rounded to an emulated format."""
+        """Rounds leaves that are already in the carrier's dtype to an emulated format."""
         if number_format.name in NATIVE:
             return tree
 
@@ -184,7 +184,7 @@ class SitePolicy:
         return any(o is not None and (o.rounding == "stochastic" or o.rotation) for o in operands)
 
     def rows(self) -> dict[str, str]:
-        """Every setting by its key in the grammar, as it would be written."""
+        """Every setting by its key in the grammar, as written in a policy."""
         operand = self.compute.name
         return {
             "p": str(Stored(self.params, self.update)),
@@ -208,7 +208,7 @@ class SitePolicy:
 
 
 def carrier(number_format: Format) -> Any:
-    """The dtype that holds values of a format: its own where JAX computes in it, else f32."""
+    """The dtype that holds values of a format: its own if JAX computes in it, else f32."""
     native = number_format if number_format.name in NATIVE else F32
     assert native.dtype is not None
     return native.dtype.type  # jmp prints scalar types but not np.dtype instances
@@ -259,22 +259,22 @@ class Policy:
         return (Phase(0, replace(self, later=())), *self.later)
 
     def at(self, step: int) -> Policy:
-        """The policy of the phase that a step belongs to, given the number of steps before it."""
+        """Returns the policy of the phase that contains a step, given the steps before it."""
         return [policy for start, policy in self.phases if start <= step][-1]
 
     def resolve(self, path: str, depth: int | None = None) -> SitePolicy:
-        """What the tensors of one site are.
+        """Resolves the formats of one site.
 
         Args:
           path: the site, e.g. `blocks/3/attention/softmax`.
-          depth: number of blocks, which negative indices in patterns count from.
+          depth: number of blocks, from which negative indices in patterns count.
 
         Returns:
-          The site's formats after the base and every rule that reaches it, in order.
+          The site's formats after applying the base and every rule that reaches it, in order.
 
         Raises:
-          ValueError: no site of that name is declared; or the policy has phases, and what a site is
-            depends on the step.
+          ValueError: no site of that name is declared, or the policy has phases, so that formats
+            depend on the step.
         """
         self._refuse_phases()
         site = site_at(path)
@@ -330,7 +330,7 @@ def settings_string(settings: Settings) -> str:
 
 
 def _inherited(settings: Settings, site: Site) -> dict[str, Any]:
-    """What a site takes over from the base or from a rule on a container."""
+    """The settings that a site inherits from the base or from a rule on a container."""
     inherited = dict(settings)
     if site.wide and "c" in inherited and inherited["c"].bits <= 32:
         inherited["c"] = F32
@@ -355,7 +355,7 @@ def _site_policy(settings: Settings, site: Site, path: str) -> SitePolicy:
 
 
 def _reach(pattern: str, path: str, depth: int | None) -> tuple[bool, bool]:
-    """Whether the pattern names the site itself, and whether it names what contains the site."""
+    """Whether the pattern names the site itself, and whether it names a container of the site."""
     pattern = _absolute(pattern, depth)
     return (
         paths.matches(pattern, path),
@@ -364,7 +364,7 @@ def _reach(pattern: str, path: str, depth: int | None) -> tuple[bool, bool]:
 
 
 def _absolute(pattern: str, depth: int | None) -> str:
-    """Replaces a negative block index by the index it stands for."""
+    """Replaces a negative block index by the index that it denotes."""
     if depth is None:
         return pattern
     parts = pattern.split("/")
@@ -375,5 +375,5 @@ def _absolute(pattern: str, depth: int | None) -> str:
 
 
 def _summarised(site_paths: Sequence[str]) -> list[str]:
-    """The paths with block indices as `*`: what somebody who mistyped a path needs to see."""
+    """The paths with block indices as `*`, for the message about a mistyped path."""
     return list(dict.fromkeys(re.sub(r"/\d+(?=/|$)", "/*", path) for path in site_paths))

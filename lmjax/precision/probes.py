@@ -1,20 +1,20 @@
-"""Measuring tensors inside a differentiated, scanned and compiled model.
+"""Measures tensors inside a differentiated, scanned and compiled model.
 
-A probe is an extra input of the model that its value does not depend on: slots of zeros. Where
-`jax.grad` would return the gradient of a slot, it returns a measurement instead. So measurements
-leave the program the way gradients do: stacked by a scan over blocks, computed anew under
-rematerialisation, and absent from the program where there is no probe.
+A probe is an extra input of the model that does not affect its output: slots of zeros. In place of
+the gradient of a slot, `jax.grad` returns a measurement. Measurements thus leave the program as
+gradients do: stacked by a scan over blocks, recomputed under rematerialisation, and absent from
+the program if there is no probe.
 
-What a slot's class is decides what is measured, and so what it costs:
+The class of a slot determines what is measured, and so the cost:
 
     Maximum   the largest magnitude                    (delayed scale factors)
     Spread    the same, and exponents of a sample      (predictive loss scaling)
     Census    what rounding does to a sample of it     (telemetry)
     FullCensus   the same of every element
 
-Tensors are told apart by their role at a site. At a product: its operands `w` and `x`, its
-cotangent `g`, and the gradients `dx` and `dw` that it hands back. Everywhere else: `y`, what the
-site hands on, and `dx`, the cotangent it hands back. Each is measured before it is rounded.
+Tensors are identified by their role at a site. At a product: its operands `w` and `x`, its
+cotangent `g`, and the gradients `dx` and `dw` that it returns. At any other site: its output `y`
+and the cotangent `dx` of its input. Each is measured before it is rounded.
 
 Knows jax, `bits` and `formats`.
 """
@@ -38,18 +38,18 @@ EXPONENTS = 256
 """Length of a histogram of exponents; see `exponent_histogram`."""
 
 SPREAD_SAMPLE, CENSUS_SAMPLE = 2**12, 2**14
-"""About how many elements of a tensor a `Spread` and a `Census` look at."""
+"""Approximate number of elements that a `Spread` and a `Census` sample from a tensor."""
 
 _LINE = 16
-"""Neighbours that are sampled together: those of one line of a cache, in f32."""
+"""Neighbours that are sampled together: one cache line, in f32."""
 
 
 class Rounded(NamedTuple):
-    """A tensor before and after it was rounded.
+    """A tensor before and after rounding.
 
     Attributes:
       raw: the tensor.
-      scaled: the same in units of the format: divided by the scale factors, if there are any.
+      scaled: the same in units of the format: divided by the scale factors, if any.
       values: `scaled`, rounded to the format.
       format: what it was rounded to.
     """
@@ -61,7 +61,7 @@ class Rounded(NamedTuple):
 
 
 class Slot(Protocol):
-    """What is measured of one tensor: a pytree of f32 arrays."""
+    """A measurement of one tensor: a pytree of f32 arrays."""
 
     @classmethod
     def empty(cls) -> Any:
@@ -72,7 +72,7 @@ class Slot(Protocol):
         """The measurement that comes out."""
 
     def combine(self, other: Any) -> Any:
-        """The measurement of two tensors taken as one."""
+        """The measurement of two tensors combined."""
 
 
 class Maximum(NamedTuple):
@@ -96,11 +96,11 @@ class Maximum(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """The largest magnitude, and how about `SPREAD_SAMPLE` elements spread over exponents.
+    """The largest magnitude, and the exponents of about `SPREAD_SAMPLE` elements.
 
     Attributes:
       maximum: f32[], over all elements.
-      histogram: f32[EXPONENTS], of the sample, scaled up to the size of the tensor.
+      histogram: f32[EXPONENTS], from the sample, scaled up to the size of the tensor.
     """
 
     maximum: jax.Array
@@ -124,10 +124,10 @@ class Spread(NamedTuple):
 
 
 class Fate(enum.IntEnum):
-    """What became of an element when it was rounded: one of these."""
+    """The effect of rounding on an element."""
 
     OTHER = 0
-    """It stays a normal number, infinite or NaN."""
+    """It remained a normal number, infinite or NaN."""
     ZERO = 1
     """It was 0 before."""
     UNDERFLOW = 2
@@ -140,16 +140,16 @@ class Fate(enum.IntEnum):
 
 
 class Census(NamedTuple):
-    """What became of the elements of a tensor when it was rounded.
+    """The effect of rounding on the elements of a tensor.
 
     Counts, as f32, of about `CENSUS_SAMPLE` elements spread evenly over the tensor, scaled up to
-    its size; tensors that are no larger are counted whole.
+    its size; smaller tensors are counted whole.
 
     Attributes:
       size: f32[], elements of the tensor.
       maximum: f32[], the largest magnitude of all elements of the unrounded tensor.
-      table: f32[len(Fate), EXPONENTS], elements by what became of them and by their exponent in
-        units of the format; see `exponent_histogram`.
+      table: f32[len(Fate), EXPONENTS], elements by fate and by exponent in units of the format; see
+        `exponent_histogram`.
     """
 
     size: jax.Array
@@ -162,7 +162,7 @@ class Census(NamedTuple):
         return self.table.sum(axis=-2)
 
     def elements(self, fate: Fate) -> jax.Array:
-        """f32[]: how many elements this became of."""
+        """f32[]: number of elements with this fate."""
         return self.table[..., fate, :].sum(axis=-1)
 
     @classmethod
@@ -178,8 +178,8 @@ class Census(NamedTuple):
 
     @classmethod
     def _counted(cls, tensor: Rounded, size: int) -> Census:
-        # One table in one pass: a watched step holds some hundred of these, which all take their
-        # time to compile.
+        # One table in one pass: a watched step contains about a hundred of these, and each adds to
+        # compile time.
         scaled, values = (_sample(x, size) for x in (tensor.scaled, tensor.values))
         bins = np.int32(EXPONENTS) * _fates(scaled, values, tensor.format) + _exponents(scaled)
         counts = jnp.zeros((len(Fate) * EXPONENTS,), jnp.int32).at[bins].add(1)
@@ -206,15 +206,15 @@ class FullCensus(Census):
 
 
 Slots = Mapping[str, Mapping[str, Any]]
-"""Slots by role and then by who asks, e.g. `{"dx": {"telemetry": Census.empty()}}`."""
+"""Slots by role and then by user, e.g. `{"dx": {"telemetry": Census.empty()}}`."""
 
 
 class Probe(NamedTuple):
-    """What one site is given beside its formats.
+    """The inputs of one site for delayed scaling and measurements.
 
     Attributes:
-      factors: f32[] each, by role: factors of operands whose scaling is delayed.
-      slots: what is to be measured.
+      factors: f32[] each, by role: factors of operands with delayed scaling.
+      slots: what to measure.
     """
 
     factors: Mapping[str, jax.Array]
@@ -222,7 +222,7 @@ class Probe(NamedTuple):
 
 
 def exponent_histogram(x: jax.Array) -> jax.Array:
-    """How many elements have which exponent.
+    """Counts elements by exponent.
 
     Returns:
       f32[EXPONENTS]: entry e counts elements with `2**(e - 127) <= abs(x) < 2**(e - 126)`; entry 0
@@ -264,10 +264,10 @@ def _fates(scaled: jax.Array, values: jax.Array, rounded_to: Format) -> jax.Arra
 
 
 def _sample(x: jax.Array, size: int) -> jax.Array:
-    """About `size` elements of a tensor in lines of neighbours, spread evenly; all if it has less.
+    """About `size` elements of a tensor in evenly spread lines of neighbours; all if it has fewer.
 
-    The distance between lines has no divisor in common with their number, so that they walk through
-    every column, whatever the sides of the tensor are.
+    The distance between lines is coprime to their number, so that they visit every column, whatever
+    the shape of the tensor.
     """
     flat = x.reshape(-1)
     if flat.size <= size:
@@ -280,12 +280,12 @@ def _sample(x: jax.Array, size: int) -> jax.Array:
 
 
 def _weight(x: jax.Array, sample: jax.Array) -> np.float32:
-    """How many elements of a tensor one of its sample stands for."""
+    """Number of elements of a tensor that each element of its sample represents."""
     return np.float32(x.size / sample.size)
 
 
 def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]) -> jax.Array:
-    """`x` unchanged; the gradients of `slots` will be what they measure of `tensor()`."""
+    """Returns `x` unchanged; the gradients of `slots` are their measurements of `tensor()`."""
     if not slots:
         return x
     measured = jax.lax.stop_gradient(measure(slots, tensor()))
@@ -293,7 +293,7 @@ def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]
 
 
 def measure(slots: Mapping[str, Any], tensor: Rounded) -> dict[str, Any]:
-    """What every slot measures of a tensor."""
+    """Returns every slot's measurement of a tensor."""
     return {who: type(slot).of(tensor) for who, slot in slots.items()}
 
 
@@ -319,12 +319,12 @@ Round = Callable[..., Rounded]
 def report_cotangent(
     x: jax.Array, slots: Mapping[str, Any], rounded: Round, *arguments: Any
 ) -> jax.Array:
-    """`x` unchanged; the gradients of `slots` will be what they measure of its cotangent.
+    """Returns `x` unchanged; the gradients of `slots` are measurements of its cotangent.
 
     Args:
       x: any tensor of the model.
       slots: what to measure.
-      rounded: `rounded(cotangent, *arguments)` says what the cotangent is about to become.
+      rounded: `rounded(cotangent, *arguments)` returns the cotangent before and after rounding.
       arguments: arrays that `rounded` needs.
     """
     return _watch(rounded, x, slots, arguments) if slots else x
@@ -348,7 +348,7 @@ _watch.defvjp(_watch_forward, _watch_backward)
 
 
 def rescale_cotangent(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """`x` unchanged; its cotangent is multiplied by `factor`, f32[], a power of two."""
+    """Returns `x` unchanged; multiplies its cotangent by `factor`, f32[], a power of two."""
     with jax.named_scope("loss_scale"):
         return _rescale(x, factor)
 
@@ -372,7 +372,7 @@ _rescale.defvjp(_rescale_forward, _rescale_backward)
 
 
 def combine(first: Any, second: Any) -> Any:
-    """Two trees of measurements as one, slot by slot."""
+    """Combines two trees of measurements, slot by slot."""
     return jax.tree.map(lambda a, b: a.combine(b), first, second, is_leaf=is_slot)
 
 
