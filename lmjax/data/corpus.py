@@ -1,10 +1,10 @@
 """From documents to memory-mapped tokens: built once, checked, then opened in milliseconds.
 
-A cache entry is a directory named by a hash of all that its content follows from: documents,
+A cache entry is a directory named by a hash of everything that determines its content: documents,
 tokenizer, split and the version of this format. It holds `tokenizer.json`, the ids of each split in
 `train.bin` and `validation.bin` (little-endian uint16 where the vocabulary fits, else uint32, an
-end-of-document token after each document), and `meta.json`, which says how to notice damage.
-May import the rest of the room except the pipeline.
+end-of-document token after each document), and `meta.json`, used to detect damage. May import the
+rest of the room except the pipeline.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from lmjax.data.tokenizers import (
     train_bpe,
 )
 
-# Part of every key: raise it when the meaning of a cache entry changes.
+# Part of every key: increment it when the meaning of a cache entry changes.
 FORMAT_VERSION = 1
-# Characters tokenised at once, so that short documents, too, keep all cores busy.
+# Characters tokenised at once, so that even short documents keep all cores busy.
 _BATCH_CHARACTERS = 1 << 22
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -75,17 +75,17 @@ class TokenizedCorpus:
     fingerprint: str
     """Hex SHA-256 over tokens and tokenizer: equal fingerprints, equal data, on any machine."""
     held_out: str = ""
-    """Which documents the validation text is, and who chose them; not known of older caches."""
+    """Which documents are held out, and who chose them; unknown for older caches."""
     directory: Path | None = None
-    """Where it is kept."""
+    """Its directory."""
 
 
 def tokenized_corpus(config: DataConfig, *, window: int, progress: bool = True) -> TokenizedCorpus:
     """Opens the corpus from the cache, or builds it there first. Never downloads.
 
     Args:
-      config: what to tokenise, how, and where the cache lies.
-      window: tokens that one training window needs, its length plus one.
+      config: what to tokenise and how, and the cache folder.
+      window: tokens per training window, its length plus one.
       progress: show progress on stderr: a bar on a terminal or in a notebook, else one line.
 
     Raises:
@@ -108,7 +108,7 @@ def _opened_or_built(
     window: int,
     progress: bool,
 ) -> TokenizedCorpus:
-    # Another process may discard or publish the same entry at any moment; one more try settles it.
+    # Another process may discard or publish the entry at any moment; a second try settles it.
     for _ in range(3):
         if directory.is_dir():
             corpus = _open(directory)
@@ -134,9 +134,9 @@ def _opened_or_built(
 
 
 def prepare(config: DataConfig, *, window: int = 2, progress: bool = True) -> TokenizedCorpus:
-    """`tokenized_corpus`, after a download by TFDS where a `tfds:` dataset is not prepared yet.
+    """`tokenized_corpus`, preceded by a TFDS download if a `tfds:` dataset is not prepared yet.
 
-    The only function of lmjax that may use the network for data, because it was asked to.
+    The only function of lmjax that may use the network for data, and only on request.
     """
     name = config.tfds_name
     if name is not None:
@@ -147,7 +147,7 @@ def prepare(config: DataConfig, *, window: int = 2, progress: bool = True) -> To
     return tokenized_corpus(config, window=window, progress=progress)
 
 
-# --- What a cache entry follows from ---
+# --- Cache keys ---
 
 
 def _find_origin(config: DataConfig) -> Source | PreparedDataset:
@@ -168,7 +168,7 @@ def _texts(
 
 
 def _key(config: DataConfig, content: str) -> str:
-    """A directory name: the dataset for people to read, and a hash over all inputs."""
+    """A directory name: the dataset, for readability, and a hash over all inputs."""
     parts = {
         "format_version": FORMAT_VERSION,
         "content": content,
@@ -203,7 +203,7 @@ def _make_tokenizer(config: DataConfig, train: Collection[str]) -> Tokenizer:
 
 @dataclass(frozen=True)
 class _Written:
-    """What was written of one split."""
+    """What was written for one split."""
 
     tokens: int
     documents: int
@@ -232,7 +232,7 @@ def _build(
         "held_out": texts.held_out,
     }
     seal(directory, content)
-    # Sealing read the files back: does the disk have what was written?
+    # Sealing reads the files back: does the disk hold what was written?
     sealed = sealed_content(directory)
     for name, written in (("train.bin", train), ("validation.bin", held_out)):
         if sealed is None or sealed["files"][name]["sha256"] != written.sha256:
@@ -291,7 +291,7 @@ def _check_window(train: int, validation: int, window: int) -> None:
 
 
 def _open(directory: Path) -> TokenizedCorpus | None:
-    """The corpus in `directory`, None when it is damaged or gone."""
+    """The corpus in `directory`; None if it is damaged or gone."""
     content = sealed_content(directory)
     if content is None:
         return None

@@ -1,9 +1,8 @@
-"""Documents as TFDS stores them, and their division into training and validation text.
+"""Documents as TFDS stores them, and their split into training and validation text.
 
-TFDS, and `builders.py` which needs it, are imported inside functions here and nowhere else: an
-existing token cache opens in milliseconds, and should not wait for an import that it does not use.
-Nothing here downloads, except `download_and_prepare`. May import the room's config, errors,
-sources and store.
+TFDS, and `builders.py` which needs it, are imported only inside functions here: an existing token
+cache opens in milliseconds and should not wait for an unused import. Only `download_and_prepare`
+downloads. May import the room's config, errors, sources and store.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class TextSplits:
-    """The texts of both splits; each collection can be iterated again and again."""
+    """The texts of both splits; each collection can be iterated repeatedly."""
 
     train: Collection[str]
     validation: Collection[str]
     held_out: str
-    """Which documents `validation` has, and who chose them: a phrase to show."""
+    """Which documents `validation` has, and who chose them: a phrase for display."""
 
 
-# --- Our own corpora ---
+# --- Built-in corpora ---
 
 
 @contextlib.contextmanager
@@ -57,12 +56,12 @@ def stored_source(
 ) -> Iterator[TextSplits]:
     """The splits of `source`, read from its TFDS dataset in `directory`, prepared if missing.
 
-    A newly prepared dataset is published only when the block ends well, so that a corpus that is
-    refused leaves nothing behind.
+    A newly prepared dataset is published only if the block succeeds, so a rejected corpus leaves
+    nothing behind.
     """
     from lmjax.data.builders import BUILDERS, SPLIT
 
-    # Also where the dataset is there already and nothing gets built.
+    # Also if the dataset exists already and nothing is built.
     remove_leftovers(directory.parent)
     with contextlib.ExitStack() as stack:
         if directory.is_dir() and sealed_content(directory) is None:
@@ -81,7 +80,7 @@ def stored_source(
             yield split_documents(documents, validation_fraction)
 
 
-# --- Datasets that TFDS prepared before ---
+# --- Datasets already prepared by TFDS ---
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class PreparedDataset:
     name: TfdsName
     directory: Path
     info: dict[str, Any]
-    """What dataset_info.json says."""
+    """The content of dataset_info.json."""
 
     def fingerprint(self) -> str:
         """Hex SHA-256 over the metadata, and the name, size and time of every data file."""
@@ -102,10 +101,10 @@ class PreparedDataset:
         return digest.hexdigest()
 
     def splits(self, feature: str, validation_fraction: float) -> TextSplits:
-        """Its own train and validation (else test) split; a lone split is divided by document.
+        """Its own train and validation (else test) splits; a single split is divided by document.
 
         Raises:
-          DataError: no such text feature, or splits that cannot be told apart.
+          DataError: the text feature is missing, or the splits cannot be identified.
         """
         self._check_feature(feature)
         names = [split["name"] for split in self.info["splits"]]
@@ -167,8 +166,8 @@ def download_and_prepare(name: TfdsName) -> None:
     """Has TFDS download and store `name` as array_record: minutes to hours, on request only.
 
     Raises:
-      DataError: TFDS does not know the name, its builder needs TensorFlow, or what it is to
-        download cannot be reached.
+      DataError: TFDS does not know the name, its builder needs TensorFlow, or its download cannot
+        be reached.
       CacheFailed: the disk is full.
     """
     import tensorflow_datasets as tfds
@@ -212,7 +211,7 @@ def _version_folders(root: Path, name: TfdsName) -> list[Path]:
 
 
 class Documents(Protocol):
-    """Documents by position, read when asked for; a list of them is one."""
+    """Documents by position, read on demand; a list of them qualifies."""
 
     def __len__(self) -> int: ...
 
@@ -220,7 +219,7 @@ class Documents(Protocol):
 
 
 class _StoredDocuments(Documents):
-    """The records of a TFDS data source, whose text may come as bytes or as str."""
+    """The records of a TFDS data source, whose text may be bytes or str."""
 
     def __init__(self, records: Any, feature: str) -> None:
         self._records = records
@@ -231,7 +230,7 @@ class _StoredDocuments(Documents):
 
     def __getitem__(self, index: int, /) -> Document:
         record = self._records[index]
-        # A dataset without ids is told apart by position, which TFDS keeps stable per version.
+        # Documents without ids are identified by position, which TFDS keeps stable per version.
         identity = record.get("id", str(index))
         text = _as_str(record[self._feature]).removeprefix("\ufeff")  # a byte order mark
         return Document(id=_as_str(identity), text=text)
@@ -259,12 +258,12 @@ class _Selection(Collection[str]):
 
 
 def split_documents(documents: Documents, validation_fraction: float) -> TextSplits:
-    """Holds out whole documents, as near to `validation_fraction` of the UTF-8 bytes as they allow.
+    """Holds out whole documents, as close to `validation_fraction` of the UTF-8 bytes as possible.
 
-    Documents are visited in the order of the SHA-256 of their ids, and one is held out when that
-    brings the held-out share nearer to the fraction. So the choice depends on ids and sizes alone,
-    is not biased to a part of the corpus, and neither side is empty. A single document cannot be
-    told apart by document: its tail is held out.
+    Documents are visited in the order of the SHA-256 of their ids, and one is held out if that
+    brings the held-out fraction closer to the target. The choice depends only on ids and sizes, is
+    not biased to a part of the corpus, and leaves neither side empty. A single document cannot be
+    divided by document: its tail is held out.
     """
     if len(documents) == 1:
         head, tail = _cut_tail(documents[0]["text"], validation_fraction)
@@ -287,7 +286,7 @@ def split_documents(documents: Documents, validation_fraction: float) -> TextSpl
 
 
 def _named_split(documents: Documents, source: Source) -> TextSplits:
-    """The split that was asked for: the last documents of a source are those to hold out."""
+    """The requested split: the last documents of a source are held out."""
     kept = len(documents) - len(source.held_out)
     indices = range(len(documents))
     names = _listed([file.id for file in source.held_out])
@@ -316,7 +315,7 @@ def choose_held_out(sizes: Sequence[int], hashes: Sequence[bytes], fraction: flo
             chosen.append(index)
             missing -= sizes[index]
     if not chosen:
-        # Each one is more than twice the share: the smallest misses it by least.
+        # Each one is more than twice the target: the smallest misses it by least.
         chosen.append(min(order, key=lambda index: sizes[index]))
     if len(chosen) == len(sizes) > 1:
         chosen.remove(min(order, key=lambda index: sizes[index]))
@@ -324,7 +323,7 @@ def choose_held_out(sizes: Sequence[int], hashes: Sequence[bytes], fraction: flo
 
 
 def _cut_tail(text: str, fraction: float) -> tuple[str, str]:
-    """Cuts at a character, so that the tail is as near to `fraction` of the bytes as it can be."""
+    """Cuts at a character boundary so that the tail is closest to `fraction` of the bytes."""
     encoded = text.encode("utf-8")
     kept = round(len(encoded) * (1.0 - fraction))
     head = encoded[:kept].decode("utf-8", errors="ignore")
@@ -345,7 +344,7 @@ def _open_split(directory: Path, split: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's prints and progress bars, which go around our own, off the terminal."""
+    """Keeps TFDS's prints and progress bars off the terminal."""
     nowhere = io.StringIO()
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         yield

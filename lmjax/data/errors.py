@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 class DataError(ValueError):
-    """Bad input: the message is one line that says what is wrong and what to do about it."""
+    """Bad input: the message says in one line what is wrong and what to do about it."""
 
 
 class CacheFailed(RuntimeError):
-    """The disk of the cache is full or fails, though nothing is wrong with what was asked for."""
+    """The cache's disk is full or failing; the input is not at fault."""

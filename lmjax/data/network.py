@@ -1,4 +1,4 @@
-"""Whether there is a network, asked before a library does: TFDS retries for minutes without one.
+"""Checks for a network before TFDS does, which would retry for minutes without one.
 
 Imports the room's errors.
 """
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from lmjax.data.errors import DataError
 
 SECONDS = 10.0
-"""How long all hosts together have for an answer."""
+"""Time limit for all hosts together."""
 _MOST_HOSTS = 4
 
 
@@ -24,13 +24,13 @@ def refuse_unreachable(name: str, urls: Iterable[str]) -> None:
 
     Args:
       name: of the dataset.
-      urls: what is to be downloaded; without any nothing is asked.
+      urls: what will be downloaded; if empty, nothing is checked.
     """
     by_host = {urlsplit(url).netloc: url for url in urls}
     asked = dict(list(by_host.items())[:_MOST_HOSTS])
     answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for url in asked.values():
-        # Looking up a name knows no time limit, so it is left behind when the time is up.
+        # Name lookup has no time limit, so it is abandoned when the time is up.
         threading.Thread(target=_ask, args=(url, answers), daemon=True).start()
     reasons = []
     try:
@@ -49,11 +49,11 @@ def refuse_unreachable(name: str, urls: Iterable[str]) -> None:
 
 
 def _ask(url: str, answers: queue.SimpleQueue[str | None]) -> None:
-    """Puts None if anything answers, else why not."""
+    """Puts None if anything answers, else the reason."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS).close()
     except urllib.error.HTTPError:
-        answers.put(None)  # a refusal is an answer
+        answers.put(None)  # an HTTP error is an answer
     except Exception as error:
         answers.put(" ".join(str(getattr(error, "reason", error)).split()))
     else:

@@ -28,19 +28,19 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches, shuffled afresh each epoch.
+    """Endless training batches, reshuffled each epoch.
 
     The split is cut into windows of `length + 1` tokens at every `length`-th token, so an epoch
-    predicts each token once, except the first and those after the last whole window. The order of
-    the windows, and so what is in global batch i, follows from `seed`, `length`, `batch_size` and
-    the corpus. This process gets rows `[process_index * b, (process_index + 1) * b)` of it, with
-    b = batch_size // process_count, and reads no others.
+    predicts each token once, except the first and those after the last whole window. `seed`,
+    `length`, `batch_size` and the corpus determine the order of windows and so the content of
+    global batch i. This process reads only its own rows `[process_index * b, (process_index + 1) *
+    b)`, with b = batch_size // process_count.
 
     Args:
       corpus: the tokens.
-      length: tokens a sequence.
-      batch_size: sequences a global batch.
-      seed: of the order, in [0, 2**64). Grain hashes all of its bits into those of its shuffle.
+      length: tokens per sequence.
+      batch_size: sequences per global batch.
+      seed: of the order, in [0, 2**64). Grain hashes all its bits into the seed of its shuffle.
       document_mask: whether batches say where documents start.
       process_index: which host this is.
       process_count: how many hosts share a global batch.
@@ -67,7 +67,7 @@ def train_iterator(
     def gather(indices: npt.NDArray[np.int64]) -> Batch:
         return _batch(_windows(corpus.train, indices[rows], length), end)
 
-    # Indices are batched, not windows: a host touches its own rows only.
+    # Batch indices, not windows: a host reads only its own rows.
     batches = (
         grain.MapDataset.range(windows)
         .seed(seed)
@@ -76,8 +76,8 @@ def train_iterator(
         .batch(batch_size, drop_remainder=True)
         .map(gather)
     )
-    # The tokens are memory-mapped, and a batch takes microseconds: threads would cost more, in
-    # contention for the interpreter's lock, than they hide.
+    # The tokens are memory-mapped and a batch takes microseconds: threads would cost more, in
+    # contention for the interpreter lock, than they hide.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
@@ -94,15 +94,15 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The validation split, each token predicted at most once, in order.
 
-    With `max_batches=0` each token but the first is predicted exactly once. A positive
-    `max_batches` that is less than the whole takes windows evenly spread over the split.
+    With `max_batches=0` each token but the first is predicted exactly once. A smaller positive
+    `max_batches` takes windows evenly spread over the split.
 
     Args:
       corpus: the tokens.
-      length: tokens a sequence.
-      batch_size: sequences a global batch.
-      max_batches: how many batches at most; 0 means all.
-      multiple: each batch is filled up to a multiple of this many rows, as devices need them.
+      length: tokens per sequence.
+      batch_size: sequences per global batch.
+      max_batches: maximum number of batches; 0 means all.
+      multiple: pad each batch to a multiple of this many rows, as devices require.
       document_mask: whether batches say where documents start, as in `train_iterator`.
       process_index: which host this is; it gets the rows that `train_iterator` would give it.
       process_count: how many hosts share a global batch.
@@ -123,7 +123,7 @@ def validation_batches(
     limit = max_batches * batch_size if max_batches else windows
     chosen = np.arange(min(limit, windows), dtype=np.int64) * windows // min(limit, windows)
     end = corpus.tokenizer.end_of_document if document_mask else None
-    # A row past the end starts where no token is left to predict: all padding.
+    # A row past the end starts where no token remains to predict: all padding.
     beyond = -(-corpus.validation.size // length)
     filler = np.full(-chosen.size % batch_size, beyond, dtype=np.int64)
     batches = np.concatenate([chosen, filler]).reshape(-1, batch_size)
@@ -135,10 +135,10 @@ def document_starts(
 ) -> npt.NDArray[np.int32]:
     """Where the document of each token starts, for a document mask.
 
-    Documents follow each other with an end-of-document token after each. Read as input, that token
-    belongs to the document behind it: nothing is predicted from it but the first token there.
-    So a document in the middle of a window looks like a text that is scored or continued, which is
-    read after an end-of-document token as well.
+    Documents follow each other with an end-of-document token after each. As input, that token
+    belongs to the next document: only that document's first token is predicted from it. A document
+    in the middle of a window thus looks like a text that is scored or continued, which is also
+    read after an end-of-document token.
 
     Args:
       tokens: windows of a stream of documents, `[B, T]`.
@@ -146,7 +146,7 @@ def document_starts(
 
     Returns:
       `int32[B, T]`: index in its row of the end-of-document token before each token, or of that
-      token itself; 0, where the window starts in the middle of a document.
+      token itself; 0 if the window starts in the middle of a document.
     """
     starts = np.where(tokens == end_of_document, np.arange(tokens.shape[1], dtype=np.int32), 0)
     return np.maximum.accumulate(starts, axis=1, dtype=np.int32)
@@ -160,7 +160,7 @@ def _weighted(
     rows: slice,
     end: int | None,
 ) -> Batch:
-    """Some rows of a batch of the windows `indices`, filled up with copies that do not count."""
+    """Some rows of a batch of the windows `indices`, padded with copies of weight 0."""
     copies = np.full(padded - indices.size, indices[0])
     mine = np.concatenate([indices, copies])[rows]
     counts = (np.arange(padded) < indices.size)[rows, None]
@@ -190,7 +190,7 @@ def _windows(tokens: Tokens, indices: npt.NDArray[np.int64], length: int) -> np.
 
 
 def _batch(windows: np.ndarray, end: int | None) -> Batch:
-    """Inputs and targets, and where documents start if their `end` is given."""
+    """Inputs and targets, and document starts if their `end` token is given."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
     batch = {"inputs": inputs, "targets": targets}
     return batch if end is None else {**batch, "document_starts": document_starts(inputs, end)}

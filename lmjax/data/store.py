@@ -1,10 +1,10 @@
-"""Directories that appear whole or not at all, and whose damage is noticed.
+"""Directories that appear completely or not at all, and whose damage is detected.
 
-Imports JSON and the room's errors. It promises, kill -9 and power loss included:
+Imports JSON and the room's errors. Guarantees, even under kill -9 and power loss:
 
 - A directory published here was complete, and on disk, before it got its name.
 - What a killed builder left behind is never opened, and the next builder removes it.
-- A sealed directory that lost or changed a file is not taken for intact.
+- A sealed directory that lost or changed a file is not mistaken for intact.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 @contextlib.contextmanager
 def published_directory(target: Path) -> Iterator[Path]:
-    """A new temporary directory beside `target` that becomes `target` when the block ends well.
+    """A new temporary directory beside `target` that becomes `target` if the block succeeds.
 
-    When the block raises, the temporary is removed, and so are the parents made for it. When
-    another process published `target` first, its directory stays and ours is dropped: both were
-    built from the same key, so either will do.
+    If the block raises, the temporary and the parents made for it are removed. If another process
+    published `target` first, its directory stays and ours is dropped: both were built from the same
+    key, so either will do.
     """
     made = _make_parents(target.parent)
     remove_leftovers(target.parent)
@@ -66,10 +66,10 @@ def published_directory(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def sole_builder(target: Path) -> Iterator[None]:
-    """A block that, of all that want to build `target`, one process at a time is in.
+    """A block that one process at a time may enter to build `target`.
 
-    The others wait, and should look for `target` once more when it is their turn. Where the file
-    system has no locks nobody waits: all build, and one of them publishes.
+    The others wait, and should check for `target` again on entry. If the file system has no locks,
+    nothing waits: all build, and one of them publishes.
     """
     made = _make_parents(target.parent)
     path = target.parent / f".{target.name}.lock"
@@ -87,11 +87,11 @@ def sole_builder(target: Path) -> Iterator[None]:
 def storage_explained(
     folder: Path, chosen_by: str = "--data.cache-dir or LMJAX_CACHE"
 ) -> Iterator[None]:
-    """A block that uses the cache in `folder`: what the operating system refuses becomes a line.
+    """A block that uses the cache in `folder`; operating-system errors become one line.
 
     Args:
       folder: where.
-      chosen_by: what the user can set to choose another folder.
+      chosen_by: the settings with which the user can choose another folder.
 
     Raises:
       DataError: the folder cannot be used: no permission, not a directory, read-only.
@@ -101,7 +101,7 @@ def storage_explained(
         yield
     except (OSError, RuntimeError) as error:
         number = _error_number(error)
-        # A disk that gives back something else than was written has no number.
+        # Reading back something other than what was written has no error number.
         if number is None and not isinstance(error, OSError):
             raise
         reason = os.strerror(number) if number else str(error)
@@ -114,7 +114,7 @@ def storage_explained(
 
 
 def _error_number(error: Exception) -> int | None:
-    """What the operating system said, also where array_record tells it in words only."""
+    """The operating system's error, also where array_record reports it only in words."""
     if isinstance(error, OSError):
         return error.errno
     words = str(error)
@@ -122,7 +122,7 @@ def _error_number(error: Exception) -> int | None:
 
 
 def discard(directory: Path) -> None:
-    """Takes `directory` away in one step, so that no reader meets half of it, then deletes it."""
+    """Renames `directory` away in one step, so that no reader meets half of it, then deletes it."""
     grave = _new_temporary(directory.parent)
     # Another process may have discarded it first.
     with contextlib.suppress(FileNotFoundError):
@@ -133,8 +133,8 @@ def discard(directory: Path) -> None:
 def remove_leftovers(parent: Path) -> None:
     """Removes the temporaries in `parent` that no living process holds.
 
-    A lock, not a process id, tells: ids repeat, and mean nothing in another container or on
-    another host of a shared cache. Where a lock cannot be had, nothing is removed.
+    A lock tells, not a process id: ids repeat, and mean nothing in another container or on another
+    host of a shared cache. Without locks, nothing is removed.
     """
     for path in parent.glob(f"{_TEMPORARY}*"):
         lock = _lock(path, wait=False)
@@ -144,7 +144,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def seal(directory: Path, content: Mapping[str, Any]) -> None:
-    """Writes `meta.json`: `content`, and how to recognise it and each file of `directory`."""
+    """Writes `meta.json`: `content`, and digests that identify it and each file of `directory`."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     records = {path.relative_to(directory).as_posix(): _record(path) for path in files}
     body = {**content, "files": records}
@@ -153,11 +153,11 @@ def seal(directory: Path, content: Mapping[str, Any]) -> None:
 
 
 def sealed_content(directory: Path) -> dict[str, Any] | None:
-    """What `seal` wrote, `files` with their sizes and hashes included; None when damaged or gone.
+    """What `seal` wrote, including `files` with sizes and hashes; None if damaged or gone.
 
-    Takes milliseconds, whatever the size: of a file, its size and 16 blocks of 64 KiB, spread over
-    it with both ends, are compared. That finds truncation, zeroed tails and foreign files, but not
-    a bit that flips between the blocks; the full SHA-256 beside it can.
+    Takes milliseconds at any size: it compares each file's size and 16 blocks of 64 KiB, spread
+    over the file including both ends. That finds truncation, zeroed tails and foreign files, but
+    not a flipped bit between the blocks; the full SHA-256 beside it can.
     """
     try:
         meta = strict_json.read(directory / _META)
@@ -173,7 +173,7 @@ def sealed_content(directory: Path) -> dict[str, Any] | None:
 
 
 def json_sha256(value: Any) -> str:
-    """Hex SHA-256 of a JSON value, whatever the order of its keys."""
+    """Hex SHA-256 of a JSON value, independent of key order."""
     return hashlib.sha256(strict_json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -196,7 +196,7 @@ def _sample_sha256(path: Path) -> str:
 
 
 def _make_parents(directory: Path) -> list[Path]:
-    """Makes `directory`; returns what had to be made, innermost first."""
+    """Creates `directory`; returns the directories created, innermost first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return missing
@@ -216,11 +216,11 @@ def _new_temporary(parent: Path) -> Path:
 
 
 def _locked_temporary(parent: Path) -> tuple[Path, int | None]:
-    """A fresh directory whose lock is held for as long as this process lives."""
+    """A new directory whose lock is held while this process lives."""
     while True:
         path = _new_temporary(parent)
         lock = _lock(path, wait=True)
-        # A cleaner may have come between the two lines above and taken it for a leftover.
+        # A cleaner may have run between the two lines above and removed it as a leftover.
         if path.exists():
             return path, lock
         if lock is not None:
@@ -228,13 +228,13 @@ def _locked_temporary(parent: Path) -> tuple[Path, int | None]:
 
 
 def _locked_file(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file which is at `path`, None where there is none."""
+    """A descriptor that holds the lock of the file at `path`; None if locks are unavailable."""
     while fcntl is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # The one before has removed what this one was waiting for.
+            # The previous holder removed the file that this one was waiting for.
             if _is_at(path, descriptor):
                 return descriptor
         except OSError:
@@ -252,7 +252,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _lock(directory: Path, *, wait: bool) -> int | None:
-    """An open descriptor holding the exclusive lock of `directory`, None where there is none."""
+    """A descriptor that holds the exclusive lock of `directory`; None if it is unavailable."""
     if fcntl is None:
         return None
     try:

@@ -31,17 +31,17 @@ Ids = npt.NDArray[np.int32]
 
 _END_OF_DOCUMENT = "<|endoftext|>"
 _UNKNOWN = "\ufffd".encode()
-# A document may have any size, and an encoding takes some 100 bytes a token while it is made: long
+# A document may have any size, and encoding takes some 100 bytes of memory per token: long
 # documents are encoded in chunks of this many characters, this many chunks at once.
 _CHUNK = 1 << 18
 _CHUNKS_AT_ONCE = 32
 # The pieces that GPT-2 divides text into (Radford et al. 2019, section 2.2, and their encoder.py).
 _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Training takes time quadratic in the length of a piece, and text without spaces, such as Chinese
-# or base64, is one. Words, numbers and rules made of dashes are far shorter than this.
+# Training time is quadratic in the length of a piece, and text without spaces, such as Chinese or
+# base64, is one piece. Words, numbers and rules made of dashes are far shorter than this.
 _LONGEST_PIECE = 256
 # Where a text can be cut without changing its byte-level BPE: GPT-2's pre-tokenizer starts a new
-# piece at the first white space after something else, whatever comes before.
+# piece at the first white space after other text, whatever comes before.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
@@ -57,12 +57,12 @@ class Tokenizer(ABC):
         """The ids of `text`, int32[tokens], without an end-of-document token.
 
         Raises:
-          DataError: the text holds a lone surrogate, which no UTF-8 file can.
+          DataError: the text holds a lone surrogate, which UTF-8 cannot represent.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text; several are encoded at once where the tokenizer can."""
+        """The ids of each text, encoded in parallel if the tokenizer can."""
         for text in texts:
             _refuse_surrogates(text)
         chunks = [_chunks(text) for text in texts]
@@ -72,14 +72,14 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
         """The text of `ids`; never raises on integers.
 
-        Broken UTF-8 and ids that name no token become U+FFFD.
+        Broken UTF-8 and invalid ids become U+FFFD.
         """
         return self.bytes_of(ids).decode("utf-8", errors="replace")
 
     def bytes_of(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> bytes:
-        """What `ids` stand for: UTF-8 if they encode a text; one alone may be part of a character.
+        """The bytes of `ids`: UTF-8 if they encode a text; one alone may be part of a character.
 
-        An id that names no token stands for U+FFFD, and the end of a document for nothing.
+        An invalid id stands for U+FFFD, and the end of a document for nothing.
         """
         flat = np.asarray(ids, dtype=np.int64).reshape(-1)
         flat = flat[flat != self.end_of_document]
@@ -99,18 +99,18 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _bytes(self, ids: npt.NDArray[np.int64]) -> bytes:
-        """The bytes of ids that all name a token other than the end of a document."""
+        """The bytes of valid ids other than the end of a document."""
 
     @abstractmethod
     def _content(self) -> Any:
-        """What `save` keeps, as JSON."""
+        """The content that `save` writes, as JSON."""
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as they are.
+    """UTF-8 bytes as token ids.
 
-    A document ends with 0xFF, a byte that occurs in no UTF-8 text (RFC 3629, section 1). Zero would
-    not do: it is how U+0000 is written.
+    A document ends with 0xFF, a byte that occurs in no UTF-8 text (RFC 3629, section 1). Zero is
+    not free: it encodes U+0000.
     """
 
     name = "bytes"
@@ -137,7 +137,7 @@ class BPETokenizer(Tokenizer):
             raise DataError(
                 f"the vocabulary of {name} has no {_END_OF_DOCUMENT} token: use another"
             )
-        # A document that spells out the marker must not end there.
+        # A document that contains the marker as text must not end there.
         backend.encode_special_tokens = True
         self.name = name
         self.vocab_size = backend.get_vocab_size()
@@ -178,7 +178,7 @@ _BYTES = _byte_alphabet()
 
 
 def _unspelled(token: str) -> bytes:
-    """The bytes that a token of byte-level BPE spells; one that is not spelled so is itself."""
+    """The bytes that a byte-level BPE token spells; any other token encodes as itself."""
     try:
         return bytes(map(_BYTES.__getitem__, token))
     except KeyError:
@@ -221,9 +221,9 @@ def _byte_level(model: models.BPE, pre_tokenizer: pre_tokenizers.PreTokenizer) -
 
 
 def _bounded_pieces() -> pre_tokenizers.PreTokenizer:
-    """GPT-2's pieces, those of more than `_LONGEST_PIECE` characters cut into such.
+    """GPT-2's pieces, with those of more than `_LONGEST_PIECE` characters cut to that length.
 
-    They are cut before characters become bytes, so that no character falls apart.
+    They are cut before characters become bytes, so no character is split.
     """
     return pre_tokenizers.Sequence(
         [
@@ -294,10 +294,10 @@ def load_gpt2(folder: str) -> BPETokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads what `Tokenizer.save` wrote.
+    """Reads a file written by `Tokenizer.save`.
 
     Raises:
-      DataError: the file is missing or is not, byte for byte, what was written.
+      DataError: the file is missing or differs from what was written.
     """
     try:
         document = strict_json.loads(Path(path).read_text(encoding="utf-8"))
