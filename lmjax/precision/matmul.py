@@ -1,41 +1,39 @@
-"""The one dot product of the whole model, with its own backward pass.
+"""The matrix product of the model, with its own backward pass.
 
-Every matrix product of lmjax goes through `einsum`. It says what plain `jnp.einsum` leaves to
-chance: the format of both operands, the format products are accumulated in, and the same two for
-the gradients. Left to autodiff, a bf16 product with f32 accumulation has f32 cotangents and so runs
-its backward products in f32.
+Every matrix product of lmjax goes through `einsum`. It fixes what plain `jnp.einsum` leaves open:
+the format of both operands and of the accumulation, forwards and backwards. Under autodiff, a bf16
+product with f32 accumulation would have f32 cotangents and so run its backward products in f32.
 
     forward    y   = round_c( sum_a( Qx(x) * Qw(w) ) )
     backward   dx  = round_c( sum_a( Qg(g) * Qwb(w) ) )
                dw  = round_c( sum_a( Qxb(x) * Qg(g) ) )
 
 with c the site's compute format, a its accumulator, g the cotangent of y, which arrives in c, and Q
-the quantizer of each operand; `wb` and `xb` are `w` and `x` unless a policy says otherwise, and the
-second operand of a product of two activations has the quantizers of the first. An operand is
-quantized anew for each product, because factors of channels and blocks follow the axes that the
-product at hand sums over: the terms of one sum are a channel, and blocks are cut along the last of
-those axes, so that none crosses from one sequence into the next. Gradients pass straight through
-the quantizers.
+the quantizer of each operand; `wb` and `xb` are `w` and `x` unless a policy sets them, and the
+second operand of a product of two activations has the quantizers of the first. Each product
+quantizes its operands separately, because factors of channels and blocks follow its summed axes:
+the terms of one sum are a channel, and blocks run along the last of those axes, so that none
+crosses from one sequence into the next. Gradients pass straight through the quantizers.
 
-A product with an operand `.rht` is *rotated*: before they are quantized, both operands go through
-one random Hadamard transform along the last axis that is summed over (`hadamard.py`), in f32, and
-are rounded to the compute format once more. Without rounding that would change nothing; a product
-that sums over no axis is left alone. Rotated operands are scaled by their own maximum, also where
-the policy says delayed: past maxima are not those of rotated tensors.
+A product with an operand `.rht` is *rotated*: before quantization, both operands go through the
+same random Hadamard transform along the last summed axis (`hadamard.py`), in f32, and are rounded
+to the compute format again. Without rounding this would have no effect; a product that sums over no
+axis is not rotated. Rotated operands are scaled by their own maximum even if the policy says
+delayed, because past maxima are not those of rotated tensors.
 
-Factors are applied as hardware applies them. Where all terms of a sum share them, elements are
-multiplied and summed, and the sum in f32 is multiplied by the factors:
+Factors are applied as in hardware. If all terms of a sum share them, elements are multiplied and
+summed, and the f32 sum is multiplied by the factors:
 
     sum( Qx(x) * Qw(w) )  =  sx * sw * sum_a( ex * ew )
 
 Elements of narrow formats fit the compute format exactly, so nothing is rounded between quantizing
-and summing; and where the backend multiplies them natively, they are handed to the dot in their own
-dtypes (`native.py`). A narrow accumulator holds sums of elements: those of e4m3, up to 448, leave
-f16 where sums of the operands themselves would not.
+and summing; if the backend multiplies them natively, they are passed to the dot in their own dtypes
+(`native.py`). A narrow accumulator holds sums of elements: sums of e4m3 elements, up to 448, can
+overflow f16 where sums of the operands themselves would not.
 
-Factors that differ among the terms of a sum (blocks) and zero points come before it. Such an
-operand is held in the compute format: exactly with factors that are powers of two (MX) and `c=bf16`
-or wider; with others, `element * factor` is rounded once more.
+Factors that differ among the terms of a sum (blocks) and zero points are applied before the sum.
+Such an operand is held in the compute format: exactly if factors are powers of two (MX) and the
+policy has `c=bf16` or wider; otherwise `element * factor` is rounded once more.
 
 Knows policies, quantizers, rotations, probes, sums, native products and JAX.
 """
@@ -82,20 +80,20 @@ def einsum(
     probe: Probe | None = None,
     unit: bool = False,
 ) -> jax.Array:
-    """A product of two operands in the formats of a site.
+    """Computes a product of two operands in the formats of a site.
 
     Args:
       spec: an `einsum` specification of two operands, `"btk,kn->btn"`. Every index of an operand
-        must stand in the other operand or in the result, and no operand may repeat one, so that
-        the gradients are products of the same kind.
+        must occur in the other operand or in the result, and no operand may repeat an index, so
+        that the gradients are products of the same kind.
       x: activations, in any floating-point format; cast to the site's compute format.
       w: as x.
-      site: the formats, of a site that is declared a product. Its kind says what `w` holds, weights
-        or activations again, and so which of its quantizers `w` gets.
-      key: random key for operands that are rounded stochastically and for the signs of rotations;
-        without one, as in evaluation, operands are rounded to nearest and signs always the same.
+      site: the formats, of a site that is declared a product. Its kind tells whether `w` holds
+        weights or activations, and so which of its quantizers `w` gets.
+      key: random key for stochastic rounding of operands and for the signs of rotations; without
+        one, as in evaluation, operands are rounded to nearest and signs are fixed.
       probe: factors of delayed scaling, without which operands are scaled by their own maximum; and
-        slots for what is to be measured of the operands and gradients.
+        slots for measurements of the operands and gradients.
       unit: divides each of the three products, y, dx and dw, by the root of the number of terms
         that it sums, in the format of the sum and so before it is rounded: unit scaling, which
         turns the gradients into multiples of themselves (see `model/unit_scaling.py`).
@@ -126,9 +124,9 @@ def einsum(
 
 
 def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.Array:
-    """The result of a product in the site's output format.
+    """Returns the result of a product in the site's output format.
 
-    `g` is measured of its cotangent, as the product dx quantizes it.
+    Measures its cotangent as `g`, as the product dx quantizes it.
     """
     factors, slots = ({}, {}) if probe is None else probe
     block = _block(site.grads, site.backward_second)
@@ -144,7 +142,7 @@ def _watched(
     factor: jax.Array | None,
     slots: Mapping[str, Any],
 ) -> jax.Array:
-    """An operand, cast to the compute format; measured before it is cast and quantized."""
+    """Casts an operand to the compute format; measures it before it is cast and quantized."""
     return report(site.to_compute(x), slots, lambda: view(x, factor))
 
 
@@ -157,9 +155,9 @@ def _view(
     site: SitePolicy,
     block: int,
 ) -> Rounded:
-    """What becomes of a tensor that enters a product.
+    """Returns a tensor before and after quantization for a product.
 
-    Where that is rotated, of the rotated tensor, with the signs of evaluation; `raw` is still `x`.
+    In a rotated product, that of the rotated tensor, with the signs of evaluation; `raw` is `x`.
     """
     entering = x
     if block and axis != ():
@@ -258,7 +256,7 @@ def _product(
     key: Key,
     factors: Factors,
 ) -> jax.Array:
-    """The product of both operands, quantized; not yet rounded to compute."""
+    """The product of both quantized operands, not yet rounded to the compute format."""
     plan = plan_of(spec)
     (x_role, of_x), (w_role, of_w) = roles
     terms = _terms(pair[0], plan)
@@ -284,14 +282,14 @@ def _product(
 def _rotated(
     pair: tuple[jax.Array, jax.Array], plan: Plan, site: SitePolicy, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Both operands, rotated along the last axis that is summed over, in the compute format."""
+    """Rotates both operands along the last summed axis; returns them in the compute format."""
     x, w = pair
     rotated = rotate(x, plan.x_summed[-1], signs), rotate(w, plan.w_summed[-1], signs)
     return site.to_compute(rotated[0]), site.to_compute(rotated[1])
 
 
 def _terms(x: jax.Array, plan: Plan) -> int:
-    """How many terms a product with the first operand `x` sums."""
+    """Number of terms that a product with the first operand `x` sums."""
     return math.prod(x.shape[axis] for axis in plan.x_summed)
 
 
@@ -335,7 +333,7 @@ def _ready(
 
 
 def _current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
-    """The quantizer, scaling by the tensor itself where it should be delayed but nobody knows."""
+    """The quantizer; a delayed one without a factor scales by the tensor itself instead."""
     return quantizer if factor is not None else replace(quantizer, history=0)
 
 
@@ -349,6 +347,6 @@ def _check(spec: str) -> None:
     for own, others in ((x_axes, w_axes + y_axes), (w_axes, x_axes + y_axes)):
         if len(set(own)) != len(own) or not set(own) <= set(others):
             raise ValueError(
-                f"einsum '{spec}': every index of an operand must stand once in it and again in "
+                f"einsum '{spec}': every index of an operand must occur once in it and again in "
                 "the other operand or the result"
             )

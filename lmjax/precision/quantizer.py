@@ -1,8 +1,8 @@
-"""Scale factors as configuration: which numbers share one, how it is stored, how it is found.
+"""Configuration of scale factors: which numbers share one, and how it is stored and computed.
 
-A narrow format covers a few binades. A `Quantizer` says how a tensor is moved into them, and
-`parse_quantizer` reads one from a few characters. The block formats of the OCP Microscaling (MX)
-specification v1.0, and NVFP4, are quantizers with a name. `scaling.py` does the arithmetic.
+A narrow format covers a few binades. A `Quantizer` defines how a tensor is scaled into them, and
+`parse_quantizer` parses its short name. The block formats of the OCP Microscaling (MX)
+specification v1.0 and NVFP4 are named quantizers. `scaling.py` does the arithmetic.
 
 Knows `formats`.
 """
@@ -26,10 +26,10 @@ DEFAULT_HISTORY: Final = 16
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How a tensor is brought into a narrow format; hashable.
+    """How a tensor is scaled into a narrow format; hashable.
 
     Attributes:
-      format: what the elements are rounded to.
+      format: format of the elements.
       groups: which elements share a factor. `none`: no factor, a plain cast. `tensor`: all of them.
         `channel`: the terms of one sum of a dot product, so that each output channel (or token) has
         its own. `block`: `block` consecutive ones along the axis that is summed over, the last one
@@ -124,7 +124,7 @@ _ALIASES: Final = {"mxfp8_e4m3": "mxfp8", "mxfp6_e3m2": "mxfp6", "mxfp4_e2m1": "
 
 
 def parse_quantizer(text: str) -> Quantizer:
-    """The quantizer called `text`.
+    """Parses a quantizer.
 
     `FORMAT[@tensor|@channel|@blockN][.OPTION]...` with the options `e8m0`, `e4m3` (what factors are
     stored in), `e4m3@tensor` (and one f32 factor for those), `rceil`, `affine`, `delayed` or

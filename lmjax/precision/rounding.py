@@ -1,17 +1,17 @@
-"""Rounding numbers into a format, exactly, on every backend.
+"""Rounds numbers to a format, exactly, on every backend.
 
 `quantize` leaves its result in the dtype it was given, the *carrier*, holding only values of the
 format. It works on the integer bits of the carrier, not with floating-point arithmetic and not with
 pairs of casts: XLA may elide a pair of casts (its "excess precision"), `lax.reduce_precision`
-flushes subnormals, and arithmetic on CPU takes float32 subnormals for zero. Nothing rewrites
-integers that way, so the same bits come out eagerly, under jit, vmap and scan, whether or not the
+flushes subnormals, and arithmetic on CPU treats float32 subnormals as zero. Nothing rewrites
+integers that way, so eager execution, jit, vmap and scan give the same bits, whether or not the
 hardware has the format.
 
-Overflow, infinity and NaN follow one rule wherever a policy gives a tensor a format. `overflow`
-says which part of it applies:
+Overflow, infinity and NaN follow one rule wherever a policy assigns a format. `overflow` selects
+which part applies:
 
-1. A format with infinities (f16, e5m2, tf32, any made-up eXmY) behaves like the same format in
-   hardware: what rounds to more than its largest value becomes infinity, and infinity and NaN stay.
+1. A format with infinities (f16, e5m2, tf32, any custom eXmY) behaves as in hardware: a number that
+   rounds to more than its largest value becomes infinity, and infinity and NaN are kept.
 2. A format without infinities (e4m3, e2m1, intN) turns infinity into NaN and keeps NaN. If it has
    no pattern for NaN, the array that holds its values does. A finite number beyond its range
 
@@ -112,7 +112,7 @@ def quantize(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def emulate(x: jax.Array, format: Format, cotangents: Overflow) -> jax.Array:
-    """`x` to nearest as an array of `format` would hold it, and its cotangent likewise.
+    """Rounds `x` to nearest, as an array of `format` would hold it, and its cotangent likewise.
 
     JAX gives a cotangent the dtype of its primal. A format without a dtype to compute in gets the
     same here: the cotangent is rounded to it as well.
@@ -218,7 +218,7 @@ def _straight_through(
 def _round(
     magnitude: jax.Array, noise: jax.Array | None, format: Format, work: Format, rounding: Rounding
 ) -> jax.Array:
-    """Rounds to the grid that `format` would have if it went on for ever upwards."""
+    """Rounds to the grid of `format` extended upwards without limit."""
     integer = unsigned(work)
     width = integer(work.mantissa_bits)
     exponent = jnp.maximum(magnitude >> width, integer(1))  # subnormals share the lowest exponent

@@ -1,4 +1,4 @@
-"""Scale factors for narrow formats: numbers in groups, and one factor for each group.
+"""Scales tensors into narrow formats, with one factor for each group of numbers.
 
 Three rules hold for every `Quantizer`.
 
@@ -42,7 +42,7 @@ then one channel, and blocks run along the last of the axes."""
 
 
 class Quantized(NamedTuple):
-    """Elements and what is needed to read them.
+    """Elements and the factors needed to dequantize them.
 
     Attributes:
       values: shape of the tensor; values of the element format in float32 (float64 for float64).
@@ -59,7 +59,7 @@ class Quantized(NamedTuple):
 
     @property
     def factor(self) -> jax.Array:
-        """What a group is multiplied by: `scale`, times `tensor_scale`."""
+        """The factor of a group: `scale` times `tensor_scale`."""
         return _factor(self.scale, self.tensor_scale)
 
 
@@ -244,10 +244,10 @@ def scale_from_maximum(
 
 
 class DelayedScale(NamedTuple):
-    """State of a factor that is predicted from past maxima, so that finding it costs no pass.
+    """State of a factor predicted from past maxima, without an extra pass over the tensor.
 
     Attributes:
-      history: float32 [H], the last maxima, newest first; 0 where there was none yet.
+      history: float32 [H], the last maxima, newest first; 0 if there were fewer.
       scale: float32 [], the factor for the next tensor.
     """
 
@@ -256,10 +256,10 @@ class DelayedScale(NamedTuple):
 
 
 def init_delayed_scale(quantizer: Quantizer) -> DelayedScale:
-    """The state before the first tensor: factor one.
+    """Returns the state before the first tensor: factor one.
 
     Raises:
-      ValueError: the quantizer is not a delayed one.
+      ValueError: the quantizer is not delayed.
     """
     if not quantizer.history:
         raise ValueError(f"{quantizer} takes its factor from the tensor itself; add .delayed")
@@ -271,10 +271,10 @@ def init_delayed_scale(quantizer: Quantizer) -> DelayedScale:
 def update_delayed_scale(
     state: DelayedScale, amax: jax.Array, quantizer: Quantizer
 ) -> DelayedScale:
-    """Takes a tensor's maximum into the history, and the factor from the largest one there.
+    """Adds a tensor's maximum to the history and takes the factor from the largest entry.
 
-    A maximum that is not finite is left out: a skipped step must leave no trace. While only zeros
-    have been seen, the factor stays.
+    A non-finite maximum is ignored, because a skipped step must leave no trace. The factor does not
+    change while only zeros have been seen.
 
     Args:
       state: state used for the tensor.
@@ -291,7 +291,7 @@ def update_delayed_scale(
 
 @dataclass(frozen=True)
 class _Grouping:
-    """How a tensor of a given shape falls into groups.
+    """The grouping of a tensor of a given shape.
 
     Attributes:
       shape: of the tensor.

@@ -1,5 +1,5 @@
-"""What some keys of a policy can be set to: how parameters are stored, operands are quantized and
-products are summed. Each has a canonical string, which `grammar.py` reads.
+"""Structured values of policy keys: how parameters are stored, operands quantized and products
+summed. Each has a canonical string, which `grammar.py` parses.
 
 Knows formats, quantizers and rotations.
 """

@@ -1,13 +1,13 @@
-"""Sites, declared: every kind of place in a model where a policy can say something.
+"""Declares sites: every kind of place in a model whose formats a policy can set.
 
-A site is known by the last component of its path: `blocks/3/attention/softmax` is a `softmax`. The
-table `SITES` says what each of them computes, which of its tensors a policy can quantize, and where
-a policy holds back unless a rule names the site. Everything else that needs to know (policies,
-probes, telemetry, native products, plans) asks the declaration; to add a site is to add a row.
+A site is identified by the last component of its path: `blocks/3/attention/softmax` is a `softmax`.
+The table `SITES` declares what each site computes, which of its tensors a policy can quantize, and
+what a policy leaves unchanged unless a rule names the site. Policies, probes, telemetry, native
+products and plans all use this declaration; to add a site, add a row.
 
-Which sites a model has, and where, the model declares as a `Layout` of `Place`s. The parameters of
-blocks are stacked in one array, and so is what is measured of them: to all but the policy, the same
-site in every block is one place. How paths lead into a stack is known here alone.
+A model declares its sites as a `Layout` of `Place`s. The parameters of blocks are stacked in one
+array, and so are their measurements: except in a policy, the same site in every block is one place.
+Only this module knows how paths refer to stacks.
 
     policy, one path a block         blocks/0/mlp/up, blocks/1/mlp/up, ...
     parameters and measurements      blocks/mlp/up
@@ -38,7 +38,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Site:
-    """One kind of place where a policy can say something.
+    """One kind of place whose formats a policy can set.
 
     Attributes:
       name: the last component of its paths.
@@ -47,7 +47,7 @@ class Site:
       unquantized: why the base's `w`, `x`, `g`, `wb` and `xb` do not reach a product unless a rule
         names it; empty where they do.
       logits: whether its output is the output of the model, which the base's `o` is for.
-      scalar: whether it hands on a single number, which there is nothing to count in.
+      scalar: whether its output is a single number, for which a census is meaningless.
     """
 
     name: str

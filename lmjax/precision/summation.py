@@ -1,4 +1,4 @@
-"""What a product is summed in: f32, a narrow accumulator at the end, or one after every chunk.
+"""Sums products in f32, rounded to a narrow accumulator at the end or after every chunk.
 
 Knows policies, contractions, rounding and JAX.
 """
