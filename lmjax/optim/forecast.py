@@ -1,10 +1,9 @@
-"""Predicting the loss scale from how cotangents spread over exponents.
+"""Predicts the loss scale from the distribution of cotangents over exponents.
 
 Dynamic loss scaling finds its scale by trial and error: it grows until a step overflows and is
-lost. A forecast looks at the cotangents instead, before they are rounded. Of every step it keeps
-the logarithm of the largest one and a histogram of exponents, both freed of the scale in use, and
-remembers them with exponentially decaying weights. From that follow two functions of the scale
-2^k:
+lost. A forecast instead inspects the cotangents before they are rounded. From every step it takes
+the logarithm of the largest cotangent and a histogram of exponents, both unscaled, and averages
+them with exponentially decaying weights. These determine two functions of the scale 2^k:
 
     P(overflow)  the largest cotangent of the next step, taken as log-normal with the remembered
                  mean and variance, exceeds the largest finite number
@@ -37,7 +36,7 @@ few similar steps in a row do not use up all head room."""
 
 
 class Forecast(NamedTuple):
-    """What is remembered of past steps; every array has the shape of the scale in front.
+    """Statistics of past steps; the leading axes of every array are those of the scale.
 
     Attributes:
       weight: f32[...], sum of the weights of the steps seen; 0 before the first.
@@ -61,7 +60,7 @@ def initial_forecast(shape: tuple[int, ...]) -> Forecast:
 def remember(
     forecast: Forecast, spread: Spread, scale: jax.Array, number_format: Format, memory: int
 ) -> Forecast:
-    """Takes in one step.
+    """Updates the forecast with one step.
 
     A step that overflowed says only that its largest cotangent was beyond the format: it counts as
     one binade beyond, and leaves the histogram alone.
@@ -104,7 +103,7 @@ def predict(
     smallest: float,
     largest: float,
 ) -> jax.Array:
-    """The best scale for the next step, as told at the head of this file.
+    """Returns the best scale for the next step, as defined in the module docstring.
 
     Args:
       forecast: of at least one step.

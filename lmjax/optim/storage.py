@@ -1,4 +1,4 @@
-"""How parameters and moments are kept in narrow formats while all arithmetic is f32.
+"""Stores parameters and moments in narrow formats while all arithmetic is f32.
 
 Parameters: `apply_updates` adds an f32 update to a stored parameter and rounds once, to nearest,
 stochastically, or with Kahan compensation. Moments: `with_stored_moments` lets any optax optimizer
@@ -77,7 +77,7 @@ def apply_updates(
 
 
 class UpdateCensus(NamedTuple):
-    """What became of the update of a parameter; f32 arrays, `[]` or `[blocks]`.
+    """The effect of an update on a parameter; f32 arrays, `[]` or `[blocks]`.
 
     Attributes:
       size: elements.
@@ -141,9 +141,9 @@ def convert_params(
 ) -> tuple[Any, Any]:
     """Parameters and residuals as another policy stores them.
 
-    What a parameter has come to is itself plus its residual, if it has one. This sum is rounded to
-    the new format once, and to nearest however updates are rounded: no update can get lost here. A
-    new residual takes up what that rounding has lost.
+    The exact value of a parameter is itself plus its residual, if it has one. This sum is rounded
+    once to the new format, always to nearest, because no update can be lost here. A new residual
+    holds the rounding error.
 
     Args:
       params: parameters as stored under `old`.
@@ -205,8 +205,8 @@ def with_stored_moments(
 ) -> optax.GradientTransformation:
     """Keeps the moments of an optimizer in the formats of the policy between steps.
 
-    The optimizer computes in f32: it reads the stored moments widened, and what it hands on comes
-    from moments that are not rounded yet; only what the next step starts from is.
+    The optimizer computes in f32: it reads the widened moments, and its updates come from moments
+    that are not rounded yet; only the moments stored for the next step are rounded.
 
     Args:
       inner: an optimizer whose states name their moments `mu` and `nu`, as optax's do.
@@ -232,7 +232,7 @@ def convert_moments(state: Any, old: ParamSites, new: ParamSites) -> Any:
       new: how they are stored from now on.
 
     Returns:
-      The state with those moments read and stored anew whose format changes; the rest as it is.
+      The state with moments converted where their format changes; the rest is unchanged.
     """
 
     def convert(stored: Any, before: Quantizer, after: Quantizer) -> Any:
