@@ -63,6 +63,29 @@ class CausalWithinDocuments(NamedTuple):
         return own & CAUSAL.visible(queries, keys)
 
 
+class Bidirectional(NamedTuple):
+    """Each query sees every key."""
+
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """See `Mask`."""
+        return jnp.ones((queries.size, keys.size), bool)
+
+
+class Padded(NamedTuple):
+    """Each query sees every key of its row before the padding at the end of the row.
+
+    Attributes:
+      lengths: number of tokens in each row before the padding, `int32[B]`, at least 1.
+    """
+
+    lengths: jax.Array
+
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """See `Mask`."""
+        own = keys < self.lengths[:, None, None, None, None]
+        return own & jnp.ones((queries.size, 1), bool)
+
+
 def indices_from(start: Position, length: int) -> jax.Array:
     """`int32[length]`, counting from `start`."""
     return jnp.arange(length, dtype=jnp.int32) + start
