@@ -1,7 +1,7 @@
 """The command line of ablations: `python -m experiments.ablations.NAME`, `python -m lmjax report`.
 
 Exit codes are those of training: 0 done, 2 bad input, 75 stopped early with checkpoints, 1 anything
-else. A cell that failed is a result and no error.
+else. A failed cell is a result, not an error.
 """
 
 from __future__ import annotations
@@ -33,36 +33,36 @@ from lmjax.train import InputError
 
 @dataclass(frozen=True)
 class Launch:
-    """Flags of an ablation: where it is, how long its runs are, and who computes them."""
+    """Flags of an ablation: directory, length of its runs, and execution."""
 
     workdir: UserPath
     """The ablation's directory; the same command again resumes what is in it."""
     processes: Annotated[int, at_least(1)] = 1
-    """Runs at a time, each in a process of its own."""
+    """Concurrent runs, each in its own process."""
     threads: Annotated[int, at_least(1)] = 1
     """XLA threads of each process on CPU; one is fastest for small models."""
     seeds: str | None = None
-    """The seeds, such as 0,1,2; by default those that the module names."""
+    """The seeds, such as 0,1,2; by default those of the module."""
     max_seeds: Annotated[int, at_least(1, MOST_SEEDS)] | None = None
     """Add seeds where a question is undecided, until it is settled or an arm has this many."""
     steps: Annotated[int, at_least(1)] | None = None
-    """Planned length of the runs; arms of another length than the base keep their proportion."""
+    """Planned length of the runs; arms with a length other than the base keep their proportion."""
     retry_failed: bool = False
-    """Run cells again that failed."""
+    """Rerun failed cells."""
     slurm: bool = False
     """Submit the processes as an array of Slurm jobs; needs lmjax[slurm]."""
     slurm_options: tuple[str, ...] = ()
     """Parameters of submitit, as NAME=VALUE, such as slurm_partition=gpu timeout_min=240."""
     dry_run: bool = False
-    """Print the arms and what has become of their cells, and run nothing."""
+    """Print the arms and the status of their cells; run nothing."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of range."""
+        """Rejects values out of range."""
         validate(self)
 
 
 def run_ablation(ablation: Callable[[], Ablation]) -> NoReturn:
-    """Runs the module that was started, an ablation, from the command line and exits.
+    """Runs the started module, an ablation, from the command line and exits.
 
     Args:
       ablation: the module's `ablation`.
@@ -113,7 +113,7 @@ def _run_ablation(
 
 
 def report_on(directory: Path, *, json: bool = False) -> None:
-    """Writes the report of an ablation's directory, as far as it has got, and prints what it says.
+    """Writes and prints the report of an ablation's directory, complete or not.
 
     Args:
       directory: where the ablation was run.
@@ -127,16 +127,16 @@ def report_on(directory: Path, *, json: bool = False) -> None:
 
 
 def report_on_runs(runs: Sequence[Path], out: Path | None = None, *, json: bool = False) -> None:
-    """Writes a report that compares runs which were trained one by one, and prints what it says.
+    """Writes and prints a report that compares individually trained runs.
 
     Args:
-      runs: their directories; the config of the first is what others are compared with.
+      runs: their directories; the others are compared with the config of the first.
       out: where the report goes, a directory or a page `*.html`; by default into the directory of
         the only run, or beside the first of several.
       json: print JSON instead of tables.
 
     Raises:
-      InputError: one of them holds no run, or two the same.
+      InputError: a directory holds no run, or two hold the same.
     """
     ablation, cells = ablation_of(runs)
     first = runs[0].absolute()
@@ -168,10 +168,10 @@ def _chosen(ablation: Ablation, launch: Launch) -> Ablation:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """The numbers of a list such as `0,1,2`.
+    """Parses a list of numbers such as `0,1,2`.
 
     Raises:
-      InputError: it is none.
+      InputError: it is not such a list.
     """
     try:
         return tuple(int(number) for number in text.split(","))
@@ -180,7 +180,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def _slurm_options(launch: Launch) -> dict[str, Any] | None:
-    """The parameters of submitit, whole numbers as such; None where Slurm is not asked for."""
+    """The parameters of submitit, with integers converted; None without --slurm."""
     if not launch.slurm:
         if launch.slurm_options:
             raise InputError("--slurm-options is for --slurm, which is missing")
@@ -193,7 +193,7 @@ def _slurm_options(launch: Launch) -> dict[str, Any] | None:
 
 
 def _print_differences(ablation: Ablation) -> None:
-    """The fields in which arms differ, a column each; in brackets those that nobody chose."""
+    """The fields in which arms differ, one column each; derived ones in brackets."""
     fields = grid.arm_differences(ablation)
     titles = (f"({field.field})" if field.follows else field.field for field in fields)
     print_table(
@@ -203,7 +203,7 @@ def _print_differences(ablation: Ablation) -> None:
 
 
 def _print_cells(ablation: Ablation, cells: Iterable[Cell]) -> None:
-    """The metric of every cell, arms x seeds, and why the failed ones failed."""
+    """Prints the metric of every cell, arms x seeds, and the reasons of failures."""
     cells = list(cells)
     words = {
         (c.arm, c.seed): significant(c.value) if c.status == "finished" else c.status for c in cells
@@ -231,7 +231,7 @@ def _print_report(ablation: Ablation, cells: Sequence[Cell], out: Path) -> None:
 def _write_report(ablation: Ablation, cells: Sequence[Cell], out: Path) -> Path:
     locks = out / "locks"
     try:
-        # Commands that share the directory of an ablation end at the same moment.
+        # Commands that share an ablation's directory may end at the same moment.
         with lock(locks / "report") if locks.is_dir() else contextlib.nullcontext():
             return write_report(ablation, cells, out, monitoring=ablation.monitoring)
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Behind `python -m lmjax reproduce`: lists published claims, runs them, says what came out.
+"""Implements `python -m lmjax reproduce`: lists and runs published claims, prints the results.
 
-Knows claims, how ablations are run and reported, and how a terminal is written to.
+Knows claims, how ablations are run and reported, and how to print to a terminal.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECORD, TABLE = "claim.json", "claims.md"
 
 
 def choose(asked: Sequence[str], *, everything: bool = False, quick: bool = False) -> list[Claim]:
-    """The claims with these names or numbers, each once, or all, or those that are quick.
+    """The claims with these names or numbers, without duplicates, or all, or the quick ones.
 
     Raises:
       InputError: there is no such claim, or more than one way of choosing was used.
@@ -81,11 +81,11 @@ def replay(
       json: print JSON.
 
     Returns:
-      The outcome of all together; None if a signal stopped it.
+      The combined outcome; None if a signal stopped it.
 
     Raises:
-      InputError: `seeds` are none; nothing was run then.
-      TrainingFailed: a run could not be carried out, for a reason that is no result.
+      InputError: `seeds` is not a list of numbers; nothing was run.
+      TrainingFailed: a run failed for a reason that is not a result.
     """
     planned = [(claim, _ablation(claim, large, seeds)) for claim in claims]
     ablations = [ablation for _, ablation in planned if ablation is not None]
@@ -111,7 +111,7 @@ def replay(
 
 
 def _ablation(claim: Claim, large: bool, seeds: str | None) -> Ablation | None:
-    """What has to be run for a claim; None where arithmetic is enough."""
+    """The ablation to run for a claim; None if arithmetic is enough."""
     ablation = claim.large if large else claim.ablation
     if seeds is None:
         return ablation
@@ -141,7 +141,7 @@ def _account(judgement: Judgement, ended: Ended | None) -> Account:
 
 
 def list_claims(*, json: bool = False) -> None:
-    """Prints what can be replayed, and from where it is."""
+    """Prints the claims that can be replayed, and their sources."""
     claims = load_claims(CLAIMS).values()
     if json:
         print_json([_about(claim) for claim in claims])
@@ -164,7 +164,7 @@ def _size(claim: Claim) -> str:
 
 def _print(told: Account, page: Path) -> None:
     """The claim, each finding, the paper's numbers beside ours, what was run, and the scope."""
-    # A line is wrapped in a terminal, and never in a file or a pipe.
+    # Wrap lines in a terminal, never in a file or a pipe.
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100_000)
 
     def say(text: str, indent: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""The command line of experiments, and what all command lines here have in common.
+"""The command line of experiments, and code shared by all command lines.
 
-Flags are derived from typed dataclasses and functions, and what goes wrong becomes one line on
-stderr and an exit code:
+Flags are derived from typed dataclasses and functions; an error becomes one line on stderr and an
+exit code:
 
     0 done    2 bad input, nothing written    75 stopped early with a checkpoint
     130, 143 ended at once by SIGINT (Ctrl-C) or SIGTERM    1 anything else
@@ -56,15 +56,15 @@ UserPath = Annotated[
         str_from_instance=lambda path: [str(path)],
     ),
 ]
-"""A path from the command line, in which `~` is a home directory."""
+"""A path from the command line, with `~` expanded to a home directory."""
 
 RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-"""A path, or a URL: a `Path` would make one slash of two."""
+"""A path or a URL, as a string: `Path` would collapse the two slashes."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Flags of an experiment: its config, and how this launch of it is carried out."""
+    """Flags of an experiment: its config, and the options of this launch."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     workdir: Annotated[str, tyro.conf.arg(metavar="DIR")]
@@ -74,17 +74,17 @@ class Launch:
     """Settings to start from, which other flags override: the config.json of a run, or a part."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     stop_after: Annotated[int, at_least(1)] | None = None
-    """Stop with a checkpoint after this many steps of this launch; the schedule stays."""
+    """Stop with a checkpoint after this many steps of this launch; the schedule is unchanged."""
     sample: Annotated[int, at_least(0)] = 200
-    """Tokens of text generated for a look when a run of one process is done; 0: none."""
+    """Tokens of sample text generated when a single-process run is done; 0: none."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of range now, and not when the run is done."""
+        """Rejects values out of range at the start, not at the end of the run."""
         validate(self)
 
 
 def run_experiment(config: Callable[[], Config]) -> NoReturn:
-    """Runs the module that was started, an experiment, from the command line and exits.
+    """Runs the started module, an experiment, from the command line and exits.
 
     Args:
       config: the module's `config`.
@@ -107,7 +107,7 @@ def _run_experiment(
 
 
 def resume_run(arguments: Sequence[str]) -> int:
-    """Goes on with a run as it is recorded; flags as those of an experiment.
+    """Resumes a recorded run; takes an experiment's flags.
 
     Args:
       arguments: the run directory or its URL, and flags.
@@ -140,8 +140,8 @@ RESUME = "python -m lmjax resume RUN [FLAGS]"
 
 def _launched(launch: Launch) -> int:
     if parts := launch.config.deterministic_reductions:
-        # On CPU sums depend on the size of XLA's thread pool too: the number of cores or of
-        # devices, whichever is larger, unless this says otherwise before there is a backend.
+        # On CPU sums also depend on the size of XLA's thread pool: the number of cores or of
+        # devices, whichever is larger, unless set here before a backend exists.
         os.environ.setdefault("PJRT_NPROC", str(parts))
     alone = not _joined(launch.distributed)
     outcome = train(launch.config, launch.workdir, stop_after=launch.stop_after)
@@ -166,7 +166,7 @@ def _launched(launch: Launch) -> int:
 
 
 def _joined(config: DistributedConfig) -> bool:
-    """Whether several processes train; this one is one of them then."""
+    """Joins the other processes, if any; returns whether there are any."""
     try:
         with stages.stage("waiting for the other processes"):
             return distributed.start(config)
@@ -175,16 +175,16 @@ def _joined(config: DistributedConfig) -> bool:
 
 
 def guarded(call: Callable[[], int], *, prints_results: bool = False) -> int:
-    """The exit code of a call; what it raises about its input or its run becomes one line.
+    """Calls a function and returns its exit code; errors become one line.
 
     Args:
-      call: what to do; it prints as it likes, and a terminal that cannot show it is no failure.
-      prints_results: what it prints is what it was asked for, and has to get where it should.
+      call: what to do; failing to print its output is not an error by itself.
+      prints_results: its output is the result, so failing to print it is an error.
     """
     with tolerant() as out:
         code = _guarded(call)
         out.flush()
-        # A reader that has left has what it wanted.
+        # A reader that closed the pipe has what it wanted.
         if prints_results and code == DONE and not isinstance(out.failure, BrokenPipeError | None):
             _say_error(f"cannot write to standard output: {out.failure.strerror}")
             return FAILED
@@ -225,7 +225,7 @@ def _guarded(call: Callable[[], int]) -> int:
 
 
 def _say_error(error: object) -> None:
-    """One line, whatever is in the names that the message quotes."""
+    """Prints one line, even if names in the message contain control characters."""
     print(f"error: {printable(error)}", file=sys.stderr)
 
 
@@ -236,9 +236,9 @@ def write_text(text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """The text with pictures (U+2400 to U+2421) of its control characters but tabs and newlines.
+    """The text with control characters, except tabs and newlines, as pictures (U+2400 to U+2421).
 
-    A model may generate any character, and a terminal obeys some.
+    A model may generate any character, and terminals act on some.
     """
     return "".join(map(_picture, text))
 
@@ -251,7 +251,7 @@ def _picture(character: str) -> str:
 
 
 def bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Calls something that checks user input, whose ValueErrors are therefore the user's."""
+    """Calls a function that validates user input; its ValueErrors become `InputError`."""
     try:
         return call(*arguments, **options)
     except ValueError as error:

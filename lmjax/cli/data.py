@@ -1,4 +1,4 @@
-"""What `python -m lmjax prepare` prints: what was made of a corpus, and where it is."""
+"""The output of `python -m lmjax prepare`: the contents of a corpus and its location."""
 
 from __future__ import annotations
 

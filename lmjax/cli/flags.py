@@ -1,9 +1,9 @@
-"""Flags: which there are, what a mistyped one means, and where their values come from.
+"""Flags: their names, suggestions for mistyped ones, and the sources of their values.
 
     experiment's defaults  <  --config FILE  <  flags
 
-A file of settings is turned into flags that precede those of the command line, so one mechanism
-reads both, and only what results is checked as a whole. What is wrong becomes one line.
+A file of settings becomes flags that precede those of the command line, so one mechanism parses
+both, and only the result is validated as a whole. An error becomes one line.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ ALIASES = {
     "seq-length": "context", "sequence-length": "context", "tp": "mesh.tensor", "vocab":
     "vocab-size", "warmup": "warmup-steps", "wd": "weight-decay",
 }  # fmt: skip
-"""What settings are called elsewhere, and here."""
+"""Names of settings elsewhere, and here."""
 
 
 NAMED = {"config_file": "config"}
-"""Flags that are not called after their field."""
+"""Flags that are not named after their field."""
 
 
 def program(main: Any = None) -> tuple[str, str]:
-    """The dotted name of the module that was started, and the command that started it.
+    """The dotted name of the started module, and the command that started it.
 
-    A file that was started by its path is called after the file.
+    A module started by its path is named after the file.
     """
     spec = getattr(main or sys.modules["__main__"], "__spec__", None)
     if spec is not None:
@@ -76,13 +76,13 @@ def parsed(kind: type[T], arguments: Sequence[str], *, default: T, command: str)
 
     Args:
       kind: the dataclass.
-      arguments: those of the command line.
-      default: an instance with the values of flags that are not given.
+      arguments: from the command line.
+      default: an instance with the values of omitted flags.
       command: what the user has typed before the flags.
 
     Raises:
-      InputError: a flag is unknown, its value does not fit, or the whole is refused.
-      SystemExit: the help was asked for, and printed, below the docstring of the main module.
+      InputError: a flag is unknown, its value is invalid, or the whole config is.
+      SystemExit: the help was requested and printed, below the docstring of the main module.
     """
     refuse_unknown(arguments, known_flags(kind))
     if {"-h", "--help"} & set(arguments):
@@ -94,13 +94,13 @@ def parsed(kind: type[T], arguments: Sequence[str], *, default: T, command: str)
 
 
 def parse_flags(parse: Callable[[], T]) -> T:
-    """Runs tyro; its boxed complaint, and that of a config dataclass, becomes one line."""
+    """Runs tyro; its boxed errors, and those of config dataclasses, become one line."""
     stages.end(stages.IMPORTING)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             return parse()
-    except ValueError as error:  # a config dataclass refused what the flags say
+    except ValueError as error:  # a config dataclass rejected the values
         raise InputError(str(error)) from error
     except SystemExit as error:
         if not error.code:
@@ -131,7 +131,7 @@ def _one_line(boxed: str) -> str:
 
 
 def known_flags(kind: Callable[..., Any]) -> list[str]:
-    """The flags of a dataclass or of a function that is a command, without `--`."""
+    """The flags of a dataclass or of a command's function, without `--`."""
     found = []
     for name, hint in _leaves(kind):
         flag = NAMED.get(name, name.removeprefix("config.")).replace("_", "-")
@@ -156,10 +156,10 @@ def _leaves(kind: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 
 
 def refuse_unknown(arguments: Iterable[str], known: Sequence[str]) -> None:
-    """Refuses a flag that there is not, with the one that may be meant.
+    """Rejects an unknown flag and suggests the one that may be meant.
 
     Raises:
-      InputError: of the first such flag.
+      InputError: for the first such flag.
     """
     for argument in arguments:
         flag = re.fullmatch(r"--([A-Za-z][^=\s]*)(=.*)?", argument, re.DOTALL)
@@ -173,7 +173,7 @@ def refuse_unknown(arguments: Iterable[str], known: Sequence[str]) -> None:
 
 
 def suggested(name: str, known: Sequence[str]) -> str | None:
-    """The flag that is meant: what others call so, one of another part, or one spelled alike."""
+    """The flag that may be meant: an alias, one of another part, or one spelled alike."""
     part, _, last = name.rpartition(".")
     negated = "no-" if last.startswith("no-") else ""
     for meant in (ALIASES.get(name), ALIASES.get(last), last, last.removeprefix("no-")):
@@ -203,7 +203,7 @@ def _nearest_place(places: Sequence[str], part: str) -> str:
 
 
 def with_file(arguments: Sequence[str]) -> list[str]:
-    """The arguments, after those that the file of the last `--config FILE` stands for."""
+    """The arguments, preceded by those from the file of the last `--config FILE`."""
     paths = [after for flag, after in itertools.pairwise(arguments) if flag == "--config"]
     paths += [argument[9:] for argument in arguments if argument.startswith("--config=")]
     return [*(flags_of_file(paths[-1]) if paths else ()), *arguments]
@@ -212,11 +212,11 @@ def with_file(arguments: Sequence[str]) -> list[str]:
 def flags_of_file(name: str) -> list[str]:
     """A file of settings as flags: the `config.json` of a run, or any part of one.
 
-    In what a run has recorded nothing is left to be derived. Here fields that would be derived
-    alike are left open again, so that they follow the flags: the kind of loss scale the policy.
+    A recorded config has every derived field filled in. Fields that would be derived to the same
+    value are reopened here to follow the flags, as the kind of loss scale does the policy.
 
     Raises:
-      InputError: it cannot be read, or holds something else.
+      InputError: it cannot be read, or does not hold settings.
     """
     path = Path(name).expanduser()
     path = path / "config.json" if path.is_dir() else path
@@ -238,11 +238,11 @@ DERIVED: dict[str, dict[str, Any]] = {
     "loss_scale": {"kind": "auto", "format": "auto"},
     "evaluation": {"batch_size": 0},
 }
-"""The fields that `Config.resolved` fills in, and their values where they are left open."""
+"""The fields that `Config.resolved` fills in, and their values before that."""
 
 
 def reopened(config: Config) -> Config:
-    """The same run, with every field left open again that would be derived alike."""
+    """The same run, with every field reopened that would be derived to the same value."""
     resolved = config.resolved()
     for part, fields in DERIVED.items():
         for name, value in fields.items():
@@ -251,7 +251,7 @@ def reopened(config: Config) -> Config:
                 opened = dataclasses.replace(own, **{name: value})
                 candidate = dataclasses.replace(config, **{part: opened})
                 config = candidate if candidate.resolved() == resolved else config
-            except ValueError:  # such as a width that heads do not divide
+            except ValueError:  # such as a width that the heads do not divide
                 continue
     return config
 
@@ -283,10 +283,10 @@ def _as_flags(values: dict[str, Any], prefix: str) -> Iterator[str]:
 
 
 def laid_out(text: str, width: int | None = None) -> str:
-    """A docstring for a terminal: prose is filled, and what is laid out by hand stays as it is.
+    """A docstring for a terminal: prose is wrapped, manual layout is kept.
 
-    A paragraph is laid out by hand where a line of it is indented or has gaps. Lines that are too
-    long are continued below their last column.
+    A paragraph has manual layout if one of its lines is indented or has gaps. Lines that are too
+    long continue below their last column.
     """
     width = width or min(shutil.get_terminal_size().columns, WIDEST_TEXT)
     paragraphs = inspect.cleandoc(text).split("\n\n")

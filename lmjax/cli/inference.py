@@ -39,9 +39,9 @@ def generate(
     Args:
       run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
       prompt: Text to continue; empty: the start of a document.
-      tokens: Most tokens to generate.
+      tokens: Maximum number of tokens to generate.
       temperature: Divides the logits; 0 takes the likeliest token.
-      top_k: Draw from this many likeliest tokens only; 0: from all.
+      top_k: Sample from this many likeliest tokens only; 0: from all.
       seed: Seed of the random draws, 0 to 2^64 - 1. The same seed gives the same text.
       precision: Policy to compute with, if not the run's own.
       json: Print JSON.
@@ -67,7 +67,7 @@ def _show_stream(prompt: str, pieces: Iterator[str]) -> None:
     with stages.stage("generating text"):
         first = next(pieces, "")
     with stages.stage("generating text"), ExitStack() as stack:
-        if sys.stdout.isatty():  # a live line would be in the middle of the text
+        if sys.stdout.isatty():  # a live line would interrupt the text
             stack.enter_context(stages.hidden())
         stack.callback(write_text, "\n")
         write_text(prompt + first)
@@ -76,9 +76,9 @@ def _show_stream(prompt: str, pieces: Iterator[str]) -> None:
 
 
 def score(run: RunDirectory, /, text: str, precision: str | None = None, json: bool = False) -> int:
-    """Log-probability of a text, per character or token and in all.
+    """Log-probability of a text, in total and per character or token.
 
-    A row is a token, or the tokens that are one character together. P is the probability of the
+    Each row is a token, or the tokens that together make one character. P is the probability of the
     whole text.
 
     Args:

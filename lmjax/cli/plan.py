@@ -1,4 +1,4 @@
-"""How a plan is shown: `python -m lmjax sharding experiments.NAME`.
+"""Prints a plan: `python -m lmjax sharding experiments.NAME`.
 
 Knows `lmjax.plan` and how tables are printed.
 """
@@ -40,23 +40,23 @@ Arithmetic: lmjax/plan/arithmetic.py"""
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """Sizes of mesh axes, where they are not to be the experiment's own."""
+    """Sizes of mesh axes that differ from the experiment's own."""
 
     data: MeshSize | None = None
-    """Batches are divided; parameters are whole on every device."""
+    """Divides batches; parameters are replicated."""
     fsdp: MeshSize | None = None
-    """Batches, parameters and optimizer state are divided."""
+    """Divides batches, parameters and optimizer state."""
     tensor: MeshSize | None = None
-    """Heads, MLP and vocabulary are divided."""
+    """Divides heads, MLP and vocabulary."""
     sequence: MeshSize | None = None
-    """Positions of the context are divided."""
+    """Divides positions of the context."""
 
     def __post_init__(self) -> None:
-        """Refuses sizes that no number of devices fits."""
+        """Rejects sizes that fit no number of devices."""
         validate(self, "mesh")
 
     def given(self) -> dict[str, int]:
-        """Those that are."""
+        """The sizes that are set."""
         return {name: size for name, size in dataclasses.asdict(self).items() if size is not None}
 
 
@@ -67,7 +67,7 @@ def changed(
     batch_size: int | None,
     micro_batches: int | None,
 ) -> Config:
-    """A config with what the flags change."""
+    """A config with the changes of the flags."""
     changes: dict[str, Any] = {
         "precision": precision,
         "batch_size": batch_size,
@@ -79,7 +79,7 @@ def changed(
 
 
 def show_plan(config: Config, devices: int, *, json: bool) -> None:
-    """Prints how arrays are divided, what a step sends, and what it holds."""
+    """Prints the sharding of arrays, and the traffic and memory of a step."""
     made = plan.make_plan(config, devices)
     arrays = list(plan.cuts(made.config, devices))
     if json:

@@ -1,4 +1,4 @@
-"""The verbs of `python -m lmjax VERB`: each a function, whose parameters are its flags.
+"""The verbs of `python -m lmjax VERB`: each is a function whose parameters are its flags.
 
 Knows all rooms; how flags are parsed, errors caught and tables printed is in `cli/common.py`.
 """
@@ -60,7 +60,7 @@ FORMAT_COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Uses what experiments have trained, and shows what they would do."""
+    """Uses trained runs, and inspects and plans experiments."""
     verbs: dict[str, Callable[..., int]] = {
         "resume": resume,
         "generate": generate,
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     deferred = {name: _deferred(verb) for name, verb in verbs.items()}
     arguments = sys.argv[1:] if arguments is None else arguments
     verb, *flags = arguments or [""]
-    if verb == "resume":  # its flags have the values that the run has recorded
+    if verb == "resume":  # its flags default to the recorded values
         sys.exit(guarded(lambda: resume_run(flags)))
 
     def run() -> int:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def resume(run: RunDirectory, /) -> int:
-    """Goes on with a run as it is recorded, wherever it was stopped; takes an experiment's flags.
+    """Resumes a recorded run where it stopped; takes an experiment's flags.
 
     Args:
       run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
@@ -102,7 +102,7 @@ def resume(run: RunDirectory, /) -> int:
 
 
 def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """The same signature, but a call only binds: complaints about flags end before work begins."""
+    """A function whose call only binds its arguments: flags are validated before work begins."""
 
     @functools.wraps(verb)
     def bind(*arguments: Any, **options: Any) -> Callable[[], int]:
@@ -114,7 +114,7 @@ def _deferred(verb: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 
 
 def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")], json: bool = False) -> int:
-    """Prepares a corpus; the only command that downloads, and only a tfds: dataset it is told to.
+    """Prepares a corpus; the only command that downloads, and only a requested tfds: dataset.
 
     Args:
       data: Which corpus, and how it is tokenized.
@@ -127,11 +127,11 @@ def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")], json: bool 
 def sites(
     experiment: tyro.conf.Positional[str], /, precision: str | None = None, json: bool = False
 ) -> int:
-    """What each tensor of each site of an experiment's model resolves to, phase by phase.
+    """Shows the resolved format of each tensor at each site of an experiment's model, by phase.
 
     Consecutive blocks that are alike are one row: blocks/0-3/mlp/up is mlp/up of blocks 0 to 3. A
     rule of a policy names one of them as blocks/2/mlp/up and all of them as blocks/*/mlp/up.
-    The last column says which products are native on this machine, and in what the others are
+    The last column says which products are native on this machine, and how the others are
     emulated: the product y and its gradients dx and dw.
 
     Args:
@@ -164,7 +164,7 @@ def sites(
 def _sites_json(
     sites: Sites, products: Mapping[str, Mapping[str, Arithmetic]]
 ) -> dict[str, dict[str, Any]]:
-    """The settings of every site, and of each product how it is computed."""
+    """The settings of every site, and how each product is computed."""
     words = {
         path: {"products": {name: str(one) for name, one in product.items()}}
         for path, product in products.items()
@@ -185,12 +185,12 @@ def sharding(
 ) -> int:
     """How an experiment is divided over devices, which need not exist, and what a step sends.
 
-    The step is compiled for that many CPU devices by a process of its own; nothing is allocated.
+    A separate process compiles the step for that many CPU devices; nothing is allocated.
 
     Args:
       experiment: Module, such as experiments.llama_1b.
-      mesh: Sizes of the device mesh, if not the experiment's own; -1 is what is left.
-      devices: How many.
+      mesh: Sizes of the device mesh, if not the experiment's own; -1 takes the rest.
+      devices: Number of devices.
       precision: Policy, if not the experiment's own.
       batch_size: Sequences in a step, if not the experiment's own.
       micro_batches: Parts of a batch, if not the experiment's own.
@@ -256,7 +256,7 @@ def reproduce(
 ) -> int:
     """Replays published claims about precision; without arguments, lists them.
 
-    Exit code 0 if every claim was confirmed, 1 if one was refuted or stays undecided.
+    Exits with 0 if every claim was confirmed, 1 if one was refuted or is undecided.
 
     Args:
       claims: Which ones, by name or number.
@@ -264,7 +264,7 @@ def reproduce(
       quick: Those that take ten minutes together on two cores.
       large: The size of the paper, on the hardware that the list names.
       workdir: Where runs and reports go; the same command again resumes what is there.
-      processes: Runs at a time, each in a process of its own.
+      processes: Concurrent runs, each in its own process.
       seeds: Which seeds, such as 0,1,2, if not the claim's own.
       json: Print JSON.
     """
@@ -313,7 +313,7 @@ def formats(
 
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[None]:
-    """A block that writes a file; where it fails, it leaves none that was not there before."""
+    """A block that writes a file; a failure leaves no new file behind."""
     try:
         new = not path.exists()
         path.open("ab").close()
@@ -328,7 +328,7 @@ def _written(path: Path) -> Iterator[None]:
 
 
 def _cell(value: object) -> str:
-    """A value as a table shows it: powers of two and other floats short, yes and no in words."""
+    """A value for a table: powers of two and other floats in short form, booleans as words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
