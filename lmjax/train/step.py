@@ -1,4 +1,4 @@
-"""The train step: one pure function, one path for every policy.
+"""The train step: one pure function, and a single code path for every policy.
 
 params -> compute format -> logits -> loss in f32 -> times the loss scale -> backward
 -> unscale in f32 -> sum over micro-batches in f32 -> finite everywhere? -> clip -> optimizer
@@ -32,7 +32,7 @@ from lmjax.runs.state import TrainState, abstract_state, gradient_norm, optimize
 from lmjax.telemetry import measure
 
 PARTS = ("reduction", "loss_scale", "optimizer")
-"""What a step computes outside of the model, as named scopes; sites name all else."""
+"""Named scopes of what a step computes outside the model; sites name everything else."""
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -47,8 +47,8 @@ def make_train_step(
 
     Args:
       config: the run.
-      mesh: where it happens; by default the mesh that the config asks for, on all devices. An
-        abstract mesh gives a step that can be traced and lowered but not executed.
+      mesh: where it runs; by default the config's mesh on all devices. With an abstract mesh the
+        step can be traced and lowered but not executed.
       telemetry: whether the step counts what rounding does to its tensors; see `telemetry.py`.
 
     Returns:
@@ -146,7 +146,7 @@ def slots_of(config: Config, telemetry: bool) -> measure.Tree:
 
 
 def make_gradient(config: Config, mesh: Any) -> Gradient:
-    """The gradient of the scaled loss and what its slots measured; beside them the loss."""
+    """The gradient of the scaled loss and what its slots measured, together with the loss."""
     of_loss = functools.partial(jax.grad, argnums=(0, 4), has_aux=True)
     if config.deterministic_reductions:
         part = of_loss(make_scaled_loss(config, mesh, constrain=sharding.leave))
@@ -160,7 +160,7 @@ def make_gradient(config: Config, mesh: Any) -> Gradient:
 def make_scaled_loss(
     config: Config, mesh: Any, *, constrain: Callable[..., jax.Array] = sharding.constrain
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The loss of a micro-batch times the loss scale, and beside it the loss itself.
+    """The loss of a micro-batch times the loss scale, together with the loss itself.
 
     Traced under strict dtype promotion: an accidental upcast is an error here, not a slower run.
     """
