@@ -1,1 +1,1 @@
-"""One module an experiment: `config()` returns what `python -m experiments.NAME` runs."""
+"""Experiments: each module's `config()` returns what `python -m experiments.NAME` runs."""

@@ -7,7 +7,7 @@ Expected:  1.793 nats per byte on held-out text; at most 1.90 in any of the thre
 
 The recipe is that of nanoGPT's README for a computer without a GPU: 4 layers, 4 heads, width 128,
 context 64, batch 12, 2000 steps, no dropout. Its README reports 1.88 on its own Shakespeare text.
-Compare formats with --precision p=f32,c=bf16,o=f32 or c=f16; each run wants its own --workdir.
+Compare formats with --precision p=f32,c=bf16,o=f32 or c=f16; give each run its own --workdir.
 """
 
 from lmjax.cli import run_experiment

@@ -7,7 +7,7 @@ Time:      not measured here; 10 billion tokens at 6 x 124M FLOP each are 7.4e18
            attention, about an hour on 8 H100 at 35% of 790 TFLOP/s each
 Expected:  not measured here
 
-The data must be prepared first, because nothing downloads unasked: TFDS builds this dataset with
+Prepare the data first, because nothing is downloaded automatically: TFDS builds this dataset with
 Apache Beam, where tensorflow and apache-beam are installed, into $TFDS_DATA_DIR. GPT-2's vocabulary
 comes from the extra `lmjax[corpora]`. Batches of 480 sequences of 1024 tokens, AdamW with betas 0.9
 and 0.95, weight decay 0.1 and a peak learning rate of 6e-4 are nanoGPT's settings for this size.

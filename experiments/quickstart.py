@@ -6,8 +6,8 @@ Time:      3.5 minutes, 198 s of them training
 Expected:  3.72 nats per token on held-out text (seed 0)
 
 Parameters are stored in f32 and everything else is computed in f16, whose range is too small for
-most gradients: the progress bar shows the loss scale that lifts them, as it grows and backs off.
-The text is cut into 1024 byte-pair tokens, trained on the text itself.
+most gradients: the progress bar shows the loss scale that compensates, as it grows and backs off.
+The tokenizer has 1024 byte-pair tokens, trained on the text itself.
 """
 
 from lmjax.cli import run_experiment

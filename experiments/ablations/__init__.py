@@ -1,1 +1,1 @@
-"""One module an ablation: `ablation()` returns what `python -m experiments.ablations.NAME` runs."""
+"""Ablations: `python -m experiments.ablations.NAME` runs what `ablation()` of a module returns."""

@@ -1,8 +1,9 @@
-"""What must hold of dynamic loss scaling whatever it is used for: exact findings of claim A1.
+"""Invariants of dynamic loss scaling: exact findings of claim A1.
 
-A loss curve hardly shows a scaler that is wrong for one step in a hundred: Adam forgives a gradient
-of half the size. So these do not look at curves. Scaling by powers of two is exact where nothing
-leaves the range of the format; a run with it must then be the run without it, bit for bit.
+A loss curve hardly reveals a scaler that is wrong for one step in a hundred, because Adam tolerates
+a gradient of half the size, so these findings do not use curves. Scaling by powers of two is exact
+while nothing leaves the range of the format; a run with it must then equal the run without it, bit
+for bit.
 """
 
 from __future__ import annotations

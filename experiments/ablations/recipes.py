@@ -1,7 +1,7 @@
-"""The runs that claims are replayed on: a small one for two cores, two for those with accelerators.
+"""The base runs of claims: a small one for two cores and two for accelerators.
 
-A claim changes fields of these by `dataclasses.replace`, so that whatever it does not name is alike
-in all of them, and controls are shared.
+A claim changes fields of these with `dataclasses.replace`, so that all other fields agree between
+claims and controls are shared.
 """
 
 from __future__ import annotations

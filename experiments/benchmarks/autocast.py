@@ -1,4 +1,4 @@
-"""The error of PyTorch in 16 bits beside that of our policies: one GPT-2, the same parameters.
+"""Compares the 16-bit error of PyTorch with that of our policies: one GPT-2, equal parameters.
 
 Command:   python -m experiments.benchmarks.autocast
 Hardware:  2 CPU cores; needs PyTorch in the same environment

@@ -1,7 +1,7 @@
-"""Who takes part in `throughput`: the train step of lmjax, and its peers, behind one interface.
+"""The contestants of `throughput`: the train step of lmjax and its peers, behind one interface.
 
-A contestant trains one shape on one fixed batch, with AdamW at a constant rate, in a process of its
-own. Those in JAX are this file, run as `python -m experiments.benchmarks.contestants KIND POLICY
+A contestant trains one shape on one fixed batch, with AdamW at a constant rate, in its own process.
+The JAX contestants run this file as `python -m experiments.benchmarks.contestants KIND POLICY
 SHAPE`; they start from the same initial parameters.
 """
 

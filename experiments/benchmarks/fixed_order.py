@@ -1,4 +1,4 @@
-"""What a fixed order of sums costs: steps with `deterministic_reductions` beside steps without.
+"""Measures the cost of a fixed order of sums: steps with and without `deterministic_reductions`.
 
 Command:   python -m experiments.benchmarks.fixed_order --rounds 12
 Hardware:  any; the ratio below is of one device of 2 CPU cores

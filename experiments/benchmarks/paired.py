@@ -1,8 +1,8 @@
-"""Contestants that take turns in one process, and the ratio of what they take.
+"""Times contestants in turn in one process and computes paired ratios.
 
 In each round every contestant takes a few steps, and the order rotates from round to round, so that
-whatever else the machine is doing meets all of them alike. What is compared are the times of one
-round: a ratio is paired by round.
+other load on the machine affects all of them alike. Times are compared within a round: a ratio is
+paired by round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from lmjax.train import Config
 
 Contestant = Callable[[int], float]
-"""Takes so many steps and returns the seconds of one."""
+"""Takes a number of steps and returns the seconds per step."""
 
 
 def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
@@ -30,7 +30,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def stepper(step: Callable[[Any, Any], Any], state: Any, batch: Any) -> Contestant:
-    """The contestant that takes a train step again and again on one batch; it compiles now."""
+    """Returns a contestant that repeats a train step on one batch; compiles it immediately."""
 
     def run(steps: int) -> float:
         nonlocal state

@@ -1,9 +1,9 @@
-"""Programs that are measured in processes of their own, whose deaths are reported and survived.
+"""Runs measured programs in separate processes and reports those that die.
 
-A process gets a line, works, and answers with a JSON object in a line. One that needs more memory
-than there is is killed by the kernel without a word; here that becomes a `Died` that says who, how
-and at what size, and everybody else goes on. Each process may be given a cap of its own, and is the
-first that the kernel chooses, before the one that measures.
+A process reads a line, works, and answers with one line of JSON. The kernel silently kills a
+process that runs out of memory; here that raises `Died`, which says which process, how and at what
+size, and the others continue. Each process may have its own memory cap, and the kernel kills it
+before the measuring process.
 
 Knows strict JSON, subprocesses and Linux; on other systems memory is neither capped nor reported.
 """
@@ -29,7 +29,7 @@ except ImportError:  # Windows
 
 GIB = 2**30
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(GIB)}
-"""Variables of glibc that do what `lmjax.train.memory.keep_freed_memory` does, for any program."""
+"""glibc variables with the effect of `lmjax.train.memory.keep_freed_memory`, for any program."""
 
 _REASON = re.compile(r"^\S*(Error|Exception)\b|bad_alloc|RESOURCE_EXHAUSTED|[Oo]ut of memory")
 

@@ -1,4 +1,4 @@
-"""What watching costs: steps with telemetry beside steps without, paired, on the quickstart.
+"""Measures the cost of telemetry: steps with and without it, paired, on the quickstart.
 
 Command:   python -m experiments.benchmarks.telemetry_cost --rounds 8
 Hardware:  any
@@ -31,7 +31,7 @@ from lmjax.train.memory import keep_freed_memory
 
 
 def stepper(config: Config, *, telemetry: bool) -> Contestant:
-    """The contestant that takes steps with or without telemetry."""
+    """Returns a contestant that takes steps with or without telemetry."""
     mesh = sharding.make_mesh(config.mesh)
     step = make_train_step(config, mesh, telemetry=telemetry)
     return paired.stepper(step, create_state(config, mesh), paired.random_batch(config))

@@ -1,4 +1,4 @@
-"""Tokens per second of the real train step under several policies, beside its peers, paired.
+"""Measures tokens per second of the train step under several policies, paired with its peers.
 
 Command:   python -m experiments.benchmarks.throughput --shape S --rounds 6
 Hardware:  any; the ratios below are of 2 CPU cores
@@ -6,24 +6,24 @@ Time:      2 minutes
 Expected:  lmjax / jnp 1.07 in f32, 1.07 in bf16, 1.18 in f16; docs/speed.md has the intervals
 
 Contestants take turns: in each round every one trains for a few steps, and the order rotates from
-round to round, so that whatever else the machine is doing meets all of them alike. A ratio is the
-median of the ratios of the rounds; its interval is the range between two order statistics, which
-holds the median of a continuous distribution with the confidence that is printed (a sign test;
-the whole range, below 9 rounds). All contestants run in memory that is kept rather than given back
-(see `lmjax.train.memory`), on the same tokens, with the same optimizer.
+round to round, so that other load on the machine affects all of them alike. A ratio is the median
+of the ratios of the rounds; its interval is the range between two order statistics, which contains
+the median of a continuous distribution with the printed confidence (a sign test; the whole range
+below 9 rounds). All contestants keep freed memory instead of returning it (see
+`lmjax.train.memory`), and use the same tokens and the same optimizer.
 
 FLOP per token are 6 N + 12 x layers x width x length, not halved for causality, with N the number
 of parameters without the table of positions. The peak is the rate of a square matrix product of
 1024 rows in the same run: of operands in the contestant's format, or of the same operands widened
 to f32 beforehand where that is faster.
 
-Every contestant is a process of its own, which the others outlive: lmjax; its peer in plain jnp,
-from the same initial parameters; and its peer in PyTorch, with the Python that `--torch-python`
-names. A contestant that the free memory is not enough for is not started; what it needs is what
-`python -m lmjax plan` expects of the step, and 0.5 GiB. One that ends before the others is reported
-with how it ended, and takes no part in the results; the exit code is 1 then. `--max-memory` caps
-what each may allocate. A chip that only one process can use at a time, such as a TPU, takes one
-contestant. Where torch is not installed or its compiler cannot run, the output says so.
+Every contestant is a separate process, so that one can fail without the others: lmjax; its peer in
+plain jnp, from the same initial parameters; and its peer in PyTorch, run with the Python given by
+`--torch-python`. A contestant is not started if free memory is below the estimate of `python -m
+lmjax plan` for the step plus 0.5 GiB. One that ends early is reported with the cause and excluded
+from the results; the exit code is then 1. `--max-memory` caps the memory of each. A chip that only
+one process can use at a time, such as a TPU, allows one contestant. The output says so if torch is
+not installed or its compiler cannot run.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 #   sbatch experiments/launch/slurm.sh python -m experiments.llama_1b --workdir runs/llama_1b
 #
 # Options before the name of this file replace those below: sbatch --nodes=4 --gpus-per-node=4 ...
-# srun says who is who; lmjax reads its variables. The directory of the run and this one must be on
-# a file system that all nodes share.
+# lmjax reads each process's rank from srun's variables. The run directory and this directory must
+# be on a file system that all nodes share.
 #SBATCH --job-name=lmjax
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -21,7 +21,7 @@ if [ $# -eq 0 ]; then
 fi
 
 # Two minutes before the end srun's tasks get SIGTERM: they save a checkpoint and exit with 75, and
-# the job goes back into the queue to go on from there.
+# the job is requeued and resumes from there.
 . .venv/bin/activate
 export PYTHONUNBUFFERED=1
 code=0

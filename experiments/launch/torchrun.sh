@@ -3,7 +3,7 @@
 #
 #   PROCESSES=8 sh experiments/launch/torchrun.sh python -m experiments.gpt2_124m --workdir runs/gpt2
 #
-# On CPU each process has one device. The first process that fails takes the others with it; the
+# On CPU each process has one device. If a process fails, the others are stopped; the
 # exit code is that of process 0.
 set -eu
 processes=${PROCESSES:?how many processes}

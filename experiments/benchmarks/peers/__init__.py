@@ -1,1 +1,1 @@
-"""The same training step, written by other means; nothing here uses lmjax."""
+"""The same training step, written independently; nothing here uses lmjax."""

@@ -1,12 +1,12 @@
-"""A GPT-2 training step as one writes it by hand in jnp and optax: the peer of lmjax's own step.
+"""A handwritten GPT-2 training step in jnp and optax: the peer of lmjax's own step.
 
 The arithmetic is that of the presets f32, mixed_bf16 and mixed_f16: parameters in f32, matrix
 products and the residual stream in the compute format, LayerNorm, softmax, GELU and the loss in f32
-and rounded once at their end, the optimizer in f32 behind a clip by global norm; for f16 a dynamic
-loss scale that skips steps whose gradients are not finite. The code is what `x @ w` gives: it
-chooses no layouts, writes no backward pass and knows nothing of the machine.
+and rounded once at the end, the optimizer in f32 after clipping by global norm; for f16 a dynamic
+loss scale that skips steps with non-finite gradients. The code uses plain `x @ w`: it chooses no
+layouts, writes no backward pass and does not depend on the machine.
 
-Knows JAX and optax only.
+Knows only JAX and optax.
 """
 
 from __future__ import annotations
