@@ -157,7 +157,7 @@ class Reader:
         return logits
 
     def _read(self, window: Sequence[int]) -> jax.Array:
-        """Reads one token, or up to a chunk of them; the logits after the last."""
+        """Reads one token, or up to a chunk of them; returns the logits after the last."""
         unread = len(window) - self.length
         width = min(self._step if unread == 1 else CHUNK, self._context)
         # Fewer are read together with those before them: once more, which changes nothing.

@@ -111,7 +111,7 @@ def draw_course(rows: Sequence[Row], path: str | os.PathLike[str], title: str = 
 
 
 def _grid(sites: Sequence[str], panels: Iterable[str], title: str) -> tuple[Figure, Sequence[Axes]]:
-    """The panels, laid out by the lengths of names: an automatic layout draws everything twice."""
+    """Lays out panels by the lengths of names; an automatic layout would draw everything twice."""
     titles = list(panels)
     names = 0.2 + 0.062 * max(map(len, sites), default=0)
     width = max(names + _BAR + _PANEL * len(titles), _LEAST)
