@@ -20,7 +20,7 @@ SPLIT = "documents"
 
 class _DocumentsBuilder(
     tfds.core.GeneratorBasedBuilder,
-    skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types; this is no dataset.
+    skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types; this is not a dataset.
 ):
     """Stores the documents of a `Source`."""
 

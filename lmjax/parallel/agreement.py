@@ -73,8 +73,8 @@ def refuse_unequal(what: str, text: str) -> None:
     others = [index for index, other in enumerate(digests) if other != digests[0]]
     if others:
         raise InputError(
-            f"process {others[0]} has other {what} than process 0; start all processes with the "
-            "same flags, on the same files"
+            f"process {others[0]} has different {what} from process 0; start all processes with "
+            "the same flags, on the same files"
         )
 
 

@@ -112,7 +112,7 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pla
     if missing and config.cluster not in FOUND_BY_JAX:
         raise ValueError(
             f"give {' and '.join(missing)} too: neither the other flags nor the variables of a "
-            "launcher say it"
+            "launcher set it"
         )
     return None if place.processes == 1 else place
 
@@ -123,7 +123,7 @@ def _found(config: DistributedConfig, environment: Mapping[str, str]) -> Place |
         if found is None:
             raise ValueError(
                 f"distributed.cluster is {config.cluster}, but its variables are not in the "
-                "environment; start this by that launcher, or use another --distributed.cluster"
+                "environment; use that launcher, or choose another --distributed.cluster"
             )
         return found
     if config.cluster != "auto":

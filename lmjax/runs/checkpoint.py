@@ -114,7 +114,7 @@ class Checkpoints:
           before: only consider steps less than this.
 
         Returns:
-          The step; None if there is no checkpoint and never was.
+          The step; None if there was never a checkpoint.
 
         Raises:
           CheckpointError: there are checkpoints, but none is intact.
@@ -299,7 +299,7 @@ class Checkpoints:
                 advice = "; --restore.allow-cast rounds it" if castable else ""
                 raise CheckpointError(
                     f"checkpoint {step} stores {path} as {in_words(old)}, but the run needs "
-                    f"{in_words(new)}; nothing is cast unasked{advice}"
+                    f"{in_words(new)}; nothing is cast without being asked{advice}"
                 )
             casts.append(f"{path} from {in_words(old)} to {in_words(new)}")
         if casts:

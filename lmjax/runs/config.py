@@ -62,7 +62,7 @@ class EvaluationConfig:
     """Rows of an evaluation batch; 0: as in training."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of range."""
+        """Rejects values out of range."""
         validate(self, "evaluation")
 
 
@@ -80,7 +80,7 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of range."""
+        """Rejects values out of range."""
         validate(self, "checkpoint")
 
 
@@ -95,7 +95,7 @@ class FaultsConfig:
     """Number of rewinds after which a run stops instead."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of range."""
+        """Rejects values out of range."""
         validate(self, "faults")
 
 
@@ -149,7 +149,7 @@ class Config:
         housekeeping("what it allows shows in the fields that then change"),
     ] = field(default_factory=RestoreConfig)
     faults: Annotated[
-        FaultsConfig, housekeeping("it matters only to a run that could not go on without it")
+        FaultsConfig, housekeeping("it affects only a run that would otherwise fail")
     ] = field(default_factory=FaultsConfig)
     telemetry: Annotated[
         TelemetryConfig, housekeeping("a watched step differs at most in the rounding of sums")

@@ -106,7 +106,7 @@ class StepLog:
                 f"finite, at loss scale {values['loss_scale']:g}; nothing was learned from "
                 "them. Lower the learning rate, give the parameters or the compute format more "
                 "exponent bits, or "
-                "go on from the checkpoint before with --faults.non-finite rewind",
+                "return to an earlier checkpoint with --faults.non-finite rewind",
                 step,
                 skips,
             )

@@ -72,7 +72,7 @@ def save(run: Run, log: StepLog) -> None:
     # Saving waits for the step anyway; waiting first counts the step's time as training.
     pause(run)
     if not log.writer.flush():
-        log.report.note("warning: rows of metrics.jsonl wait for a file system that hangs")
+        log.report.note("warning: rows of metrics.jsonl are waiting for a file system that hangs")
     progress = {
         "train_seconds": run.clock.seconds,
         "corpus": run.corpus.fingerprint,

@@ -48,7 +48,7 @@ def test_bad_input_of_one_is_bad_input_of_all(found: list[dict[str, Any]]) -> No
 
 def test_what_must_be_equal_is_compared(found: list[dict[str, Any]]) -> None:
     assert of(found, "equal") == ["", ""]
-    words = "process 1 has other flags than process 0"
+    words = "process 1 has different flags from process 0"
     assert [words in text for text in of(found, "unequal")] == [True, True]
 
 

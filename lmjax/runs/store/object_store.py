@@ -58,7 +58,7 @@ def refuse_collapsed(path: Path) -> None:
     if COLLAPSED.fullmatch(str(path)):
         raise InputError(
             f"{path} looks like a URL; only a run can be in an object store, and in Python its URL "
-            "is to be a string"
+            "must be a string"
         )
 
 

@@ -96,7 +96,7 @@ def staged(workdir: str | Path, cache: Path, note: Callable[[str], None]) -> Ite
         with mirror.kept_alive():
             with _unusable_is_bad_input(url):
                 mirror.pull()
-            note(f"{url} is copied in {workdir}")
+            note(f"{url} is copied to {workdir}")
             yield Staged(workdir, mirror.hold)
 
 
@@ -126,7 +126,7 @@ class Mirror:
             }
             return
         if self._copy.workdir.exists():
-            self._note(f"replacing {self._copy.workdir} by what {self._store.url} has")
+            self._note(f"replacing {self._copy.workdir} with the content of {self._store.url}")
             shutil.rmtree(self._copy.workdir)
         if CONFIG not in names:
             return
