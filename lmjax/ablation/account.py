@@ -1,6 +1,6 @@
-"""The account of a claim: all that a reviewer needs, as one object for every way of showing it.
+"""The account of a claim: everything a reviewer needs, in one object for all renderings.
 
-The terminal, `claims.md`, `claim.json` and the HTML report render an `Account` and work nothing out
+The terminal, `claims.md`, `claim.json` and the HTML report render an `Account` and compute nothing
 themselves, so that they cannot disagree.
 
 Knows claims and what was run; nothing of terminals or pages.
@@ -29,7 +29,7 @@ REASONING = (
 
 
 class Published(NamedTuple):
-    """A published result and what was found here about the same."""
+    """A published result and the corresponding finding here."""
 
     setting: str
     result: str
@@ -38,7 +38,7 @@ class Published(NamedTuple):
 
 @dataclass(frozen=True)
 class Account:
-    """What was claimed, what was run, what was found, and what that says nothing about.
+    """What was claimed, run and found, and the limits of that.
 
     Attributes:
       number, name, title, statement, source: of the claim.
@@ -75,7 +75,7 @@ class Account:
         return self.paper or [Published(NO_ROWS, "", "")]
 
     def markdown(self) -> str:
-        """All of it under a heading."""
+        """The whole account under a heading."""
         lines = [
             f"## {self.number} {self.title}: {self.outcome}",
             "",
@@ -106,7 +106,7 @@ def _judged(finding: Finding) -> str:
 def account(
     judgement: Judgement, ablation: Ablation | None, environments: Iterable[Environment]
 ) -> Account:
-    """The account of a judged claim.
+    """Returns the account of a judged claim.
 
     Args:
       judgement: the claim and its findings.

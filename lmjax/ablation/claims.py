@@ -1,8 +1,8 @@
-"""Published claims, replayed: what a paper said, a small version of it, and what that found.
+"""Replays published claims: a paper's statement, a small version of it, and the findings.
 
-A claim is a module of `experiments/ablations` with a function `claim()`. It names its source, the
-runs that test it (an `Ablation`, unless arithmetic alone does), and how they are judged: a list of
-findings, each of them a sentence that can come out three ways.
+A claim is a module of `experiments/ablations` with a function `claim()`. It gives its source, the
+runs that test it (an `Ablation`, unless arithmetic suffices), and how they are judged: a list of
+findings, each a sentence with one of three outcomes.
 
     confirmed    the interval excludes everything that would contradict the sentence
     refuted      the interval lies entirely in what contradicts it, or an exact statement is false
@@ -42,7 +42,7 @@ class PaperRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that a paper says about precision, and a way to find out here.
+    """A paper's statement about precision and a way to test it here.
 
     Attributes:
       number: in the catalogue, such as `A1`; a claim can also be asked for by it.
@@ -84,7 +84,7 @@ class Claim:
 
 
 class Judgement(NamedTuple):
-    """What became of a claim."""
+    """A claim and its findings."""
 
     claim: Claim
     findings: Sequence[Finding]
@@ -102,11 +102,11 @@ def together(outcomes: Iterable[Outcome]) -> Outcome:
 
 
 def judge(claim: Claim, evidence: Evidence) -> Judgement:
-    """The findings of a claim.
+    """Judges a claim.
 
     Raises:
-      ValueError: there are none, a sentence stands there twice, a margin has no reason, or a row of
-        the paper refers to a finding that is not there.
+      ValueError: there are no findings, a sentence occurs twice, a margin has no reason, or a row
+        of the paper refers to a missing finding.
     """
     findings = list(claim.judge(evidence))
     sentences = [finding.statement for finding in findings]
@@ -122,7 +122,7 @@ def judge(claim: Claim, evidence: Evidence) -> Judgement:
 
 
 def load_claims(package: str) -> dict[str, Claim]:
-    """The claims of a package by module name, in the order of their numbers."""
+    """Loads the claims of a package by module name, in the order of their numbers."""
     path = importlib.import_module(package).__path__
     modules = (
         importlib.import_module(f"{package}.{info.name}") for info in pkgutil.iter_modules(path)
@@ -132,5 +132,5 @@ def load_claims(package: str) -> dict[str, Claim]:
 
 
 def order(number: str) -> tuple[str, int]:
-    """What numbers of claims are sorted by: A2 comes before A10."""
+    """Sort key of claim numbers: A2 comes before A10."""
     return number[:1], int("".join(c for c in number if c.isdigit()) or 0)

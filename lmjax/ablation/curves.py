@@ -15,7 +15,7 @@ from lmjax.ablation.report_data import Arm, Run, column, number
 from lmjax.ablation.statistics import Estimate
 
 MOST_POINTS = 60
-"""Points of a curve: logged steps are averaged in so many stretches of the run."""
+"""Points of a curve: logged steps are averaged over this many intervals of the run."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,6 @@ def typical(run: Run, name: str) -> float:
 
 
 def moves(series: Series) -> bool:
-    """Whether there is anything to see in a curve of it."""
+    """Whether the curve is worth drawing: it changes."""
     values = series.y[np.isfinite(series.y)]
     return values.size > 0 and bool(np.ptp(values) > 0)

@@ -1,6 +1,6 @@
-"""What the runs of an ablation say about a sentence: findings with an outcome.
+"""Evaluates statements about the runs of an ablation: findings with an outcome.
 
-Two kinds of sentences are statistical, about differences that are paired by seed:
+Two kinds of statements are statistical, about differences that are paired by seed:
 
     gap        an arm is worse than its control by at least so much. Confirmed if the one-sided 95%
                t interval of the mean excludes less, and every seed agrees in sign; refuted if the
@@ -13,10 +13,11 @@ Both are read off one interval, the 90% t interval of the mean: its lower end is
 bound of a gap, and it is the interval of two one-sided tests at 5%. It is the only one shown. Every
 bound is a `Margin`, which says why it was chosen.
 
-One seed decides neither, two are marked as provisional. A run that failed is worse by any amount
-than one that did not; seeds on which the control failed say nothing and are left out.
+One seed decides neither, two are marked as provisional. A failed run counts as worse by any amount
+than one that finished; seeds on which the control failed are ignored.
 
-All others are exact: a count, a bound, an arithmetic fact. They hold or not, once there are runs.
+All others are exact: a count, a bound, an arithmetic fact. They are true or false once there are
+runs.
 
 Knows the files of runs, `statistics.py` and `words.py`.
 """
@@ -41,7 +42,7 @@ Outcome = Literal["confirmed", "refuted", "undecided"]
 
 @dataclass(frozen=True)
 class Margin:
-    """Between which differences a finding has to lie, and why there.
+    """The range in which the differences of a finding must lie, and the reason for it.
 
     Attributes:
       low: in the unit of the metric.
@@ -76,7 +77,7 @@ WORSE = Margin.at_least(0.0, "the direction is claimed, not the size")
 
 
 class Finding(NamedTuple):
-    """A sentence, what was found about it, and how it came out.
+    """A statement, what was found about it, and its outcome.
 
     Attributes:
       statement: that was to be tested.
@@ -105,7 +106,7 @@ def holds(
 
 
 class Evidence:
-    """The cells of an ablation, to be asked about.
+    """The cells of an ablation, with methods that test statements about them.
 
     Attributes:
       ablation: what was run; None where a claim needs no training.
@@ -118,7 +119,7 @@ class Evidence:
             self._cells.setdefault(cell.arm, {})[cell.seed] = cell
 
     def cells(self, arm: str) -> Mapping[int, Cell]:
-        """The cells of an arm by seed, those left out that have not run to their end."""
+        """The cells of an arm by seed, without those that have not ended."""
         found = self._cells[arm]
         return {seed: found[seed] for seed in sorted(found) if found[seed].status != "missing"}
 
@@ -272,7 +273,7 @@ def _power_in_words(differences: list[float]) -> str:
 
 
 def _brief(reason: str) -> str:
-    """What happened, without what to do about it; the whole is in the report."""
+    """The cause without the advice; the report has the full text."""
     return reason.partition(";")[0]
 
 

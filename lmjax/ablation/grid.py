@@ -1,8 +1,8 @@
-"""What an ablation is: arms that differ in named fields, seeds, and the cells they make.
+"""Defines ablations: arms that differ in named fields, seeds, and their cells.
 
-A cell is one arm with one seed. Its name follows from its resolved config alone, so a cell keeps
-its results as long as what it computes stays the same, whatever becomes of the other arms, and two
-arms that compute the same share their cells.
+A cell is one arm with one seed. Its name depends only on its resolved config, so a cell keeps its
+results as long as its computation stays the same, whatever changes in other arms, and two arms with
+the same computation share their cells.
 
 Knows the config of a run and the files that a cell leaves; nothing of processes.
 """
@@ -35,7 +35,7 @@ Status = Literal["finished", "failed", "missing"]
 DEFINITION = "ablation.json"
 
 MOST_SEEDS = 10_000
-"""Of an arm: more than any question needs."""
+"""Maximum number of seeds of an arm: more than any question needs."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Ablation:
     seed_counts: Mapping[str, Annotated[int, at_least(1, MOST_SEEDS)]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses names that are none, and arms that differ in more than was announced."""
+        """Refuses invalid names and arms that differ in fields that `varies` does not name."""
         validate(self)
         if not re.fullmatch(r"[\w-]+", self.name):
             raise ValueError(f"name is {self.name!r}; use letters, digits, _ and -")
@@ -143,7 +143,7 @@ class Ablation:
 
 
 class Cell(NamedTuple):
-    """One arm with one seed, and what became of it.
+    """One arm with one seed, and its status.
 
     Attributes:
       arm: name of the arm.
@@ -178,7 +178,7 @@ class Difference(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the files of a cell say.
+    """The state of a cell, read from its files.
 
     Attributes:
       status, value, reason: as in `Cell`.
@@ -220,9 +220,9 @@ def _chosen(base: Config, config: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def cell_key(config: Config) -> str:
-    """The name of a cell: a digest of everything but the seed that it computes with, and the seed.
+    """Returns the name of a cell: a digest of its config without the seed, and the seed.
 
-    Cells of one arm stand together in a listing.
+    Cells of one arm are adjacent in a listing.
     """
     text = strict_json.dumps(run_config.identity(_seedless(config)), sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-seed{config.seed}"
@@ -231,7 +231,7 @@ def cell_key(config: Config) -> str:
 def plan(ablation: Ablation) -> dict[str, Config]:
     """The resolved config of every cell, by key, in the order in which they are run.
 
-    Seed by seed, so that what is there is paired early, and so that workers which start together
+    Cells are in order of seeds, so that pairs are complete early and workers that start together
     compile different arms.
     """
     configs = (
@@ -280,17 +280,17 @@ def read_cells(ablation: Ablation, directory: Path) -> list[Cell]:
 
 
 def is_done(run: Path) -> bool:
-    """Whether a cell ended, well or not, and is not to be run again."""
+    """Whether a cell finished or failed, and so must not be rerun."""
     return (run / "result.json").exists() or (run / "failed.json").exists()
 
 
 def record_failure(run: Path, reason: str) -> None:
-    """Writes down in a cell's directory why it cannot be finished."""
+    """Records in a cell's directory why it cannot be finished."""
     replace_text(run / "failed.json", strict_json.dumps({"reason": reason}, indent=2) + "\n")
 
 
 def read_state(run: Path, metric: str) -> State:
-    """What became of the run in a directory, which may not exist yet.
+    """Reads the state of the run in a directory, which may not exist yet.
 
     Raises:
       InputError: it finished, but has no such metric.

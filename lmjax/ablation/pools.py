@@ -1,6 +1,6 @@
-"""Workers, started together: as processes of this machine, or as an array of Slurm jobs.
+"""Starts pools of workers, as local processes or as an array of Slurm jobs.
 
-The only file that knows submitit. What workers do is in worker.py.
+The only file that knows submitit. `worker.py` defines the work itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmjax.runs.run_directory import InputError
 
 
 class Failure(NamedTuple):
-    """What stopped a worker that nobody had asked to stop: a line, and whether input was bad."""
+    """Why a worker stopped unasked: one line, and whether the input was bad."""
 
     reason: str
     bad_input: bool
@@ -30,16 +30,16 @@ class Pool(Protocol):
     """Workers of one ablation, or of several one after another."""
 
     def alive(self) -> bool:
-        """Whether any of them is still at work."""
+        """Whether any worker is still running."""
 
     def failure(self) -> Failure | None:
-        """Why one of them ended before its time."""
+        """Why a worker ended prematurely, if one did."""
 
     def stop(self) -> None:
-        """Asks all of them to save a checkpoint and end; returns at once."""
+        """Asks all workers to save a checkpoint and exit; returns immediately."""
 
     def kill(self) -> None:
-        """Ends those that are left without waiting for anything."""
+        """Kills the remaining workers without waiting."""
 
 
 class LocalPool:
@@ -82,7 +82,7 @@ class LocalPool:
                 worker.stdin.close()
 
     def kill(self) -> None:
-        """SIGKILL: the locks go with the processes, and training goes on from checkpoints."""
+        """Sends SIGKILL, which also releases the locks; training resumes from checkpoints."""
         for worker, log in zip(self._workers, self._logs, strict=True):
             worker.kill()
             worker.wait()
@@ -223,10 +223,10 @@ class SlurmWorker:
         self.threads = threads
 
     def __call__(self) -> None:
-        """Works until no cell is left that no other job is at.
+        """Works until every remaining cell is held by another job.
 
         Raises:
-          SystemExit: somebody asked to stop. Slurm may start the job again, so it has no result.
+          SystemExit: a stop was requested. Slurm may restart the job, so it has no result.
         """
         from lmjax.ablation import grid, worker
 
@@ -242,7 +242,7 @@ class SlurmWorker:
             sys.exit(worker.STOPPED)
 
     def checkpoint(self) -> Any:
-        """The job that goes on with the work of this one: runs resume from their checkpoints."""
+        """The job that continues this one: runs resume from their checkpoints."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

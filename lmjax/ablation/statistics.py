@@ -1,4 +1,4 @@
-"""Whether an arm differs from its control: intervals, tests and power for paired differences.
+"""Intervals, tests and power for paired differences between an arm and its control.
 
 A seed fixes initial parameters and data order in both arms, so that the unit of analysis is one
 number per seed: the arm's value minus the control's. What seeds have in common cancels in it, which
@@ -70,7 +70,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What n differences say about their true mean.
+    """An estimate of the true mean of n differences.
 
     Attributes:
       n: number of differences.
