@@ -58,7 +58,7 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = ("**/bias", "**/scale")
     """Parameters that are not decayed, by path."""
     adam_learning_rate: Annotated[float, above(0)] = 1e-3
-    """Muon only: peak learning rate of what is no weight matrix of a block."""
+    """Muon only: peak learning rate of all parameters other than weight matrices of blocks."""
     clip_norm: Annotated[float, at_least(0, hint="0 switches clipping off")] = 1.0
     """Largest global norm of the gradients, or in a unit-scaled model largest root mean square; 0
     switches clipping off."""

@@ -1,4 +1,4 @@
-"""How a policy is written: a superset of `jmp`'s strings.
+"""The grammar of policies: a superset of `jmp`'s strings.
 
     p=f32,c=bf16,o=f32                                 what jmp says: params, compute, output
     p=f32,c=bf16,o=f32; **/softmax: c=bf16             rules by path after semicolons
@@ -7,9 +7,9 @@
     mixed_bf16,wb=mxfp4,xb=mxfp4,g=mxfp4.rht.sr      backward products in MXFP4, rotated first
     0: mixed_bf16; head: c=f32 | 1000: f32             phases: a whole policy from each step on
 
-`KEYS` lists what can be set and how each value is written. Every string that jmp accepts means what
-it means to jmp, with one exception: a key given twice with different values, where jmp lets the
-last one win, is refused; in the record of an experiment that is a mistake.
+`KEYS` lists the keys and how each value is written. Every string that jmp accepts has the same
+meaning here, with one exception: a key given twice with different values, where jmp uses the last
+one, is an error, because in the record of an experiment it is a mistake.
 
 Knows policies, their settings, formats and quantizers.
 """
@@ -38,7 +38,7 @@ class Key(NamedTuple):
     Attributes:
       long: the longer name that means the same.
       tensor: what it decides.
-      default: what it is when nobody says.
+      default: its value if it is not set.
       parse: from the text of a value to the value; raises ValueError.
     """
 
@@ -323,5 +323,5 @@ def _split(segment: str, start: int, separator: str) -> list[tuple[str, int]]:
 
 
 def _strip(part: str, start: int) -> tuple[str, int]:
-    """The part without surrounding white space, and the position of what is left."""
+    """The part without surrounding white space, and the position of the remainder."""
     return part.strip(), start + len(part) - len(part.lstrip())

@@ -80,7 +80,7 @@ class Site:
 
     @property
     def gradients(self) -> tuple[str, ...]:
-        """Those of its roles that are gradients it hands back, before they are rounded."""
+        """The roles that are gradients of its inputs, before they are rounded."""
         return tuple(role for role in self.roles if role in ("dx", "dw"))
 
 

@@ -73,7 +73,7 @@ def holder(number_format: Format, *, nan: bool = False) -> np.dtype[Any]:
     """The format's own dtype, or the narrowest one of whole bytes that has all its values.
 
     Args:
-      number_format: what is to be held.
+      number_format: the format to hold.
       nan: whether it must hold NaN too, which no integer dtype does.
     """
     suits = not (nan and number_format.is_integer)
