@@ -124,7 +124,7 @@ def _short(name: str) -> str:
 KEYS = {
     "p": Key("params", "parameters as stored and updated", "f32", _stored),
     "c": Key("compute", "everything a site computes with", "p", _format),
-    "o": Key("output", "what the model hands on: its logits", "c", _format),
+    "o": Key("output", "the model's output: its logits", "c", _format),
     "w": Key("weights", "weights as operands of products", "c", _operand),
     "x": Key("activations", "activations as operands of products", "c", _operand),
     "g": Key("grads", "cotangents entering the backward products", "c", _operand),
