@@ -282,7 +282,7 @@ def test_a_run_goes_on_without_its_flags(
         ("none", "none"),
         ("{run} --seed 3", "seed is 0 there, 3 now"),
         ("{run} --stop_aftr 3", "did you mean --stop-after?"),
-        ("{run} --workdir other", "leave --workdir out"),
+        ("{run} --workdir other", "leave out --workdir"),
     ],
 )
 def test_what_cannot_be_resumed_is_one_line(
