@@ -28,7 +28,7 @@ IMPORTING: Final = "importing"
 SECONDS_BETWEEN_DRAWINGS: Final = 0.25
 SECONDS_BETWEEN_LINES: Final = 30.0
 
-PATIENCE: Final = {IMPORTING: 2.5}
+PATIENCE: Final = {IMPORTING: 10.0}
 """Seconds before a stage is announced without a terminal, if not `USUAL_PATIENCE`: flags are
 checked after importing, and a complaint about them stays one line."""
 

@@ -28,7 +28,7 @@ def ablation(home: Path, **changes: Any) -> Ablation:
         "question": "Which rate is too large?",
         "base": base,
         "arms": {"steady": base, "explodes": dataclasses.replace(base, optimizer=explodes)},
-        "varies": ("optimizer.learning_rate", "checkpoint.every"),
+        "varies": ("optimizer.learning_rate",),
         "control": "steady",
         "seeds": (0,),
     }
@@ -118,8 +118,8 @@ def test_cells_run_once_and_failures_are_results(
     assert trained == [steady, explodes]
 
     # A changed arm runs, the other does not; the cell that is no arm's any more stays.
-    often = dataclasses.replace(chosen.base.checkpoint, every=7)
-    arms = {**chosen.arms, "explodes": dataclasses.replace(chosen.base, checkpoint=often)}
+    gentle = dataclasses.replace(chosen.base.optimizer, learning_rate=1e-4)
+    arms = {**chosen.arms, "explodes": dataclasses.replace(chosen.base, optimizer=gentle)}
     changed = work(dataclasses.replace(chosen, arms=arms), tmp_path)
     assert changed[0] == first
     assert changed[1].status == "finished"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Census, Fate, Probe
 from lmjax.precision.quantizer import parse_quantizer
 from lmjax.precision.scaling import fake_quantize
+from lmjax.precision.sites import SITES
 
 SIZES = {"b": 3, "t": 5, "s": 7, "k": 37, "n": 23, "h": 19, "g": 2}
 SPECS = {
@@ -55,7 +57,9 @@ def product_and_gradients(
     unit: bool = False,
 ) -> tuple[jax.Array, ...]:
     probe = Probe(factors, {}) if factors else None
-    how = {"second": SPECS.get(spec, "weights"), "key": key, "probe": probe, "unit": unit}
+    kind = "scores" if SPECS.get(spec, "weights") == "activations" else "up"
+    site = replace(site, site=SITES[kind])
+    how = {"key": key, "probe": probe, "unit": unit}
     product = functools.partial(einsum, spec, site=site, **how)
     y, pullback = jax.vjp(product, jnp.asarray(x), jnp.asarray(w))
     return (y, *pullback(jnp.asarray(g).astype(y.dtype)))

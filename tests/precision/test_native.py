@@ -243,8 +243,9 @@ def test_a_narrow_accumulator_holds_sums_of_elements():
 
 def test_products_in_words():
     def words(text: str, backend: Backend, tokens: int = 1024) -> str:
-        site = parse_policy(text).resolve("blocks/0/mlp/up")
-        (product,) = products({"blocks/0/mlp/up": site, "embed": site}, tokens, backend).values()
+        policy = parse_policy(text)
+        sites = {path: policy.resolve(path) for path in ("blocks/0/mlp/up", "embed")}
+        (product,) = products(sites, tokens, backend).values()
         return in_words(product)
 
     assert words("fp8", H100) == "native"

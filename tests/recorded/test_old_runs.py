@@ -39,9 +39,11 @@ def old(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 
 def equal(found: float, recorded: str) -> bool:
-    """To the bit on the processor that the record was made on, else to the rounding of bf16."""
-    value = float(recorded)
-    return found == value if SAME_MACHINE else found == pytest.approx(value, rel=2**-7)
+    """To f32's rounding of a sum on the processor of the record, else to the rounding of bf16.
+
+    XLA sums in an order that depends on the program around a sum.
+    """
+    return found == pytest.approx(float(recorded), rel=1e-7 if SAME_MACHINE else 2**-7)
 
 
 def test_an_old_run_generates_scores_and_evaluates(old: tuple[Path, dict[str, Any]]):
