@@ -15,14 +15,7 @@ from typing import Annotated, Any, Literal
 from lmjax import checks
 from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.data import DataConfig
-from lmjax.model import (
-    ModelConfig,
-    Sites,
-    layout,
-    param_sites,
-    parametrisation_of,
-    resolve_sites,
-)
+from lmjax.model import ModelConfig, Sites, layout, param_sites, parametrisation_of, resolve_sites
 from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel.sharding import MeshConfig
@@ -188,7 +181,7 @@ class Config:
             resolve_sites(self.model, policy)
             if start >= self.steps:
                 raise ValueError(
-                    f"the policy's phase from step {start} on would never run, for the run ends "
+                    f"the policy's phase from step {start} would never run, because the run ends "
                     f"after {self.steps} steps; start it earlier or raise --steps"
                 )
 

@@ -115,7 +115,7 @@ def test_without_phases_nothing_is_filled_in(tiny):
 
 def test_a_phase_that_would_never_run_is_refused(tiny):
     assert tiny("0: f32 | 99: bf16", steps=100)
-    with pytest.raises(ValueError, match=r"step 100 on would never run.*100 steps.*--steps"):
+    with pytest.raises(ValueError, match=r"step 100 would never run.*100 steps.*--steps"):
         tiny("0: f32 | 100: bf16", steps=100)
 
 
