@@ -42,7 +42,7 @@ VERBS = [
     inference_cli.score,
     inference_cli.evaluate,
     verbs.sites,
-    verbs.sharding,
+    verbs.plan,
     verbs.reproduce,
 ]
 

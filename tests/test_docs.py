@@ -72,7 +72,7 @@ def flags() -> Iterator[str]:
     yield from known_flags(Launch)
     for verb in (verbs.generate, verbs.score, verbs.evaluate, verbs.prepare, verbs.sites):
         yield from known_flags(verb)
-    for verb in (verbs.sharding, verbs.report, verbs.reproduce, verbs.formats):
+    for verb in (verbs.plan, verbs.report, verbs.reproduce, verbs.formats):
         yield from known_flags(verb)
 
 

@@ -1,4 +1,4 @@
-"""Prints a plan: `python -m lmjax sharding experiments.NAME`.
+"""Prints a plan: `python -m lmjax plan experiments.NAME`.
 
 Knows `lmjax.plan` and how tables are printed.
 """

@@ -68,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "evaluate": evaluate,
         "prepare": prepare,
         "sites": sites,
-        "sharding": sharding,
+        "plan": plan,
         "formats": formats,
         "report": report,
         "reproduce": reproduce,
     }
     deferred = {name: _deferred(verb) for name, verb in verbs.items()}
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _renamed(sys.argv[1:] if arguments is None else arguments)
     verb, *flags = arguments or [""]
     if verb == "resume":  # its flags default to the recorded values
         sys.exit(guarded(lambda: resume_run(flags)))
@@ -90,6 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         return call()
 
     sys.exit(guarded(run, prints_results=True))
+
+
+def _renamed(arguments: Sequence[str]) -> Sequence[str]:
+    """The arguments with the new name of a renamed verb; the old name works until version 0.2."""
+    if list(arguments[:1]) != ["sharding"]:
+        return arguments
+    print("note: the verb sharding is now called plan", file=sys.stderr)
+    return ["plan", *arguments[1:]]
 
 
 def resume(run: RunDirectory, /) -> int:
@@ -172,7 +180,7 @@ def _sites_json(
     return {path: site.rows() | words.get(path, {}) for path, site in sites.items()}
 
 
-def sharding(
+def plan(
     experiment: tyro.conf.Positional[str],
     /,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008

@@ -331,7 +331,7 @@ def test_the_table_of_a_score(run: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("generate", "score", "evaluate", "prepare", "sites", "sharding"):
+    for verb in ("generate", "score", "evaluate", "prepare", "sites", "plan"):
         assert lmjax(verb, "--help") == 0
         assert f"lmjax {verb}" in capsys.readouterr().out
 
@@ -390,9 +390,9 @@ def test_formats_refuses_what_is_none(tmp_path):
         verbs.formats(("e4m3",), plot=tmp_path / "missing" / "x.png")
 
 
-def test_sharding_shows_arrays_collectives_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_arrays_collectives_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--devices 4 --mesh.data 1 --mesh.fsdp 4 --precision p=f32,c=f16,r=bf16 --json"
-    assert lmjax("sharding", MODULE, *flags.split()) == cli.DONE
+    assert lmjax("plan", MODULE, *flags.split()) == cli.DONE
     plan = printed_json(capsys)
     assert plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "sequence": 1}
     sent = {(row["purpose"], row["kind"]): row for row in plan["collectives"]}
@@ -403,3 +403,10 @@ def test_sharding_shows_arrays_collectives_and_memory(capsys: pytest.CaptureFixt
     (up,) = (a for a in plan["arrays"] if a["path"] == "blocks/mlp/up/kernel")
     assert up["bytes"] == 4 * 128 * 512 * 4 // 4
     assert plan["memory"]["compiled"]["arguments"] > sum(a["bytes"] for a in plan["arrays"])
+
+
+def test_the_old_name_of_plan_still_works_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lmjax("sharding", "experiments.nothing") == cli.BAD_INPUT
+    note, error = capsys.readouterr().err.splitlines()
+    assert note == "note: the verb sharding is now called plan"
+    assert "experiments.nothing" in error

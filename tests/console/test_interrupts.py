@@ -106,8 +106,8 @@ def in_terminal(command: str, awaited: str, number: signal.Signals, cwd: Path) -
     [
         ("experiments.quickstart --workdir run", "importing ... 0 s", signal.SIGINT),
         ("experiments.ablations.bf16_mixed --workdir run", "importing ... 0 s", signal.SIGTERM),
-        ("lmjax sharding experiments.quickstart", "importing ... 0 s", signal.SIGINT),
-        ("lmjax sharding experiments.quickstart", "compiling the train step for 8", signal.SIGINT),
+        ("lmjax plan experiments.quickstart", "importing ... 0 s", signal.SIGINT),
+        ("lmjax plan experiments.quickstart", "compiling the train step for 8", signal.SIGINT),
     ],
 )
 def test_a_command_in_a_terminal_says_what_it_does_and_stops(
