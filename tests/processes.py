@@ -28,7 +28,7 @@ def config(home: Path) -> Any:
 
 
 def poison(patch: pytest.MonkeyPatch, seconds: float = 0.0) -> None:
-    """Embeds a token that no text has so that its norm overflows, and puts it into a batch."""
+    """Embeds a token that no text has as infinity, and puts it into a batch."""
     import jax
 
     from lmjax.train import loop, records, start
@@ -66,7 +66,7 @@ def poisoned_state(config: Any, mesh: Any) -> Any:
         return value.astype(leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(one, target.params)
-    params["embed"]["table"][POISON] = 3e38
+    params["embed"]["table"][POISON] = np.inf
     key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
     state = TrainState(np.int32(0), params, optimizer_of(config).init(params), {}, {}, key)
 

@@ -344,7 +344,7 @@ BAD_CALLS = {
     "negative": ("generate {run} --temperature -1", "--temperature is -1.0"),
     "no experiment": ("sites experiments.nonsense", "no experiment 'experiments.nonsense'"),
     "batch": (
-        "sharding experiments.quickstart --batch-size 12",
+        "plan experiments.quickstart --batch-size 12",
         "12 rows cannot be divided among 8",
     ),
     "no config": ("sites json", "json is not an experiment"),

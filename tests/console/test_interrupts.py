@@ -48,6 +48,7 @@ def blocked(how: str) -> subprocess.Popen[str]:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # from this line to the lock it is still in Python
     return process
 
 

@@ -24,8 +24,8 @@ __all__ = ["home"]
 def halve_on_growth(patch: pytest.MonkeyPatch) -> None:
     """Gradients are divided by the scale to come instead of the one that they were scaled by."""
 
-    def broken(inner: Any, config: LossScaleConfig, stack: Any = None) -> Any:
-        sound = with_loss_scale(inner, config, stack)
+    def broken(inner: Any, config: LossScaleConfig, *others: Any) -> Any:
+        sound = with_loss_scale(inner, config, *others)
 
         def update(gradients: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             grows = state.good_steps + 1 >= config.growth_interval
@@ -40,8 +40,8 @@ def halve_on_growth(patch: pytest.MonkeyPatch) -> None:
 def advance_adam_on_skips(patch: pytest.MonkeyPatch) -> None:
     """A skipped step is one with zero gradients: moments decay, and their count goes on."""
 
-    def broken(inner: Any, config: LossScaleConfig, stack: Any = None) -> Any:
-        sound = with_loss_scale(inner, config, stack)
+    def broken(inner: Any, config: LossScaleConfig, *others: Any) -> Any:
+        sound = with_loss_scale(inner, config, *others)
 
         def update(gradients: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             finite = all_finite(gradients)

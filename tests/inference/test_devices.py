@@ -44,6 +44,7 @@ def test_the_command_line_evaluates_a_batch_of_3_on_8_devices(alone: Path) -> No
     assert json.loads(out)["eval_loss"] == pytest.approx(result(alone)["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_losses_in_a_fixed_order_are_the_same_on_1_and_8_devices(
     home: Path, tmp_path: Path
 ) -> None:

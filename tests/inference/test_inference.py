@@ -85,7 +85,7 @@ def test_computes_in_the_formats_of_the_policy(
 
 
 def test_no_run_no_checkpoint_another_model(workdir: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="is not a run directory"):
         load_model(tmp_path)
     config = json.loads((workdir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
