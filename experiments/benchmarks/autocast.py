@@ -35,6 +35,7 @@ import numpy as np
 from scipy import stats
 
 from lmjax.console import stages
+from lmjax.console.tables import Column, print_table
 from lmjax.model import ModelConfig, apply, initial_params
 from lmjax.parallel import sharding
 from lmjax.precision import exact, paths
@@ -212,15 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     model = model_config(flags.layers, flags.width, flags.context, flags.vocab_size)
     found = [errors(seed, model, flags.batch_size) for seed in range(flags.seeds)]
-    print(f"{'':24}{'logits':>24}{'gradients':>24}")
+    rows = []
     for original, policies in ORIGINALS.items():
         measured = np.array([run[original] for run in found])
         means = [f"{mean:.2e}" for mean in np.exp(np.log(measured).mean(axis=0))]
-        print(f"{original:24}{means[0]:>24}{means[1]:>24}   relative error")
+        rows.append((original, *means, "relative error"))
         for policy in policies:
             mine = np.array([run[policy] for run in found])
             ratios = [str(Ratio.of(mine[:, i], measured[:, i])) for i in range(2)]
-            print(f"  {policy:22}{ratios[0]:>24}{ratios[1]:>24}   ratio to it")
+            rows.append((policy, *ratios, f"ratio to {original}"))
+    titles = (Column("logits", "number"), Column("gradients", "number"), Column("what"))
+    print_table((Column("policy", "key"), *titles), rows)
     print(f"both in f32 differ by {max(float(run['f32'].max()) for run in found):.1e} at most")
     return 0
 

@@ -56,6 +56,7 @@ from experiments.benchmarks.paired import paired_ratio
 from experiments.benchmarks.processes import GIB, Died, can_cap_memory
 from lmjax import strict_json
 from lmjax.console import stages
+from lmjax.console.tables import Column, table_lines, terminal_width
 from lmjax.precision.policy import PolicyError
 
 Missing = list[tuple[str, bool]]
@@ -206,29 +207,47 @@ def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The report for human eyes."""
+CONTESTANTS = (
+    Column("contestant", "key"),
+    *(Column(title, "number") for title in ("tokens/s", "GFLOP/s", "of peak", "compile", "memory")),
+    *(Column(title, "number") for title in ("first loss", "last loss")),
+)
+RATIOS = (Column("ratio", "key"), Column("median", "number"), Column("interval"))
+
+
+def table(result: dict[str, Any], width: int | None = None) -> str:
+    """The report for human eyes, in a terminal of this width."""
     giga = 1e-9
+    peaks = (f"{name} {rate * giga:.0f} GFLOP/s" for name, rate in result["peaks"].items())
+    rows = [
+        (
+            name,
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['flops'] * giga:.1f}",
+            f"{row['share_of_peak']:.1%}",
+            "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s",
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.2f} GiB",
+            f"{row['first_loss']:.4f}",
+            f"{row['last_loss']:.4f}",
+        )
+        for name, row in result["contestants"].items()
+    ]
+    ratios = [
+        (
+            name,
+            f"{ratio['median']:.3f}",
+            f"{ratio['low']:.3f} to {ratio['high']:.3f} ({ratio['confidence']:.1%})",
+        )
+        for name, ratio in result["ratios"].items()
+    ]
     lines = [
         f"{result['shape']['flops_per_token'] / 1e6:.1f} MFLOP a token: {result['flop_formula']}",
-        "peak of a product: "
-        + ", ".join(f"{name} {rate * giga:.0f} GFLOP/s" for name, rate in result["peaks"].items()),
+        f"peak of a product: {', '.join(peaks)}",
         "",
-        f"{'':24}{'tokens/s':>10}{'GFLOP/s':>10}{'of peak':>9}{'compile':>9}"
-        f"{'memory':>11}{'losses':>18}",
+        *table_lines(CONTESTANTS, rows, width=width),
     ]
-    for name, row in result["contestants"].items():
-        compile_ = "" if row["compile_seconds"] is None else f"{row['compile_seconds']:.1f} s"
-        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.2f} GiB"
-        lines.append(
-            f"{name:24}{row['tokens_per_second']:10.0f}{row['flops'] * giga:10.1f}"
-            f"{row['share_of_peak']:9.1%}{compile_:>9}{memory:>11}"
-            f"{row['first_loss']:9.4f}{row['last_loss']:9.4f}"
-        )
-    lines += ["", f"{'ratio of ' + str(result['rounds']) + ' rounds':46}{'median':>8}  interval"]
-    for name, ratio in result["ratios"].items():
-        interval = f"{ratio['low']:.3f} to {ratio['high']:.3f} ({ratio['confidence']:.1%})"
-        lines.append(f"{name:46}{ratio['median']:8.3f}  {interval}")
+    if ratios:
+        lines += ["", f"of {result['rounds']} rounds:", *table_lines(RATIOS, ratios, width=width)]
     return "\n".join(lines)
 
 
@@ -281,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             contestant.worker.close()
     for reason in result["died"]:
         print(f"died: {reason}", file=sys.stderr)
-    print(strict_json.dumps(result) if flags.json else table(result))
+    print(strict_json.dumps(result) if flags.json else table(result, terminal_width()))
     return int(bool(result["died"]) or any(failure for _, failure in missing))
 
 

@@ -55,11 +55,15 @@ def print_table(
       rows: the text of their cells. What is not printable in it is shown as an escape.
       each: what a row is about, for the sentence about settings that are the same in every row.
     """
-    # Nothing is wrapped where the width is unknown, in a file or a pipe.
     console = Console(highlight=False, emoji=False)
-    width = console.width if sys.stdout.isatty() else None
-    for number, line in enumerate(table_lines(columns, rows, each=each, width=width)):
+    lines = table_lines(columns, rows, each=each, width=terminal_width())
+    for number, line in enumerate(lines):
         console.print(Text(line, style="bold" if number == 0 else ""), soft_wrap=True)
+
+
+def terminal_width() -> int | None:
+    """Cells of a line of standard output; None in a file or a pipe, where nothing is wrapped."""
+    return Console().width if sys.stdout.isatty() else None
 
 
 def table_lines(

@@ -39,3 +39,22 @@ def test_bad_flags_end_with_code_2(flags: str, capsys):
         throughput.main(["--shape", "tiny", *flags.split()])
     assert end.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140, None])
+def test_the_report_keeps_names_and_numbers_at_any_width(width: int | None):
+    row = {"tokens_per_second": 4802.3, "flops": 1.6e11, "share_of_peak": 0.59, "first_loss": 9.01}
+    row |= {"last_loss": 8.8, "compile_seconds": None, "peak_bytes": None}
+    ratio = {"median": 0.74, "low": 0.7, "high": 0.78, "confidence": 0.961}
+    result = {
+        "shape": {"flops_per_token": 34.7e6},
+        "flop_formula": "6 N",
+        "peaks": {"f32": 2.1e11},
+        "rounds": 8,
+        "contestants": {"lmjax bf16": row, "torch compiled bf16": row},
+        "ratios": {"lmjax bf16 / torch compiled bf16": ratio},
+    }
+    printed = throughput.table(result, width)
+    assert all(len(line) <= (width or 1000) for line in printed.splitlines())
+    for said in (*result["contestants"], *result["ratios"], "4802", "59.0%", "0.700 to 0.780"):
+        assert said in printed
