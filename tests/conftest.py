@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from lmjax.train import Config, TrainState
+    from lmjax.train import Config, Phase, TrainState
 
 GPT2 = {"vocab_size": 64, "max_positions": 16, "width": 16, "layers": 2, "heads": 2}
 LLAMA = GPT2 | {
@@ -91,17 +91,18 @@ def draw_params() -> Callable[..., Any]:
 
     from lmjax.model import structure
     from lmjax.precision import paths
+    from lmjax.runs.resolved import phase_of
 
-    def draw(config: Config, std: float = 0.02, seed: int = 0) -> Any:
-        generator = np.random.default_rng(seed)
-        sites = config.param_sites
+    def draw(config: Config | Phase, std: float = 0.02, seed: int = 0) -> Any:
+        generator, phase = np.random.default_rng(seed), phase_of(config)
+        sites = phase.param_sites
 
         def one(keys: Any, leaf: Any) -> jax.Array:
             path = paths.path_string(keys)
             value = generator.normal(0.0, std, leaf.shape) + path.endswith("scale")
             return sites[path].to_params(jnp.asarray(value.astype(np.float32)))
 
-        return jax.tree_util.tree_map_with_path(one, structure(config.model)[1])
+        return jax.tree_util.tree_map_with_path(one, structure(phase.config.model)[1])
 
     return draw
 
@@ -114,17 +115,17 @@ def draw_state(
     import jax
     import jax.numpy as jnp
 
-    from lmjax.model import layout
     from lmjax.optim.storage import initial_residuals
+    from lmjax.runs.resolved import phase_of
     from lmjax.runs.state import optimizer_of
     from lmjax.telemetry.measure import initial_scaling
     from lmjax.train import TrainState
 
-    def draw(config: Config, std: float = 0.02, seed: int = 0) -> TrainState:
-        config = config.resolved()
-        params = draw_params(config, std, seed)
-        sites = config.param_sites
-        optimizer = optimizer_of(config)
+    def draw(config: Config | Phase, std: float = 0.02, seed: int = 0) -> TrainState:
+        phase = phase_of(config)
+        params = draw_params(phase, std, seed)
+        sites = phase.param_sites
+        optimizer = optimizer_of(phase)
         narrow = any(str(moment) != "f32" for s in sites.values() for moment in (s.mu, s.nu))
         init = compile_fast(optimizer.init) if narrow else optimizer.init
         return TrainState(
@@ -132,7 +133,7 @@ def draw_state(
             params=params,
             opt_state=init(params),
             residuals=initial_residuals(params, sites),
-            scaling=initial_scaling(layout(config.model), config.sites),
+            scaling=initial_scaling(phase.layout, phase.sites),
             key=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
         )
 
@@ -173,6 +174,7 @@ def compiled_step(compile_fast: Callable[..., Any]) -> Callable[..., Any]:
     import jax
 
     from lmjax.parallel import sharding
+    from lmjax.runs.resolved import phase_of
     from lmjax.train.step import train_step
 
     steps: dict[Config, Any] = {}
@@ -180,7 +182,7 @@ def compiled_step(compile_fast: Callable[..., Any]) -> Callable[..., Any]:
     def compiled(config: Config) -> Any:
         if config not in steps:
             mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-            steps[config] = compile_fast(train_step(config.resolved(), mesh))
+            steps[config] = compile_fast(train_step(phase_of(config), mesh))
         return steps[config]
 
     return compiled

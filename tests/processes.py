@@ -55,6 +55,7 @@ def poisoned_state(config: Any, mesh: Any) -> Any:
     import numpy as np
 
     from lmjax.precision import paths
+    from lmjax.runs.resolved import phase_of
     from lmjax.runs.state import TrainState, optimizer_of
     from lmjax.train import abstract_state
 
@@ -68,7 +69,9 @@ def poisoned_state(config: Any, mesh: Any) -> Any:
     params = jax.tree_util.tree_map_with_path(one, target.params)
     params["embed"]["table"][POISON] = np.inf
     key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
-    state = TrainState(np.int32(0), params, optimizer_of(config).init(params), {}, {}, key)
+    state = TrainState(
+        np.int32(0), params, optimizer_of(phase_of(config)).init(params), {}, {}, key
+    )
 
     def place(value: Any, leaf: Any) -> jax.Array:
         whole = np.asarray(value, leaf.dtype)

@@ -30,7 +30,7 @@ ARROWS = {
     "inference": {"console", "data", "model", "parallel", "precision", "runs", "train"},
     "ablation": {"console", "data", "files", "runs", "train"},
     "cli": {
-        "ablation", "console", "data", "files", "inference", "model", "parallel", "plan",
+        "ablation", "console", "data", "files", "inference", "parallel", "plan",
         "precision", "runs", "telemetry", "train",
     },
     "chips": set(),

@@ -24,6 +24,7 @@ from lmjax.model import decoding
 from lmjax.optim import optimizer
 from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.parallel import sharding
+from lmjax.runs.resolved import phase_of
 from lmjax.runs.state import initial_state
 from lmjax.telemetry.rows import TelemetryConfig
 from lmjax.train.step import evaluation, train_step
@@ -67,7 +68,7 @@ def traced_step(config: Any, batch: Any, products: Callable[..., list[Any]]) -> 
     config, telemetry = config.resolved(), config.telemetry.every > 0
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state = jax.eval_shape(lambda: initial_state(config))
-    return products(train_step(config, mesh, telemetry=telemetry), state, batch)
+    return products(train_step(phase_of(config), mesh, telemetry=telemetry), state, batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,9 +115,9 @@ def test_products_of_evaluation_and_decoding(
     params, batch = draw_params(config), draw_batch(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     weights = {"weights": jnp.ones(batch["inputs"].shape)}
-    dots = products(evaluation(config, mesh), params, batch | weights)
-    model = {"config": config.model, "sites": config.sites}
-    cache = decoding.initial_cache(config.model, config.sites, 4, 16)
+    dots = products(evaluation(phase_of(config), mesh), params, batch | weights)
+    model = {"config": config.model, "sites": phase_of(config).sites}
+    cache = decoding.initial_cache(config.model, phase_of(config).sites, 4, 16)
     params = decoding.decoding_params(params, **model)
     extend = functools.partial(decoding.extend, **model)
     dots += products(extend, params, batch["inputs"][:, :1], cache, 3)

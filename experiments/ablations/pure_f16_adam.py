@@ -30,6 +30,7 @@ from lmjax.ablation.grid import Ablation
 from lmjax.cli.ablation import run_ablation
 from lmjax.parallel import sharding
 from lmjax.precision import exact
+from lmjax.runs.resolved import phase_of
 from lmjax.train import Config, create_state
 from lmjax.train.step import make_gradient
 
@@ -63,7 +64,7 @@ def adam_in_f16(eps: float) -> tuple[bool, float]:
     """
     config = recipes.small(precision="f16", loss_scale={"kind": "none"}).resolved()
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    gradient = exact.jit(make_gradient(config, mesh))
+    gradient = exact.jit(make_gradient(phase_of(config), mesh))
     params = create_state(config, mesh).params
     tokens = np.random.default_rng(0).integers(
         0, 128, (config.batch_size, config.context + 1), np.int32

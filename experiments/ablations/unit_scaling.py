@@ -35,6 +35,7 @@ from lmjax.parallel import sharding
 from lmjax.precision import exact, paths
 from lmjax.precision.probes import Rounded
 from lmjax.precision.sites import Place
+from lmjax.runs.resolved import phase_of
 from lmjax.train import Config
 from lmjax.train.step import make_scaled_loss
 
@@ -120,7 +121,7 @@ def gradients(
     """
     config = config.resolved()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    loss = make_scaled_loss(config, mesh)
+    loss = make_scaled_loss(phase_of(config), mesh)
     keyed = jax.random.key(0), jnp.float32(1.0)
     measured = slots(config, slot, roles) if slot else {}
     return jax.grad(loss, argnums=(0, 4), has_aux=True)(params, batch, *keyed, measured)[0]
@@ -142,7 +143,7 @@ def extremes_at_the_start(config: Config, roles: frozenset[str]) -> tuple[float,
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
     def measure(key: jax.Array, batch: Any) -> Any:
-        params = initial_params(key, config.model, config.sites)
+        params = initial_params(key, config.model, phase_of(config).sites)
         return gradients(config, params, batch, Moments, roles)[1]
 
     found = deviations(exact.jit(measure)(jax.random.key(0), batch)).values()

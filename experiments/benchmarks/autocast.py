@@ -39,6 +39,7 @@ from lmjax.console.tables import Column, print_table
 from lmjax.model import ModelConfig, apply, initial_params
 from lmjax.parallel import sharding
 from lmjax.precision import exact, paths
+from lmjax.runs.resolved import phase_of
 from lmjax.train import Config
 from lmjax.train.step import make_scaled_loss
 
@@ -71,13 +72,15 @@ def model_config(layers: int, width: int, context: int, vocab_size: int) -> Mode
 def programs(config: Config) -> tuple[Any, Any]:
     """Logits of parameters and tokens, and gradients as `make_scaled_loss` takes its arguments."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    run = functools.partial(apply, config=config.model, sites=config.sites)
-    return exact.jit(run), exact.jit(jax.grad(make_scaled_loss(config, mesh), has_aux=True))
+    run = functools.partial(apply, config=config.model, sites=phase_of(config).sites)
+    return exact.jit(run), exact.jit(
+        jax.grad(make_scaled_loss(phase_of(config), mesh), has_aux=True)
+    )
 
 
 def ours(config: Config, params: Any, batch: dict[str, jax.Array]) -> Result:
     """Logits and gradients under the config's policy, of parameters in f32."""
-    sites = config.param_sites
+    sites = phase_of(config).param_sites
     flat = {path: sites[path].to_params(x) for path, x in paths.flatten(params).items()}
     stored, (logits, gradient) = paths.unflatten(flat), programs(config)
     gradients, _ = gradient(stored, batch, jax.random.key(0), jnp.float32(SCALE))
@@ -161,7 +164,7 @@ def errors(seed: int, model: ModelConfig, batch_size: int) -> dict[str, np.ndarr
     """Relative errors of logits and gradients, by policy and by what PyTorch does."""
     config = Config(model=model, context=model.max_positions, batch_size=batch_size)
     under = lambda policy: replace(config, precision=policy).resolved()
-    params = initial_params(jax.random.key(seed), model, under("f32").sites)
+    params = initial_params(jax.random.key(seed), model, phase_of(under("f32")).sites)
     shape = (batch_size, model.max_positions + 1)
     tokens = np.random.default_rng(seed).integers(0, model.vocab_size, shape, np.int32)
     batch = {"inputs": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:])}

@@ -27,6 +27,7 @@ from lmjax.model import ModelConfig
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel import sharding
 from lmjax.plan.memory import expected_memory
+from lmjax.runs.resolved import phase_of
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import free_bytes, keep_freed_memory
 from lmjax.train.utilisation import flops_per_token
@@ -135,7 +136,7 @@ class Contestant:
 
 def estimated_bytes(shape: Shape) -> int:
     """What a contestant of a shape needs: the step that `lmjax plan` expects, and its process."""
-    return int(sum(expected_memory(config_of(shape, "f32"), 1).values())) + PROCESS_BYTES
+    return int(sum(expected_memory(phase_of(config_of(shape, "f32")), 1).values())) + PROCESS_BYTES
 
 
 def refuse_without_memory(name: str, shape: Shape) -> None:

@@ -103,7 +103,7 @@ def show_rooflines(config: Config, devices: int, *, json: bool) -> None:
         for count in sorted({*WEAK_SCALING, devices})
     ]
     found = [
-        (made, plan.roofline(made.config, made.mesh, made.sent, chip), chip)
+        (made, plan.roofline(made.phase, made.mesh, made.sent, chip), chip)
         for chip in plan.CHIPS
         for made in plans
     ]

@@ -12,7 +12,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -39,13 +39,12 @@ from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
 from lmjax.console.tables import Column, print_table
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
-from lmjax.model import Sites, layout
 from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import KEYS
-from lmjax.precision.native import Arithmetic, in_words, this_backend
+from lmjax.precision.native import in_words, this_backend
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import fetched
-from lmjax.train import Config, InputError
+from lmjax.train import Config, InputError, Phase, resolve
 
 Count = Annotated[int, at_least(1)]
 
@@ -150,34 +149,33 @@ def sites(
     config = load_experiment(experiment)
     if precision is not None:
         config = bad_input(dataclasses.replace, config, precision=precision)
-    resolved = {start: phase.sites for start, phase in config.phases}
-    products = {start: phase.products() for start, phase in config.phases}
+    phases = resolve(config).phases
     if json:
-        phases = {start: _sites_json(sites, products[start]) for start, sites in resolved.items()}
-        print_json(phases if len(phases) > 1 else phases[0])
+        found = {phase.start: _sites_json(phase) for phase in phases}
+        print_json(found if len(found) > 1 else found[0])
         return DONE
     settings = (Column(key, "setting") for key in KEYS)
     native = Column(f"products on {this_backend().platform}", "text")
     columns = (Column("site", "key"), *settings, native)
-    for start, sites in resolved.items():
-        if len(resolved) > 1:
-            print(f"from step {start} on: {config.at(start).precision}")
-        words = {path: in_words(product) for path, product in products[start].items()}
-        rows = {path: (*site.rows().values(), words.get(path, "")) for path, site in sites.items()}
-        merged = layout(config.model).merged(rows)
+    for phase in phases:
+        if len(phases) > 1:
+            print(f"from step {phase.start} on: {phase.config.precision}")
+        words = {path: in_words(product) for path, product in phase.products.items()}
+        rows = {
+            path: (*site.rows().values(), words.get(path, "")) for path, site in phase.sites.items()
+        }
+        merged = phase.layout.merged(rows)
         print_table(columns, [(path, *row) for path, row in merged.items()], each="site")
     return DONE
 
 
-def _sites_json(
-    sites: Sites, products: Mapping[str, Mapping[str, Arithmetic]]
-) -> dict[str, dict[str, Any]]:
+def _sites_json(phase: Phase) -> dict[str, dict[str, Any]]:
     """The settings of every site, and how each product is computed."""
     words = {
         path: {"products": {name: str(one) for name, one in product.items()}}
-        for path, product in products.items()
+        for path, product in phase.products.items()
     }
-    return {path: site.rows() | words.get(path, {}) for path, site in sites.items()}
+    return {path: site.rows() | words.get(path, {}) for path, site in phase.sites.items()}
 
 
 def plan(

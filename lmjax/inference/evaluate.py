@@ -17,7 +17,7 @@ from lmjax.data import tokenized_corpus
 from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
 from lmjax.parallel import sharding
-from lmjax.train import make_eval_step
+from lmjax.train import make_eval_step, phase_of
 from lmjax.train.evaluate import held_out_loss
 
 
@@ -46,12 +46,13 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     Raises:
       NonFiniteError: the loss of a batch is NaN or infinite.
     """
-    config = dataclasses.replace(model.config, mesh=sharding.MeshConfig()).resolved()
+    phase = phase_of(dataclasses.replace(model.config, mesh=sharding.MeshConfig()))
+    config = phase.config
     with stages.stage("reading the text"):
         corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     mesh = sharding.make_mesh(config.mesh, _devices(config.deterministic_reductions))
     with stages.stage("evaluating on the whole validation split"):
-        eval_step = _refusing_non_finite(make_eval_step(config, mesh), model)
+        eval_step = _refusing_non_finite(make_eval_step(phase, mesh), model)
         loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
     bits = loss * tokens / math.log(2) / corpus.validation_bytes

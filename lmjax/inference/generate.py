@@ -17,7 +17,7 @@ from lmjax.inference.sampling import NOT_FINITE, Sampler, refuse_no_count
 from lmjax.model import Sites, decoding_params, extend, initial_cache
 from lmjax.precision import exact
 from lmjax.precision.contraction import bf16_pays
-from lmjax.train import Config
+from lmjax.train import Phase
 
 CHUNK = 64
 """Prompt tokens read at a time: one shape, and so one compilation, for all lengths."""
@@ -134,7 +134,7 @@ class Reader:
     def __init__(self, model: TrainedModel, tokens: int):
         """Creates a reader of a text that initially has `tokens` tokens."""
         self._context = model.config.context
-        self._programs = _programs(model.config)
+        self._programs = _programs(model.phase)
         self._params = self._programs.prepare(model.params)
         self._step = _step_width(model.sites)
         self._end = model.tokenizer.end_of_document
@@ -203,8 +203,9 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(config: Config) -> _Programs:
-    model, sites = config.model, config.sites
+def _programs(phase: Phase) -> _Programs:
+    config, sites = phase.config, phase.sites
+    model = config.model
 
     def read(
         params: Any,

@@ -17,7 +17,7 @@ from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.store.remote import fetched
-from lmjax.train import Config, InputError, abstract_state, read_config
+from lmjax.train import Config, InputError, Phase, abstract_state, read_config, resolve
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,26 @@ class TrainedModel:
     """A run's newest parameters and everything needed to apply them.
 
     Attributes:
-      config: the run's resolved config; its policy decides the formats, as in training. For a
-        policy with phases, the phase of the parameters.
+      phase: the phase of the parameters; its policy decides the formats, as in training.
       params: the parameters, in their stored formats.
       step: the training step of the parameters.
       tokenizer: the run's own copy.
     """
 
-    config: Config
+    phase: Phase
     params: Any
     step: int
     tokenizer: Tokenizer
 
     @property
+    def config(self) -> Config:
+        """The run's resolved config, with the policy of the phase."""
+        return self.phase.config
+
+    @property
     def sites(self) -> Sites:
         """The formats of every site."""
-        return self.config.sites
+        return self.phase.sites
 
     def logits_function(self) -> Any:
         """The compiled `(params, tokens, document_starts) -> logits [B, T, V]`.
@@ -85,15 +89,16 @@ def _load_model(workdir: Path, precision: str | None) -> TrainedModel:
         if step is None:
             raise InputError(f"{workdir} has no complete checkpoint yet; train it further")
         mesh = sharding.make_mesh(sharding.MeshConfig())
-        config = config.after(step)
-        params = checkpoints.restore(step, abstract_state(config, mesh)).state.params
+        phase = resolve(config).after(step)
+        params = checkpoints.restore(step, abstract_state(phase, mesh)).state.params
     finally:
         checkpoints.close()
     if precision is not None:
         try:
-            config = dataclasses.replace(config, precision=precision).after(step)
+            own = dataclasses.replace(phase.config, precision=precision)
+            phase = resolve(own).after(step)
         except ValueError as error:
             raise InputError(str(error)) from error
     return TrainedModel(
-        config, jax.device_get(params), step, load_tokenizer(workdir / "tokenizer.json")
+        phase, jax.device_get(params), step, load_tokenizer(workdir / "tokenizer.json")
     )

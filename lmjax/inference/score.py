@@ -19,7 +19,7 @@ from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
 from lmjax.model import Params, apply, log_probabilities
 from lmjax.precision import exact
-from lmjax.train import Config
+from lmjax.train import Phase
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def score(model: TrainedModel, text: str) -> Score:
         raise ValueError("there is no text to score")
     stream = np.concatenate([[model.tokenizer.end_of_document], ids]).astype(np.int32)
     context = model.config.context
-    window_scores = _window_scores(model.config)
+    window_scores = _window_scores(model.phase)
     scores: list[float] = []
     stride = max(context // 2, 1)
     for start in range(0, max(len(ids) - context, 0) + stride, stride):
@@ -117,12 +117,12 @@ def score(model: TrainedModel, text: str) -> Score:
 
 
 @functools.lru_cache(maxsize=4)
-def _window_scores(config: Config) -> Any:
+def _window_scores(phase: Phase) -> Any:
     """The compiled `(params, inputs, targets) -> log-probabilities`, `[1, context]` each.
 
     A log-probability is NaN if any of the logits that it is computed from is not finite.
     """
-    model, sites = config.model, config.sites
+    model, sites = phase.config.model, phase.sites
 
     def window_scores(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
         logits = apply(params, inputs, config=model, sites=sites)

@@ -65,13 +65,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lmjax.model import layout, structure
+from lmjax.model import structure
 from lmjax.parallel.sharding import RULES
 from lmjax.precision import paths
 from lmjax.precision.formats import Format
 from lmjax.precision.policy import F32, SitePolicy, carrier
 from lmjax.precision.sites import Kind
-from lmjax.train import Config
+from lmjax.train import Config, Phase
 
 
 @dataclass(frozen=True)
@@ -120,21 +120,21 @@ class _Weight:
         return self.site.site.name == "embed"
 
 
-def expected_traffic(config: Config, mesh: Mapping[str, int]) -> list[Traffic]:
+def expected_traffic(phase: Phase, mesh: Mapping[str, int]) -> list[Traffic]:
     """Computes the traffic of a step on a mesh of these sizes.
 
     Args:
-      config: the run.
+      phase: the phase of a run.
       mesh: the size of every axis.
 
     Returns:
       One entry for each purpose, kind, dtype and axes with nonzero traffic.
     """
     total: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
-    weights = list(_weights(config, mesh))
+    config, weights = phase.config, list(_weights(phase, mesh))
     usual = (_parameters, _gradients, _embedding, _activations, _positions)
     for part in (_in_order,) if config.deterministic_reductions else usual:
-        for one in part(config, mesh, weights):
+        for one in part(phase, mesh, weights):
             key = (one.purpose, one.kind, one.dtype, one.axes)
             total[key] = total.get(key, 0.0) + config.micro_batches * one.sent
     return [Traffic(*key, sent) for key, sent in total.items() if sent]
@@ -147,33 +147,33 @@ def tokens_on_device(config: Config, mesh: Mapping[str, int]) -> float:
     return config.batch_size / config.micro_batches * config.context / parts
 
 
-def _weights(config: Config, mesh: Mapping[str, int]) -> Iterator[_Weight]:
-    _, shapes, axes = structure(config.model)
-    sites = config.param_sites
+def _weights(phase: Phase, mesh: Mapping[str, int]) -> Iterator[_Weight]:
+    _, shapes, axes = structure(phase.config.model)
+    sites = phase.param_sites
     named = paths.flatten(axes, lambda node: isinstance(node, tuple))
     for path, leaf in paths.flatten(shapes).items():
         cut = {"fsdp": 1, "tensor": 1}
         for axis, size in zip(named[path], leaf.shape, strict=True):
             for name in RULES.get(axis, ()):
                 cut[name] = mesh[name] if size % mesh[name] == 0 else 1
-        stack = layout(config.model).place_of_parameter(path).stack
+        stack = phase.layout.place_of_parameter(path).stack
         copies = 0 if stack is None else stack.size
-        product = _product(config, path, leaf.ndim - bool(copies), sites[path])
+        product = _product(phase, path, leaf.ndim - bool(copies), sites[path])
         yield _Weight(path, leaf.size, sites[path], copies, product, cut["fsdp"], cut["tensor"])
 
 
-def _product(config: Config, path: str, dimensions: int, site: SitePolicy) -> SitePolicy | None:
+def _product(phase: Phase, path: str, dimensions: int, site: SitePolicy) -> SitePolicy | None:
     """The site that multiplies by a parameter of this rank, if there is one."""
     if site.site.name == "embed":
-        return config.sites["head"] if config.model.tied else None
+        return phase.sites["head"] if phase.config.model.tied else None
     return site if site.site.is_product and dimensions == 2 else None
 
 
-def _in_order(config: Config, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
+def _in_order(phase: Phase, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
     """The traffic of `sharding.in_order`, which exchanges at distances 1, 2, 4 and so on."""
     for weight in weights:
         stored = carrier(weight.site.params)
-        times = 1 + 1 / config.micro_batches  # once per micro-batch and once for the update
+        times = 1 + 1 / phase.config.micro_batches  # once per micro-batch and once for the update
         sent = times * _ring(weight.fsdp) * weight.size * _bytes(stored)
         yield Traffic("parameters", "all-gather", _hlo(stored), ("fsdp",), sent)
         for axis in RULES["batch"]:
@@ -181,10 +181,8 @@ def _in_order(config: Config, mesh: Mapping[str, int], weights: list[_Weight]) -
             yield Traffic("gradients", "collective-permute", "f32", (axis,), sent)
 
 
-def _parameters(
-    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
-) -> Iterator[Traffic]:
-    model = config.model
+def _parameters(phase: Phase, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
+    model = phase.config.model
     loop = model.unroll < model.layers or model.remat != "none"
     for weight in weights:
         if weight.product is not None:
@@ -194,9 +192,7 @@ def _parameters(
             yield Traffic("parameters", "all-gather", _hlo(dtype), ("fsdp",), sent)
 
 
-def _gradients(
-    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
-) -> Iterator[Traffic]:
+def _gradients(phase: Phase, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
     narrow = mesh["data"] * mesh["fsdp"] > 1 and any(w.site.reduce != F32 for w in weights)
     for weight in weights:
         if narrow:
@@ -240,9 +236,8 @@ def _reduced_narrow(mesh: Mapping[str, int], weight: _Weight) -> Iterator[Traffi
         yield Traffic("gradients", "all-reduce", _hlo(dtype), axes, sent)
 
 
-def _embedding(
-    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
-) -> Iterator[Traffic]:
+def _embedding(phase: Phase, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
+    config = phase.config
     table = next(weight for weight in weights if weight.is_table)
     tokens = tokens_on_device(config, mesh)
     rows = tokens * config.model.width
@@ -259,8 +254,9 @@ def _embedding(
 
 
 def _activations(
-    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
+    phase: Phase, mesh: Mapping[str, int], weights: list[_Weight]
 ) -> Iterator[Traffic]:
+    config = phase.config
     rows = tokens_on_device(config, mesh) * config.model.width
     for weight in weights:
         if weight.product is None:
@@ -273,16 +269,15 @@ def _activations(
         yield Traffic("activations", "all-reduce", _hlo(dtype), ("tensor",), sent)
 
 
-def _positions(
-    config: Config, mesh: Mapping[str, int], weights: list[_Weight]
-) -> Iterator[Traffic]:
+def _positions(phase: Phase, mesh: Mapping[str, int], weights: list[_Weight]) -> Iterator[Traffic]:
+    config = phase.config
     model, sequence = config.model, mesh["sequence"]
     heads = model.kv_head_count
     cut = mesh["tensor"] if heads % mesh["tensor"] == 0 else 1
     whole = tokens_on_device(config, mesh) * sequence * heads * model.head_size / cut
-    products = [p for p in layout(model).places if p.site.kind is Kind.ACTIVATION_PRODUCT]
+    products = [p for p in phase.layout.places if p.site.kind is Kind.ACTIVATION_PRODUCT]
     for product in products:
-        for site in (config.sites[path] for path in product.paths):
+        for site in (phase.sites[path] for path in product.paths):
             computed, summed = carrier(site.compute), _summed_in(site.accum.format)
             gathered = 2 * _ring(sequence) * whole * _bytes(computed)
             yield Traffic("positions", "all-gather", _hlo(computed), ("sequence",), gathered)

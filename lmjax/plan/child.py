@@ -22,7 +22,7 @@ from lmjax.plan.program import Memory
 from lmjax.precision import exact
 from lmjax.precision.contraction import planned_for
 from lmjax.runs.config import from_json
-from lmjax.train import Config, abstract_state, make_train_step
+from lmjax.train import Config, abstract_state, make_train_step, phase_of
 
 PLATFORM: Final = "tpu"
 """The platform to trace for: it calls no libraries that the CPU compiler lacks."""
@@ -37,12 +37,12 @@ OPTIONS: Final[dict[str, Any]] = {
 
 def compile_here(config: Config, folder: str) -> Memory:
     """Compiles the step for all devices of this process; XLA dumps the program into a folder."""
-    mesh = sharding.make_mesh(config.mesh)
+    phase, mesh = phase_of(config), sharding.make_mesh(config.mesh)
     shape = (config.batch_size, config.context)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
     batch = dict.fromkeys(config.data.batch_fields, tokens)
     with planned_for(PLATFORM):
-        traced = make_train_step(config, mesh).trace(abstract_state(config, mesh), batch)
+        traced = make_train_step(phase, mesh).trace(abstract_state(phase, mesh), batch)
         lowered = traced.lower(lowering_platforms=(PLATFORM,))
     options = {**OPTIONS, "xla_dump_to": folder}
     needs = lowered.compile(compiler_options=options).memory_analysis()

@@ -32,39 +32,39 @@ from collections.abc import Mapping
 
 import jax
 
-from lmjax.model import ModelConfig, layout
+from lmjax.model import ModelConfig
 from lmjax.parallel import sharding
 from lmjax.plan.arithmetic import tokens_on_device
 from lmjax.precision.policy import carrier
-from lmjax.train import Config, abstract_state
+from lmjax.train import Config, Phase, abstract_state
 
 CPU_ONLY = "widened on CPU"
 """The part that only XLA's CPU compiler needs."""
 
 
-def expected_memory(config: Config, devices: int) -> dict[str, float]:
+def expected_memory(phase: Phase, devices: int) -> dict[str, float]:
     """Returns the bytes on one device, by part.
 
     Args:
-      config: the run.
+      phase: the phase of a run.
       devices: number of devices in its mesh.
     """
-    config = config.resolved()
+    config = phase.config
     mesh = sharding.abstract_mesh(config.mesh, devices)
     sizes = dict(mesh.shape)
-    state = abstract_state(config, mesh)
+    state = abstract_state(phase, mesh)
     parameters = _on_device(state.params)
     values = sum(math.prod(_shard(leaf)) for leaf in jax.tree.leaves(state.params))
     tokens, width = tokens_on_device(config, sizes), config.model.width
-    compute = _bytes(config, "residual")
+    compute = _bytes(phase, "residual")
     saved = config.model.layers * tokens * _saved_values(config, sizes) * compute
-    head = _head_weights(config.model, sizes) * _bytes(config, "head")
+    head = _head_weights(config.model, sizes) * _bytes(phase, "head")
     return {
         "parameters": parameters,
         "optimizer": _on_device((state.opt_state, state.residuals, state.scaling)),
         "gradients": 2.0 * values * 4,
         "saved activations": saved,
-        "head or attention": head + max(_head(config, sizes), _attention(config, sizes)),
+        "head or attention": head + max(_head(phase, sizes), _attention(phase, sizes)),
         "rows": 3.0 * tokens * width * 4,
         "fixed order": _fixed_order(config, sizes, state.params),
         CPU_ONLY: (saved * (4 / compute - 1) if config.model.remat == "full" else 0.0) + head,
@@ -108,17 +108,19 @@ def _saved_values(config: Config, mesh: Mapping[str, int]) -> float:
     return products + 2 * model.width + model.heads * model.head_size / cut + 3 * weights
 
 
-def _head(config: Config, mesh: Mapping[str, int]) -> float:
+def _head(phase: Phase, mesh: Mapping[str, int]) -> float:
+    config = phase.config
     tokens = tokens_on_device(config, mesh)
     logits = tokens * _columns(config.model, mesh)
     gradient = _head_weights(config.model, mesh) * 4
-    return max(2 * logits * 4, 2 * logits * _bytes(config, "head") + gradient)
+    return max(2 * logits * 4, 2 * logits * _bytes(phase, "head") + gradient)
 
 
-def _attention(config: Config, mesh: Mapping[str, int]) -> float:
+def _attention(phase: Phase, mesh: Mapping[str, int]) -> float:
+    config = phase.config
     heads = config.model.heads / mesh["tensor"]
     scores = tokens_on_device(config, mesh) * heads * config.context
-    return scores * (3 * 4 + _bytes(config, "combine"))
+    return scores * (3 * 4 + _bytes(phase, "combine"))
 
 
 def _head_weights(model: ModelConfig, mesh: Mapping[str, int]) -> float:
@@ -130,7 +132,7 @@ def _columns(model: ModelConfig, mesh: Mapping[str, int]) -> float:
     return model.vocab_size / mesh["tensor"] if divisible else model.vocab_size
 
 
-def _bytes(config: Config, name: str) -> int:
+def _bytes(phase: Phase, name: str) -> int:
     """Bytes of an element of the compute format of the first site of this name."""
-    path = layout(config.model).named(name)[0].paths[0]
-    return jax.numpy.dtype(carrier(config.sites[path].compute)).itemsize
+    path = phase.layout.named(name)[0].paths[0]
+    return jax.numpy.dtype(carrier(phase.sites[path].compute)).itemsize

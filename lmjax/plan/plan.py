@@ -19,7 +19,7 @@ from lmjax.plan.memory import expected_memory
 from lmjax.plan.program import Program, partitioned
 from lmjax.plan.traffic import Row, compared
 from lmjax.precision import paths
-from lmjax.train import Config, abstract_state
+from lmjax.train import Config, Phase, abstract_state, resolve
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,21 @@ class Plan:
     """The plan of a run on a number of devices.
 
     Attributes:
-      config: the resolved run, with the policy of its first phase.
+      phase: the first phase of the run.
       mesh: the size of every mesh axis.
       program: its compiled step.
       sent: the collectives of the step.
     """
 
-    config: Config
+    phase: Phase
     mesh: dict[str, int]
     program: Program
     sent: tuple[Collective, ...]
+
+    @property
+    def config(self) -> Config:
+        """The resolved run, with the policy of its first phase."""
+        return self.phase.config
 
     @property
     def devices(self) -> int:
@@ -46,12 +51,12 @@ class Plan:
     @property
     def rows(self) -> list[Row]:
         """The compiled traffic by purpose, compared with the expected traffic."""
-        return compared(self.sent, expected_traffic(self.config, self.mesh))
+        return compared(self.sent, expected_traffic(self.phase, self.mesh))
 
     @property
     def memory(self) -> dict[str, float]:
         """Estimated bytes of each part of the peak on one device."""
-        return expected_memory(self.config, self.devices)
+        return expected_memory(self.phase, self.devices)
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,11 @@ def make_plan(config: Config, devices: int) -> Plan:
       ValueError: the mesh does not fit the devices, or a micro-batch does not fit the mesh.
       PlanError: XLA cannot compile the step.
     """
-    config = config.resolved().at(0)
-    program = partitioned(config, devices)
-    mesh = sharding.mesh_shape(config.mesh, devices)
+    phase = resolve(config).at(0)
+    program = partitioned(phase.config, devices)
+    mesh = sharding.mesh_shape(phase.config.mesh, devices)
     sent = tuple(collectives(program.text, mesh)) if program.text else ()
-    return Plan(config, mesh, program, sent)
+    return Plan(phase, mesh, program, sent)
 
 
 def scaled(config: Config, devices: int, to: int) -> Config:

@@ -16,13 +16,13 @@ from typing import Final
 
 from lmjax.chips import Chip
 from lmjax.hlo.collectives import Collective
-from lmjax.model import layout, parameter_count, structure
+from lmjax.model import parameter_count, structure
 from lmjax.plan.arithmetic import tokens_on_device
 from lmjax.precision import paths
 from lmjax.precision.native import multiplied
 from lmjax.precision.policy import SitePolicy, carrier
 from lmjax.precision.sites import Kind, Place
-from lmjax.train import Config
+from lmjax.train import Config, Phase
 
 ASSUMPTIONS: Final = (
     "every rate is the peak of the data sheet; real programs reach 35% to 60% of it",
@@ -98,18 +98,19 @@ class _Product:
 
 
 def roofline(
-    config: Config, mesh: Mapping[str, int], sent: Iterable[Collective], chip: Chip
+    phase: Phase, mesh: Mapping[str, int], sent: Iterable[Collective], chip: Chip
 ) -> Roofline:
     """Computes the bounds of a step.
 
     Args:
-      config: the run.
+      phase: the phase of a run.
       mesh: the size of every axis.
       sent: the collectives of its compiled step.
       chip: the chip to run on.
     """
+    config = phase.config
     compute = memory = 0.0
-    for product in _products(config, mesh):
+    for product in _products(phase, mesh):
         times = config.micro_batches * (4 if product.repeated else 3)
         compute += times * product.flops / _rate(product.site, chip)
         memory += times * product.values * _width(product.site) / chip.memory_bandwidth
@@ -125,11 +126,12 @@ def roofline(
     return Roofline(chip.name, devices, compute, memory, wires, config.batch_size * config.context)
 
 
-def _products(config: Config, mesh: Mapping[str, int]) -> Iterator[_Product]:
-    model, sites = config.model, config.sites
+def _products(phase: Phase, mesh: Mapping[str, int]) -> Iterator[_Product]:
+    config, sites = phase.config, phase.sites
+    model = config.model
     tokens, cut = tokens_on_device(config, mesh), mesh["tensor"]
     scores = tokens * model.heads / cut * config.context
-    for place in layout(model).places:
+    for place in phase.layout.places:
         inside = place.stack is not None
         for site in (sites[path] for path in place.paths):
             if place.site.kind is Kind.ACTIVATION_PRODUCT:

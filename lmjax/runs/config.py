@@ -8,6 +8,7 @@ other fields marked `housekeeping` are in the tree for convenience, not part of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -15,14 +16,13 @@ from typing import Annotated, Any, Literal
 from lmjax import checks
 from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.data import DataConfig
-from lmjax.model import ModelConfig, Sites, layout, param_sites, parametrisation_of, resolve_sites
+from lmjax.model import ModelConfig, Sites, layout, parametrisation_of, resolve_sites
 from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel.sharding import MeshConfig
 from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
-from lmjax.precision.native import Arithmetic, products
-from lmjax.precision.policy import SitePolicy
+from lmjax.precision.policy import Policy, SitePolicy
 from lmjax.runs.profile import ProfileConfig
 from lmjax.runs.sinks import MetricsConfig
 from lmjax.telemetry.rows import TelemetryConfig, refuse_no_tensor
@@ -177,8 +177,7 @@ class Config:
             )
         self._refuse_disorder()
         refuse_no_tensor(self.telemetry, layout(self.model))
-        for start, policy in parse_policy(self.precision).phases:
-            resolve_sites(self.model, policy)
+        for start in self.sites_by_phase:
             if start >= self.steps:
                 raise ValueError(
                     f"the policy's phase from step {start} would never run, because the run ends "
@@ -202,32 +201,18 @@ class Config:
                 "mesh; with deterministic_reductions use --optimizer.name adamw or lion"
             )
 
-    @property
-    def phases(self) -> tuple[tuple[int, Config], ...]:
-        """The first step of each phase of the policy, and the config of that phase."""
-        starts = (start for start, _ in parse_policy(self.precision).phases)
-        return tuple((start, self.at(start)) for start in starts)
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """What `precision` says."""
+        return parse_policy(self.precision)
 
-    def at(self, step: int) -> Config:
-        """The config of the phase that a step belongs to; without phases, this one.
+    @functools.cached_property
+    def sites_by_phase(self) -> dict[int, Sites]:
+        """The formats of every site of the model, by the first step of each phase of the policy.
 
-        It differs only in the policy, and fixes what all phases share: the kind of loss scaling,
-        whose state passes from phase to phase.
-
-        Args:
-          step: number of steps attempted before it, as in `TrainState.step`.
+        Before it is known how cotangents that overflow are treated: see `resolved.py`.
         """
-        policy = parse_policy(self.precision)
-        if not policy.later:
-            return self
-        return dataclasses.replace(self.resolved(), precision=str(policy.at(step)))
-
-    def after(self, steps: int) -> Config:
-        """The config of the phase of a state after this many steps: that of its last step.
-
-        The state is converted to the next phase's formats when that phase computes its first step.
-        """
-        return self.at(max(steps - 1, 0))
+        return {start: resolve_sites(self.model, one) for start, one in self.policy.phases}
 
     def is_watched(self, step: int) -> bool:
         """Whether telemetry counts the effects of rounding in a step."""
@@ -246,24 +231,6 @@ class Config:
         """Whether a checkpoint follows a step even if the run neither ends nor stops."""
         return step % self.checkpoint.every == 0
 
-    @property
-    def sites(self) -> Sites:
-        """The formats of every site of the model under this policy, which must have one phase."""
-        sites = resolve_sites(self.model, parse_policy(self.precision))
-        if self._loss_scale_kind() not in ("dynamic", "predictive"):
-            return sites
-        # Non-finite cotangents must skip the step and lower the scale, so no clamp may hide them.
-        return {path: dataclasses.replace(s, cotangents="fail") for path, s in sites.items()}
-
-    @property
-    def param_sites(self) -> dict[str, SitePolicy]:
-        """The formats of each parameter's site, by the parameter's path."""
-        return param_sites(self.model, self.sites)
-
-    def products(self) -> dict[str, dict[str, Arithmetic]]:
-        """How each product of the model is computed on the current backend, for one phase."""
-        return products(self.sites, self.batch_size // self.micro_batches * self.context)
-
     def _loss_scale_kind(self) -> Kind:
         """The resolved kind of loss scaling under all phases of the policy.
 
@@ -278,24 +245,23 @@ class Config:
         return resolve_kind("auto", min(f.exponent_bits for f in formats))
 
     def _sites_of_all_phases(self) -> list[SitePolicy]:
-        policies = [phase.policy for phase in parse_policy(self.precision).phases]
-        return [s for policy in policies for s in resolve_sites(self.model, policy).values()]
+        return [site for sites in self.sites_by_phase.values() for site in sites.values()]
 
     def resolved(self) -> Config:
         """The same run with every derived field filled in, as recorded in `config.json`."""
-        policy = parse_policy(self.precision)
         scale = dataclasses.replace(self.loss_scale, kind=self._loss_scale_kind())
         if scale.kind == "predictive" and scale.format == "auto":
             cotangents = _of_cotangents(self._sites_of_all_phases())
             scale = dataclasses.replace(scale, format=narrowest(cotangents).name)
         rows = self.evaluation.batch_size or self.batch_size // self.micro_batches
-        return dataclasses.replace(
-            self,
-            precision=str(policy),
-            model=self.model.resolved(),
-            loss_scale=scale,
-            evaluation=dataclasses.replace(self.evaluation, batch_size=rows),
-        )
+        derived: dict[str, Any] = {
+            "precision": str(self.policy),
+            "model": self.model.resolved(),
+            "loss_scale": scale,
+            "evaluation": dataclasses.replace(self.evaluation, batch_size=rows),
+        }
+        open_ = {name: value for name, value in derived.items() if value != getattr(self, name)}
+        return dataclasses.replace(self, **open_) if open_ else self
 
 
 HOUSEKEEPING = checks.housekeeping_fields(Config)

@@ -38,6 +38,7 @@ from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
 from lmjax.runs.config import VERSION, Config, all_differences, differences, from_json, to_json
 from lmjax.runs.metrics import partial, replace_text
+from lmjax.runs.resolved import Resolved
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy", "lmjax")
 LOCK = ".lock"
@@ -229,9 +230,9 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
         )
 
 
-def record_environment(workdir: Path, config: Config) -> None:
+def record_environment(workdir: Path, run: Resolved) -> None:
     """Writes `environment.json`: where the remaining steps are computed."""
-    sites = [site for _, phase in config.phases for site in phase.products().values()]
+    sites = [site for phase in run.phases for site in phase.products.values()]
     recorded = environment() | {"products": summary(sites)}
     replace_text(workdir / "environment.json", strict_json.dumps(recorded, indent=2) + "\n")
 

@@ -15,7 +15,6 @@ import optax
 from lmjax.model import (
     Params,
     initial_params,
-    layout,
     learning_rate_factors,
     parameter_count,
     parametrisation_of,
@@ -28,6 +27,7 @@ from lmjax.parallel.sharding import Mesh, state_shardings
 from lmjax.precision import exact
 from lmjax.precision.squares import tree_root
 from lmjax.runs.config import Config
+from lmjax.runs.resolved import Phase, phase_of
 from lmjax.telemetry.measure import carried_scaling, initial_scaling
 
 KEY_KIND = "threefry2x32"
@@ -53,8 +53,9 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
+def optimizer_of(phase: Phase) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run, with its loss scale around it."""
+    config = phase.config
     settings, scales = config.optimizer, parametrisation_of(config.model)
     norm = scales.clip_norm(settings.clip_norm, parameter_count(config.model))
     settings = dataclasses.replace(settings, clip_norm=norm)
@@ -62,8 +63,8 @@ def optimizer_of(config: Config) -> optax.GradientTransformationExtraArgs:
         settings,
         config.loss_scale,
         config.steps,
-        config.param_sites,
-        layout(config.model).stack,
+        phase.param_sites,
+        phase.layout.stack,
         learning_rate_factors(config.model),
         gradient_norm(config),
     )
@@ -75,30 +76,32 @@ def gradient_norm(config: Config) -> Norm:
     return functools.partial(tree_root, in_order=in_order)
 
 
-def initial_state(config: Config, key: jax.Array | None = None) -> TrainState:
+def initial_state(config: Config | Phase, key: jax.Array | None = None) -> TrainState:
     """A fresh state; a pure function of the config and so of its seed. Call it under jit.
 
     Args:
-      config: the run.
+      config: the run, whose policy must have one phase, or a phase of it.
       key: by default the key of the config's seed.
     """
-    key = seed_key(config.seed) if key is None else key
+    phase = phase_of(config)
+    key = seed_key(phase.config.seed) if key is None else key
     init_key, dropout_key = jax.random.split(key)
-    params = initial_params(init_key, config.model, config.sites)
+    params = initial_params(init_key, phase.config.model, phase.sites)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer_of(config).init(params),
-        residuals=initial_residuals(params, config.param_sites),
-        scaling=initial_scaling(layout(config.model), config.sites),
+        opt_state=optimizer_of(phase).init(params),
+        residuals=initial_residuals(params, phase.param_sites),
+        scaling=initial_scaling(phase.layout, phase.sites),
         key=jax.random.key_data(dropout_key),
     )
 
 
-def abstract_state(config: Config, mesh: Any) -> TrainState:
+def abstract_state(config: Config | Phase, mesh: Any) -> TrainState:
     """Shapes, dtypes and shardings of the state on a mesh, which may be abstract."""
-    shapes = jax.eval_shape(lambda: initial_state(config))
-    shardings = state_shardings(mesh, structure(config.model)[2], shapes)
+    phase = phase_of(config)
+    shapes = jax.eval_shape(lambda: initial_state(phase))
+    shardings = state_shardings(mesh, structure(phase.config.model)[2], shapes)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -106,22 +109,23 @@ def abstract_state(config: Config, mesh: Any) -> TrainState:
     )
 
 
-def create_state(config: Config, mesh: Mesh) -> TrainState:
+def create_state(config: Config | Phase, mesh: Mesh) -> TrainState:
     """A fresh state, each array created on the devices where it lives.
 
     The seed is an argument of the compiled program, not a constant, so that runs which differ only
     in the seed share it in the compilation cache.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    phase = phase_of(config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(phase, mesh))
 
     def init(data: jax.Array) -> TrainState:
-        return initial_state(config, jax.random.wrap_key_data(data, impl=KEY_KIND))
+        return initial_state(phase, jax.random.wrap_key_data(data, impl=KEY_KIND))
 
-    seed = np.asarray(jax.random.key_data(seed_key(config.seed)))
+    seed = np.asarray(jax.random.key_data(seed_key(phase.config.seed)))
     return exact.jit(init, out_shardings=shardings)(seed)
 
 
-def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
+def carry_over(state: TrainState, old: Phase, new: Phase) -> TrainState:
     """Converts the state of one phase of a policy for the next phase; a pure function.
 
     Parameters, residuals and moments are converted where their formats change (see
@@ -131,8 +135,8 @@ def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
 
     Args:
       state: as a step of `old` left it.
-      old: the config of the phase before; see `Config.at`.
-      new: the config of the phase to come.
+      old: the phase before.
+      new: the phase to come.
     """
     before, after = old.param_sites, new.param_sites
     params, residuals = convert_params(state.params, state.residuals, before, after)
@@ -140,11 +144,11 @@ def carry_over(state: TrainState, old: Config, new: Config) -> TrainState:
         params=params,
         residuals=residuals,
         opt_state=convert_moments(state.opt_state, before, after),
-        scaling=carried_scaling(state.scaling, layout(new.model), old.sites, new.sites),
+        scaling=carried_scaling(state.scaling, new.layout, old.sites, new.sites),
     )
 
 
-def change_phase(state: TrainState, old: Config, new: Config, mesh: Mesh) -> TrainState:
+def change_phase(state: TrainState, old: Phase, new: Phase, mesh: Mesh) -> TrainState:
     """`carry_over` on the devices of a mesh; it donates the state it is given."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(new, mesh))
     convert = lambda state: carry_over(state, old, new)

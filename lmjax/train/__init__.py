@@ -9,6 +9,7 @@ from lmjax.runs.config import (
     RestoreConfig,
     refuse_no_seed,
 )
+from lmjax.runs.resolved import Phase, Resolved, phase_of, resolve
 from lmjax.runs.run_directory import read_config
 from lmjax.runs.state import TrainState, abstract_state, create_state, seed_key
 from lmjax.train.loop import Outcome, train
@@ -21,6 +22,8 @@ __all__ = [
     "FaultsConfig",
     "InputError",
     "Outcome",
+    "Phase",
+    "Resolved",
     "RestoreConfig",
     "TrainState",
     "TrainingFailed",
@@ -28,8 +31,10 @@ __all__ = [
     "create_state",
     "make_eval_step",
     "make_train_step",
+    "phase_of",
     "read_config",
     "refuse_no_seed",
+    "resolve",
     "seed_key",
     "train",
 ]

@@ -11,9 +11,10 @@ from lmjax.model import learning_rate_factors, parametrisation_of
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.precision.formats import Format
 from lmjax.runs.config import Config
+from lmjax.runs.resolved import Phase, Resolved
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(run: Resolved) -> list[str]:
     """Reasons why a run may learn less than it seems to, one line each.
 
     - *Lost updates.* AdamW moves a weight by about the learning rate. Under round to nearest, an
@@ -27,15 +28,16 @@ def warnings(config: Config) -> list[str]:
     A policy that changes with the step is checked phase by phase, each at its largest learning
     rate.
     """
-    if len(config.phases) == 1:
+    config, phases = run.config, run.phases
+    if len(phases) == 1:
         rate = config.optimizer.learning_rate
-        return _of_the_run(config) + _warnings(config, "the peak learning rate", rate)
-    ends = [start for start, _ in config.phases[1:]] + [config.steps]
+        return _of_the_run(config) + _warnings(phases[0], "the peak learning rate", rate)
+    ends = [phase.start for phase in phases[1:]] + [config.steps]
     return _of_the_run(config) + [
-        f"from step {start} on, {warning}"
-        for (start, phase), end in zip(config.phases, ends, strict=True)
+        f"from step {phase.start} on, {warning}"
+        for phase, end in zip(phases, ends, strict=True)
         for warning in _warnings(
-            phase, "the phase's largest learning rate", _largest_rate(config, start, end)
+            phase, "the phase's largest learning rate", _largest_rate(config, phase.start, end)
         )
     ]
 
@@ -49,8 +51,8 @@ def _largest_rate(config: Config, start: int, end: int) -> float:
     return float(learning_rate_schedule(config.optimizer, config.steps)(peak))
 
 
-def _warnings(config: Config, rate_name: str, rate: float) -> list[str]:
-    return [*_lost_updates(config, rate_name, rate), *_stuck_moments(config)]
+def _warnings(phase: Phase, rate_name: str, rate: float) -> list[str]:
+    return [*_lost_updates(phase, rate_name, rate), *_stuck_moments(phase)]
 
 
 def _of_the_run(config: Config) -> list[str]:
@@ -79,11 +81,11 @@ def _small_steps(config: Config) -> list[str]:
     ]
 
 
-def _lost_updates(config: Config, rate_name: str, rate: float) -> list[str]:
-    factors = learning_rate_factors(config.model)
-    weight_std = parametrisation_of(config.model).weight_std
+def _lost_updates(phase: Phase, rate_name: str, rate: float) -> list[str]:
+    factors = learning_rate_factors(phase.config.model)
+    weight_std = parametrisation_of(phase.config.model).weight_std
     found: dict[tuple[str, float, float], float] = {}
-    for path, site in config.param_sites.items():
+    for path, site in phase.param_sites.items():
         if site.update != "nearest":
             continue
         own = rate * factors.get(path, 1.0)
@@ -98,12 +100,13 @@ def _lost_updates(config: Config, rate_name: str, rate: float) -> list[str]:
     ]
 
 
-def _stuck_moments(config: Config) -> list[str]:
+def _stuck_moments(phase: Phase) -> list[str]:
+    config = phase.config
     if config.optimizer.name != "adamw":
         return []
     share = 1.0 - config.optimizer.b2
     found = {}
-    for site in config.param_sites.values():
+    for site in phase.param_sites.values():
         nu = site.nu
         if nu.groups == "none" and share < nu.format.epsilon / 2:
             found[str(nu)] = nu.format.epsilon / 2

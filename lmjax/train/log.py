@@ -12,9 +12,8 @@ import jax
 from lmjax.console.progress import Reporter
 from lmjax.console.wording import counted
 from lmjax.errors import NonFiniteGradients
-from lmjax.model import layout
-from lmjax.runs.config import Config
 from lmjax.runs.metrics import MetricsWriter
+from lmjax.runs.resolved import Resolved
 from lmjax.telemetry.rows import mechanisms, telemetry_row
 from lmjax.train.utilisation import Peak, flops_per_token, peak_memory_bytes
 
@@ -48,9 +47,10 @@ class StepLog:
     """
 
     def __init__(
-        self, writer: MetricsWriter, report: Reporter, config: Config, clock: Clock, first: int
+        self, writer: MetricsWriter, report: Reporter, run: Resolved, clock: Clock, first: int
     ):
-        self.writer, self.report, self.config, self.clock = writer, report, config, clock
+        self.writer, self.report, self.run, self.clock = writer, report, run, clock
+        self.config = config = run.config
         self.peak: Peak | None = None
         self._flops_per_token = flops_per_token(config.model, config.context)
         self._waiting: tuple[int, dict[str, jax.Array]] | None = None
@@ -92,8 +92,8 @@ class StepLog:
             **self._use(tokens_per_second),
         }
         if tensors is not None:
-            sites, places = self.config.after(step).sites, layout(self.config.model)
-            counts = telemetry_row(step, tensors, updates, sites, places)
+            phase = self.run.after(step)
+            counts = telemetry_row(step, tensors, updates, phase.sites, phase.layout)
             self.writer.write_telemetry(counts)
             row |= mechanisms(counts)
         self.writer.write(row)

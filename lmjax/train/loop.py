@@ -28,6 +28,7 @@ from lmjax.precision import exact
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.config import Config
 from lmjax.runs.profile import Profiler
+from lmjax.runs.resolved import Phase
 from lmjax.runs.run_directory import hold_run
 from lmjax.runs.state import change_phase
 from lmjax.runs.store.object_store import as_url
@@ -104,7 +105,8 @@ def train(
         raise InputError(f"stop_after is {stop_after}; it must be at least 1")
     progress = progress and is_first()
     here = None if as_url(workdir) else local_path(workdir)
-    config, corpus, mesh = checked_input(config, progress, here)
+    resolved, corpus, mesh = checked_input(config, progress, here)
+    config = resolved.config
     refuse_unequal("flags", f"stop_after={stop_after}")
     with stages.stage("checking how the backend rounds"):
         exact.check_canary(jax.default_backend())
@@ -118,7 +120,7 @@ def train(
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep, note, mirror) as checkpoints,
         StopRequest() if stop is None else nullcontext(stop) as stop,
     ):
-        run = start_run(config, corpus, mesh, workdir, checkpoints, note)
+        run = start_run(resolved, corpus, mesh, workdir, checkpoints, note)
         record_start(run)
         last = min(config.steps, run.step + stop_after) if stop_after else config.steps
         try:
@@ -155,7 +157,7 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
 
     A stop request that arrived earlier, during compilation, takes effect after one step.
     """
-    config, first = run.config, run.step
+    config, phases, first = run.config, run.resolved, run.step
     if first >= last:
         return first >= config.steps
     batch = _next_batch(run, first + 1)
@@ -165,9 +167,9 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
     with stages.stage("compiling the train step"):
         steps = _enter_phase(run, batch, programs)
     with stages.stage("measuring what products take"):
-        peak = peak_of(config.at(first), run.mesh)
+        peak = peak_of(phases.at(first), run.mesh)
     agreed = AgreedStop(stop, run.mesh)
-    boundaries = {start for start, _ in config.phases if start > first}
+    boundaries = {phase.start for phase in phases.phases if phase.start > first}
     with (
         writer_of(run, telemetry=config.telemetry.every > 0) as writer,
         Reporter(first, config.steps, enabled=progress) as report,
@@ -176,12 +178,12 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
     ):
         if peak is not None:
             report.note(f"MFU is the share of {peak} that model FLOP take")
-        if config.at(first) != config.after(first):
-            report.note(_phase_note(config, first))
-        for warning in warnings(config):
+        if phases.at(first) != phases.after(first):
+            report.note(_phase_note(phases.at(first), first))
+        for warning in warnings(phases):
             report.note(f"warning: {warning}")
         run.clock.resume()
-        log = StepLog(writer, report, config, run.clock, first)
+        log = StepLog(writer, report, phases, run.clock, first)
         log.peak = peak
         for step in range(first + 1, last + 1):
             if step - 1 in boundaries:
@@ -189,8 +191,8 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
                 pause(run)
                 with report.stage("compiling the train step"):
                     steps = _enter_phase(run, batch, programs)
-                log.peak = peak_of(config.at(step - 1), run.mesh)
-                report.note(_phase_note(config, step - 1))
+                log.peak = peak_of(phases.at(step - 1), run.mesh)
+                report.note(_phase_note(phases.at(step - 1), step - 1))
                 run.clock.resume()
             train_step = steps.watched if config.is_watched(step) else steps.train
             if profiler.begins(step):
@@ -235,17 +237,17 @@ def _enter_phase(run: Run, batch: Batch, programs: Programs) -> PhasePrograms:
     The state is converted to that phase's formats here, not after the previous phase's last step,
     so a checkpoint, an evaluation or the end of a run there holds what the previous phase made.
     """
-    left, entered = run.config.after(run.step), run.config.at(run.step)
+    left, entered = run.resolved.after(run.step), run.resolved.at(run.step)
     if left != entered:
         run.state = change_phase(run.state, left, entered, run.mesh)
     steps = programs.phase(entered, run.mesh, run.state, batch)
     for step in filter(None, steps):
-        refuse_oversized(step, entered)
+        refuse_oversized(step, entered.config)
     return steps
 
 
-def _phase_note(config: Config, step: int) -> str:
-    return f"step {step}  from here on {config.at(step).precision}"
+def _phase_note(phase: Phase, step: int) -> str:
+    return f"step {step}  from here on {phase.config.precision}"
 
 
 def _introduction(run: Run) -> str:
@@ -294,7 +296,7 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
 
 def _held_out(run: Run, programs: Programs, *, batches: int = 0) -> float:
     """The held-out loss of the parameters, computed in the phase that produced them."""
-    eval_step = programs.evaluation(run.config.after(run.step), run.mesh)
+    eval_step = programs.evaluation(run.resolved.after(run.step), run.mesh)
     return held_out_loss(
         eval_step, run.state.params, run.corpus, run.config, run.mesh, batches=batches
     )

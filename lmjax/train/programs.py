@@ -9,18 +9,18 @@ Knows meshes, states and steps, not the loop around them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from lmjax.parallel.sharding import Mesh
-from lmjax.runs.config import Config
+from lmjax.runs.config import by_name
+from lmjax.runs.resolved import Phase
 from lmjax.runs.state import TrainState
 from lmjax.train.step import Batch, make_eval_step, make_train_step
 
-_Key = tuple[Config, Mesh]
+_Key = tuple[tuple[tuple[str, Any], ...], Mesh]
 _Program = TypeVar("_Program")
 
 
@@ -45,11 +45,11 @@ class Programs:
         self._phases: dict[_Key, PhasePrograms] = {}
         self._evaluations: dict[_Key, jax.stages.Wrapped] = {}
 
-    def phase(self, config: Config, mesh: Mesh, state: TrainState, batch: Batch) -> PhasePrograms:
+    def phase(self, phase: Phase, mesh: Mesh, state: TrainState, batch: Batch) -> PhasePrograms:
         """The train steps of a phase.
 
         Args:
-          config: resolved, for a single phase; see `Config.at`.
+          phase: which.
           mesh: where the steps are computed.
           state, batch: their arguments, or arrays with the same shapes and shardings.
         """
@@ -57,22 +57,22 @@ class Programs:
         def make() -> PhasePrograms:
             compiled = lambda step: step.lower(state, batch).compile()
             watched = None
-            if config.telemetry.every:
-                watched = compiled(make_train_step(config, mesh, telemetry=True))
-            return PhasePrograms(compiled(make_train_step(config, mesh)), watched)
+            if phase.config.telemetry.every:
+                watched = compiled(make_train_step(phase, mesh, telemetry=True))
+            return PhasePrograms(compiled(make_train_step(phase, mesh)), watched)
 
-        return self._kept(self._phases, (config, mesh), make)
+        return self._kept(self._phases, phase, mesh, make)
 
-    def evaluation(self, config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    def evaluation(self, phase: Phase, mesh: Mesh) -> jax.stages.Wrapped:
         """The evaluation of a batch in a phase; see `make_eval_step`."""
-        make = lambda: make_eval_step(config, mesh)
-        return self._kept(self._evaluations, (config, mesh), make)
+        make = lambda: make_eval_step(phase, mesh)
+        return self._kept(self._evaluations, phase, mesh, make)
 
     def _kept(
-        self, made: dict[_Key, _Program], key: _Key, make: Callable[[], _Program]
+        self, made: dict[_Key, _Program], phase: Phase, mesh: Mesh, make: Callable[[], _Program]
     ) -> _Program:
-        """Returns the entry of a key, ignoring the seed, made if missing; moves it to the end."""
-        key = dataclasses.replace(key[0], seed=0), key[1]
+        """Returns the program of a phase with any seed, made if missing; moves it to the end."""
+        key = tuple((by_name(phase.config) | {"seed": 0}).items()), mesh
         program = made.pop(key) if key in made else make()
         made[key] = program
         if len(made) > self._capacity:

@@ -49,7 +49,7 @@ def failing_storage_explained(workdir: str | Path) -> Iterator[None]:
 def record_start(run: Run) -> None:
     """Writes the environment of the remaining steps, if there are any, and the tokenizer."""
     if run.step < run.config.steps and is_first():
-        record_environment(run.workdir, run.config)
+        record_environment(run.workdir, run.resolved)
         run.corpus.tokenizer.save(run.workdir / "tokenizer.json")
 
 

@@ -50,7 +50,7 @@ def rewind(run: Run, failure: NonFiniteGradients) -> None:
         ) from failure
     batches = _record_batches(run, last_applied, failure.step)
     run.checkpoints.abandon_after(step)
-    target = abstract_state(run.config.after(step), run.mesh)
+    target = abstract_state(run.resolved.after(step), run.mesh)
     run.state = run.checkpoints.restore(step, target).state
     for position in run.positions.between(failure.step + 1, failure.step + 1).values():
         run.data.set_state(position)  # of the batch whose step was already dispatched

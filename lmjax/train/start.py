@@ -5,7 +5,6 @@ Knows data, meshes, checkpoints and states, not how steps are computed.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,8 @@ from lmjax.errors import InputError, StorageFailed
 from lmjax.parallel import sharding
 from lmjax.parallel.agreement import failing_together, is_first, refuse_unequal
 from lmjax.runs.checkpoint import Checkpoints
-from lmjax.runs.config import Config
+from lmjax.runs.config import Config, by_name
+from lmjax.runs.resolved import Resolved, resolve
 from lmjax.runs.run_directory import record_changes, refuse_unusable
 from lmjax.runs.sinks import refuse_missing
 from lmjax.runs.state import TrainState, abstract_state, create_state
@@ -33,7 +33,7 @@ class Run:
     """What the functions of a run share: its fixed parts and its changing state.
 
     Attributes:
-      config: resolved.
+      resolved: its config and the phases of its policy.
       corpus: the training data.
       mesh: where it is computed.
       workdir: the run directory.
@@ -46,7 +46,7 @@ class Run:
       rewinds: the steps that it was rewound to, in order.
     """
 
-    config: Config
+    resolved: Resolved
     corpus: TokenizedCorpus
     mesh: sharding.Mesh
     workdir: Path
@@ -59,6 +59,11 @@ class Run:
     rewinds: list[int]
 
     @property
+    def config(self) -> Config:
+        """The whole run's, resolved."""
+        return self.resolved.config
+
+    @property
     def step(self) -> int:
         """The last completed step."""
         return int(self.state.step)
@@ -66,8 +71,8 @@ class Run:
 
 def checked_input(
     config: Config, progress: bool, workdir: Path | None = None
-) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
-    """The resolved config, its corpus and its mesh; rejects parts that do not fit together.
+) -> tuple[Resolved, TokenizedCorpus, sharding.Mesh]:
+    """The resolved run, its corpus and its mesh; rejects parts that do not fit together.
 
     Cheap checks come first: the config, the run directory if it is local, the mesh.
 
@@ -75,24 +80,24 @@ def checked_input(
     they are about to compute.
     """
     with failing_together():
-        config, corpus, mesh = _checked_here(config, progress, workdir)
+        resolved, corpus, mesh = _checked_here(config, progress, workdir)
     # Each process may choose its own cache.
-    config_of_all = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=""))
-    refuse_unequal("flags", repr(config_of_all))
+    refuse_unequal("flags", repr(by_name(resolved.config) | {"data.cache_dir": ""}))
     refuse_unequal("text", corpus.fingerprint)
-    return config, corpus, mesh
+    return resolved, corpus, mesh
 
 
 def _checked_here(
     config: Config, progress: bool, workdir: Path | None
-) -> tuple[Config, TokenizedCorpus, sharding.Mesh]:
+) -> tuple[Resolved, TokenizedCorpus, sharding.Mesh]:
     try:
-        config = config.resolved()
+        resolved = resolve(config)
+        config = resolved.config
         refuse_missing(config.metrics)
         if workdir is not None and is_first():
             # Check before tokenizing, which may take hours.
             refuse_unusable(workdir, config)
-        _refuse_f64_without_x64(config)
+        _refuse_f64_without_x64(resolved)
         with stages.stage("starting JAX"):
             mesh = sharding.make_mesh(config.mesh)
         sharding.batch_share(mesh)
@@ -110,7 +115,7 @@ def _checked_here(
             f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} tokens, but "
             f"the model embeds {config.model.vocab_size}; raise --model.vocab-size"
         )
-    return config, corpus, mesh
+    return resolved, corpus, mesh
 
 
 def _refuse_uneven_batches(config: Config, mesh: sharding.Mesh) -> None:
@@ -125,15 +130,15 @@ def _refuse_uneven_batches(config: Config, mesh: sharding.Mesh) -> None:
         )
 
 
-def _refuse_f64_without_x64(config: Config) -> None:
-    sites = [site for _, phase in config.phases for site in phase.sites.values()]
+def _refuse_f64_without_x64(resolved: Resolved) -> None:
+    sites = [site for phase in resolved.phases for site in phase.sites.values()]
     formats = {f.name for site in sites for f in (site.params, site.compute, site.output)}
     if "f64" in formats and not jax.config.read("jax_enable_x64"):
         raise ValueError("f64 needs 64-bit JAX; set JAX_ENABLE_X64=1 in the environment")
 
 
 def start_run(
-    config: Config,
+    resolved: Resolved,
     corpus: TokenizedCorpus,
     mesh: sharding.Mesh,
     workdir: Path,
@@ -141,6 +146,7 @@ def start_run(
     note: Callable[[str], None],
 ) -> Run:
     """The run at its newest intact checkpoint, or at step 0."""
+    config = resolved.config
     share, shares = sharding.batch_share(mesh)
     data = train_iterator(
         corpus,
@@ -151,17 +157,17 @@ def start_run(
         process_index=share,
         process_count=shares,
     )
-    run = partial(Run, config, corpus, mesh, workdir, checkpoints, note, data)
+    run = partial(Run, resolved, corpus, mesh, workdir, checkpoints, note, data)
     latest = checkpoints.newest_intact()
     if latest is None:
         record_changes(workdir, config, 0)
         with stages.stage("drawing the initial parameters"):
-            state = create_state(config.at(0), mesh)
+            state = create_state(resolved.at(0), mesh)
         return run(state, Clock(0.0), Positions(config), [])
     with stages.stage(f"restoring the checkpoint of step {latest}"):
         state, position, counters = checkpoints.restore(
             latest,
-            abstract_state(config.after(latest), mesh),
+            abstract_state(resolved.after(latest), mesh),
             allow_cast=config.restore.allow_cast,
         )
     if counters["corpus"] != corpus.fingerprint:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.model import QUIET, Context, assembled, layout, objective_of
+from lmjax.model import QUIET, Context, assembled, objective_of
 from lmjax.optim import loss_scale
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.optim.storage import apply_updates, update_census
@@ -28,6 +28,7 @@ from lmjax.parallel.reduction import (
 from lmjax.precision import exact, probes
 from lmjax.precision.exact import at_least_f32
 from lmjax.runs.config import Config
+from lmjax.runs.resolved import Phase, phase_of
 from lmjax.runs.state import TrainState, abstract_state, gradient_norm, optimizer_of
 from lmjax.telemetry import measure
 
@@ -41,12 +42,12 @@ EvalStep = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
 def make_train_step(
-    config: Config, mesh: Any = None, *, telemetry: bool = False
+    config: Config | Phase, mesh: Any = None, *, telemetry: bool = False
 ) -> jax.stages.Wrapped:
     """The compiled train step of a run.
 
     Args:
-      config: the run.
+      config: the run, whose policy must have one phase, or a phase of it.
       mesh: where it runs; by default the config's mesh on all devices. With an abstract mesh the
         step can be traced and lowered but not executed.
       telemetry: whether the step counts what rounding does to its tensors; see `telemetry.py`.
@@ -60,24 +61,23 @@ def make_train_step(
       telemetry `telemetry`, a `Census` by site and role, and `updates`, an `UpdateCensus` by
       parameter.
     """
-    config = config.resolved()
-    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    step = train_step(config, mesh, telemetry=telemetry)
-    fixed_order = config.deterministic_reductions > 0
+    phase = phase_of(config)
+    mesh = sharding.make_mesh(phase.config.mesh) if mesh is None else mesh
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(phase, mesh))
+    step = train_step(phase, mesh, telemetry=telemetry)
+    fixed_order = phase.config.deterministic_reductions > 0
     return exact.jit(
         step, fixed_order=fixed_order, donate_argnums=0, out_shardings=(shardings, None)
     )
 
 
-def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainStep:
+def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep:
     """The step before compilation; see `make_train_step`."""
-    sites, places = config.param_sites, layout(config.model)
-    stack = places.stack
-    optimizer = optimizer_of(config)
+    config, sites, stack = phase.config, phase.param_sites, phase.layout.stack
+    optimizer = optimizer_of(phase)
     schedule = learning_rate_schedule(config.optimizer, config.steps)
-    slots = slots_of(config, telemetry)
-    gradient = make_gradient(config, mesh)
+    slots = slots_of(phase, telemetry)
+    gradient = make_gradient(phase, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step on `int32[batch_size, context]` inputs and targets."""
@@ -119,7 +119,7 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
         update_key = jax.random.fold_in(step_key, config.micro_batches)
         with jax.named_scope("optimizer"):
             stored = apply_updates(state.params, updates, state.residuals, sites, update_key)
-        scaling = measure.updated_scaling(state.scaling, measured, scale, places, config.sites)
+        scaling = measure.updated_scaling(state.scaling, measured, scale, phase.layout, phase.sites)
         skipped = opt_state.consecutive_skips > 0
         params, residuals, scaling = jax.tree.map(
             lambda old, new: jnp.where(skipped, old, new),
@@ -135,36 +135,37 @@ def train_step(config: Config, mesh: Any, *, telemetry: bool = False) -> TrainSt
     return step
 
 
-def slots_of(config: Config, telemetry: bool) -> measure.Tree:
+def slots_of(phase: Phase, telemetry: bool) -> measure.Tree:
     """What a step of a run measures; with telemetry, a watched one."""
     return measure.slots(
-        layout(config.model),
-        config.sites,
-        predictive=config.loss_scale.kind == "predictive",
-        telemetry=config.telemetry if telemetry else None,
+        phase.layout,
+        phase.sites,
+        predictive=phase.config.loss_scale.kind == "predictive",
+        telemetry=phase.config.telemetry if telemetry else None,
     )
 
 
-def make_gradient(config: Config, mesh: Any) -> Gradient:
+def make_gradient(phase: Phase, mesh: Any) -> Gradient:
     """The gradient of the scaled loss and what its slots measured, together with the loss."""
     of_loss = functools.partial(jax.grad, argnums=(0, 4), has_aux=True)
-    if config.deterministic_reductions:
-        part = of_loss(make_scaled_loss(config, mesh, constrain=sharding.leave))
-        return ordered_gradient(part, config.param_sites, mesh, config.deterministic_reductions)
-    if not reduces_narrow(config.param_sites, mesh):
-        return of_loss(make_scaled_loss(config, mesh))
-    part = of_loss(make_scaled_loss(config, mesh, constrain=sharding.constrain_part))
-    return reduced_gradient(part, config.param_sites, mesh)
+    sites, order = phase.param_sites, phase.config.deterministic_reductions
+    if order:
+        part = of_loss(make_scaled_loss(phase, mesh, constrain=sharding.leave))
+        return ordered_gradient(part, sites, mesh, order)
+    if not reduces_narrow(sites, mesh):
+        return of_loss(make_scaled_loss(phase, mesh))
+    part = of_loss(make_scaled_loss(phase, mesh, constrain=sharding.constrain_part))
+    return reduced_gradient(part, sites, mesh)
 
 
 def make_scaled_loss(
-    config: Config, mesh: Any, *, constrain: Callable[..., jax.Array] = sharding.constrain
+    phase: Phase, mesh: Any, *, constrain: Callable[..., jax.Array] = sharding.constrain
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The loss of a micro-batch times the loss scale, together with the loss itself.
 
     Traced under strict dtype promotion: an accidental upcast is an error here, not a slower run.
     """
-    sites, objective = config.sites, objective_of(config.model)
+    config, sites, objective = phase.config, phase.sites, objective_of(phase.config.model)
     random = config.model.dropout > 0 or any(site.stochastic for site in sites.values())
 
     def scaled_loss(
@@ -229,7 +230,7 @@ def _over_micro_batches(
     return jax.lax.scan(micro_step, (zeros, slots), (indices, parts))
 
 
-def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
+def make_eval_step(config: Config | Phase, mesh: Any = None) -> jax.stages.Wrapped:
     """The compiled evaluation of one batch.
 
     Returns:
@@ -237,15 +238,16 @@ def make_eval_step(config: Config, mesh: Any = None) -> jax.stages.Wrapped:
       that count and their number. A batch holds `inputs`, `targets` and `weights`, `[B, T]`, and
       with `data.document_mask` also `document_starts`.
     """
-    config = config.resolved()
-    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    fixed_order = config.deterministic_reductions > 0
-    return exact.jit(evaluation(config, mesh), fixed_order=fixed_order)
+    phase = phase_of(config)
+    mesh = sharding.make_mesh(phase.config.mesh) if mesh is None else mesh
+    fixed_order = phase.config.deterministic_reductions > 0
+    return exact.jit(evaluation(phase, mesh), fixed_order=fixed_order)
 
 
-def evaluation(config: Config, mesh: Any) -> EvalStep:
+def evaluation(phase: Phase, mesh: Any) -> EvalStep:
     """The evaluation of one batch before compilation; see `make_eval_step`."""
-    sites, parts = config.sites, config.deterministic_reductions
+    config, sites = phase.config, phase.sites
+    parts = config.deterministic_reductions
     objective = objective_of(config.model)
     constrain = functools.partial(sharding.leave if parts else sharding.constrain, mesh)
 

@@ -34,7 +34,7 @@ from lmjax.precision import exact
 from lmjax.precision.formats import parse_format
 from lmjax.precision.native import this_backend
 from lmjax.precision.policy import carrier
-from lmjax.runs.config import Config
+from lmjax.runs.resolved import Phase
 
 ROWS: Final = {"cpu": 512}
 """For the measured product on CPU; elsewhere `ROWS_ELSEWHERE`."""
@@ -72,17 +72,17 @@ def flops_per_token(model: ModelConfig, context: int) -> int:
     return 6 * count + 12 * model.layers * model.heads * model.head_size * context
 
 
-def peak_of(config: Config, mesh: Mesh) -> Peak | None:
-    """The peak of the devices of a mesh in the format of a config's products.
+def peak_of(phase: Phase, mesh: Mesh) -> Peak | None:
+    """The peak of the devices of a mesh in the format of a phase's products.
 
     Args:
-      config: resolved, for a single phase; gives the format and where measurements are cached.
+      phase: gives the format and where measurements are cached.
       mesh: the devices.
 
     Returns:
       The peak; None if it is unknown and cannot be measured.
     """
-    name = product_format(config)
+    name = product_format(phase)
     device = mesh.devices.flat[0]
     known = peak_flops(device.device_kind, name)
     if known is not None:
@@ -90,17 +90,19 @@ def peak_of(config: Config, mesh: Mesh) -> Peak | None:
     parts = mesh.size if device.platform != "cpu" else jax.process_count()
     dtype = "f32" if name in ("tf32", "fp8") else name
     try:
-        rate = _remembered(config.data.cache_path, device, dtype, lambda: measured(device, dtype))
+        rate = _remembered(
+            phase.config.data.cache_path, device, dtype, lambda: measured(device, dtype)
+        )
     except Exception:  # utilisation is only a log column; it must not end a run
         return None
     return Peak(rate * parts, dtype, "measured")
 
 
-def product_format(config: Config) -> str:
-    """The format that a config's products are computed in: `f32`, `tf32`, `bf16`, `fp8`, ..."""
-    products = config.products()
+def product_format(phase: Phase) -> str:
+    """The format that a phase's products are computed in: `f32`, `tf32`, `bf16`, `fp8`, ..."""
+    products = phase.products
     path = next((path for path in products if path.endswith("/mlp/up")), next(iter(products)))
-    site, product = config.sites[path], products[path]["y"]
+    site, product = phase.sites[path], products[path]["y"]
     if set(product.operands) == {"tf32"} and this_backend().platform == "gpu":
         return "tf32"
     if product.native and site.weights is not None and site.activations is not None:

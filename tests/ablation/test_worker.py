@@ -14,7 +14,7 @@ from run_helpers import ROOT, home, result, tiny
 from lmjax.ablation import grid, worker
 from lmjax.ablation.grid import Ablation, Cell
 from lmjax.console.signals import StopRequest
-from lmjax.train import Config, programs, train
+from lmjax.train import phase_of, programs, train
 
 __all__ = ["home"]
 
@@ -62,9 +62,9 @@ def test_a_worker_compiles_an_arm_once_and_the_seeds_are_those_of_runs_alone(
     made: list[str] = []
     make = programs.make_train_step
 
-    def noted(config: Config, mesh: Any, **options: Any) -> Any:
-        made.append(config.precision)
-        return make(config, mesh, **options)
+    def noted(phase: Any, mesh: Any, **options: Any) -> Any:
+        made.append(phase.config.precision)
+        return make(phase, mesh, **options)
 
     monkeypatch.setattr(programs, "make_train_step", noted)
     base = tiny(home, steps=3)
@@ -87,7 +87,8 @@ def test_programs_that_were_not_asked_for_lately_are_dropped(home: Path, monkeyp
     base = tiny(home)
     one, two, three = (dataclasses.replace(base, context=length) for length in (4, 8, 16))
     kept = programs.Programs(capacity=2)
-    ask = lambda config, seed=0: kept.evaluation(dataclasses.replace(config, seed=seed), None)
+    of = lambda config, seed: phase_of(dataclasses.replace(config, seed=seed))
+    ask = lambda config, seed=0: kept.evaluation(of(config, seed), None)
     first, second = ask(one), ask(two)
     assert ask(one, seed=1) is first, "the seed is not part of the program"
     third = ask(three)

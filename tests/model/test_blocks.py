@@ -12,14 +12,15 @@ import pytest
 
 from lmjax.model import apply, block_groups, param_sites, resolve_sites, stack, structure
 from lmjax.precision import PolicyError, parse_policy, paths
+from lmjax.runs.resolved import phase_of
 
 
 def forward(config: Any, **options: Any) -> Any:
-    return functools.partial(apply, config=config.model, sites=config.sites, **options)
+    return functools.partial(apply, config=config.model, sites=phase_of(config).sites, **options)
 
 
 def groups(config: Any) -> list[tuple[int, int]]:
-    return list(block_groups(config.model, config.sites))
+    return list(block_groups(config.model, phase_of(config).sites))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from lmjax.precision import parse_policy
 from lmjax.precision.paths import flatten
 from lmjax.precision.quantizer import parse_quantizer
 from lmjax.precision.scaling import fake_quantize
+from lmjax.runs.resolved import phase_of
 
 LENGTH = 12
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, LENGTH), np.int32)
@@ -29,7 +30,9 @@ def whole(draw_params, compile_fast) -> Any:
 
     @functools.cache
     def run(config: Any) -> np.ndarray:
-        forward = compile_fast(functools.partial(apply, config=config.model, sites=config.sites))
+        forward = compile_fast(
+            functools.partial(apply, config=config.model, sites=phase_of(config).sites)
+        )
         return np.asarray(forward(draw_params(config, std=0.3), TOKENS), np.float64)
 
     return run
@@ -40,9 +43,9 @@ def pieces(draw_params, compile_fast) -> Any:
     """`pieces(config)`: the same of `extend`, some tokens at a time and then one by one."""
 
     def run(config: Any) -> np.ndarray:
-        given = {"config": config.model, "sites": config.sites}
+        given = {"config": config.model, "sites": phase_of(config).sites}
         read = compile_fast(functools.partial(extend, **given))
-        cache = compile_fast(lambda: initial_cache(config.model, config.sites, 2, 16))()
+        cache = compile_fast(lambda: initial_cache(config.model, phase_of(config).sites, 2, 16))()
         kinds = jax.tree.map(lambda x: (x.shape, x.dtype), cache)
         params, logits, start = decoding_params(draw_params(config, std=0.3), **given), [], 0
         for length in PIECES:
@@ -133,7 +136,9 @@ def test_an_entry_is_what_the_quantizer_makes_of_it_wherever_it_stands(
 
 
 def shapes(config: Any, batch: int, length: int) -> Any:
-    return jax.eval_shape(lambda: initial_cache(config.model, config.sites, batch, length))
+    return jax.eval_shape(
+        lambda: initial_cache(config.model, phase_of(config).sites, batch, length)
+    )
 
 
 def test_without_kv_the_cache_is_in_the_compute_format_of_each_product(tiny):
@@ -177,10 +182,10 @@ def test_the_cache_takes_the_bytes_that_its_format_promises(kv, per_head, tiny):
 
 def test_what_lies_beyond_the_position_is_not_looked_at(tiny, draw_params, compile_fast):
     config = tiny(family="llama", model={"layers": 1})
-    given = {"config": config.model, "sites": config.sites}
+    given = {"config": config.model, "sites": phase_of(config).sites}
     prepared = decoding_params(draw_params(config, std=0.3), **given)
     read = compile_fast(functools.partial(extend, **given))
-    empty = initial_cache(config.model, config.sites, 2, 16)
+    empty = initial_cache(config.model, phase_of(config).sites, 2, 16)
 
     def filled(first: int) -> Any:
         return [
@@ -206,10 +211,12 @@ def test_parameters_are_cast_once_where_that_makes_them_smaller(
     policy, tied, expected, tiny, draw_params
 ):
     config = tiny(policy, model={"tied": tied})
-    prepared = decoding_params(draw_params(config), config=config.model, sites=config.sites)
+    prepared = decoding_params(
+        draw_params(config), config=config.model, sites=phase_of(config).sites
+    )
     found = {path: leaf.dtype.name for path, leaf in flatten(prepared).items()}
     assert {path: found[path] for path in expected} == expected
-    kernel = config.sites["blocks/0/mlp/up"]
+    kernel = phase_of(config).sites["blocks/0/mlp/up"]
     narrow = "bfloat16" in (kernel.compute.name, *found.values())
     assert found["blocks/1/mlp/up/kernel"] == ("bfloat16" if narrow else "float32")
 
@@ -217,5 +224,5 @@ def test_parameters_are_cast_once_where_that_makes_them_smaller(
 def test_more_positions_than_the_model_has_are_refused(tiny):
     config = tiny()
     with pytest.raises(ValueError, match="17 tokens, but the model has 16 positions"):
-        initial_cache(config.model, config.sites, 1, 17)
+        initial_cache(config.model, phase_of(config).sites, 1, 17)
     assert shapes(tiny(family="llama"), 1, 17)[0].keys.shape[2] == 17

@@ -29,6 +29,7 @@ from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel import sharding
 from lmjax.precision import parse_policy
 from lmjax.precision.sites import Layout, Place, Source, site_at
+from lmjax.runs.resolved import phase_of
 from lmjax.train import Config, abstract_state
 from lmjax.train.step import evaluation, train_step
 
@@ -160,7 +161,7 @@ def test_a_family_is_a_class_and_a_row(encoder, draw_state, compile_fast):
     assert axes["blocks"]["attention"]["norm"]["scale"] == ("layers", "norm")
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state, batch = draw_state(config), texts()
-    step = compile_fast(train_step(config, mesh))
+    step = compile_fast(train_step(phase_of(config), mesh))
     losses = []
     for _ in range(60):
         state, metrics = step(state, batch)
@@ -168,7 +169,7 @@ def test_a_family_is_a_class_and_a_row(encoder, draw_state, compile_fast):
     assert losses[0] > 0.9
     assert losses[-1] < 0.5 * losses[0]
 
-    evaluate = compile_fast(evaluation(config, mesh))
+    evaluate = compile_fast(evaluation(phase_of(config), mesh))
     weights = {"weights": np.ones((12, 1), np.float32)}
     nats, count = evaluate(state.params, batch | weights)
     assert count == 12
@@ -184,7 +185,9 @@ def test_it_takes_the_parametrisation_of_its_config(encoder):
     config = encoder(parametrisation="unit")
     mesh = sharding.abstract_mesh(sharding.MeshConfig(data=2), 2)
     state = abstract_state(config, mesh)
-    out, metrics = jax.eval_shape(train_step(config, mesh, telemetry=True), state, texts())
+    out, metrics = jax.eval_shape(
+        train_step(phase_of(config), mesh, telemetry=True), state, texts()
+    )
     assert jax.tree.structure(out) == jax.tree.structure(state)
     assert {"head/g", "blocks/attention/norm/dx"} <= metrics["telemetry"].keys()
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lmjax.model import ModelConfig, apply, gpt2, llama_1b, parameter_count
+from lmjax.runs.resolved import phase_of
 
 TOKENS = np.random.default_rng(1).permutation(64)[:24].reshape(2, 12).astype(np.int32)
 
@@ -77,7 +78,7 @@ def reference(params: Any, tokens: np.ndarray, c: ModelConfig) -> np.ndarray:
 
 
 def forward(config: Any) -> Any:
-    return functools.partial(apply, config=config.model, sites=config.sites)
+    return functools.partial(apply, config=config.model, sites=phase_of(config).sites)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -17,6 +17,7 @@ from lmjax.model.attention import Attention
 from lmjax.model.mask import CausalWithinDocuments
 from lmjax.model.sites import QUIET
 from lmjax.parallel import sharding
+from lmjax.runs.resolved import phase_of
 from lmjax.train.step import evaluation, make_scaled_loss
 
 END = 0
@@ -34,7 +35,9 @@ MASKED = DataConfig(document_mask=True)
 
 
 def logits(params: Any, tokens: jax.Array, starts: Any = None, *, config: Any) -> jax.Array:
-    return apply(params, tokens, config=config.model, sites=config.sites, document_starts=starts)
+    return apply(
+        params, tokens, config=config.model, sites=phase_of(config).sites, document_starts=starts
+    )
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,9 @@ def test_what_is_masked_may_overflow(tiny, compile_fast):
     config = tiny("pure_f16", "gpt2")
     attention = Attention(jax.random.key(0), config.model)
     name = "blocks/0/attention/"
-    sites = {p.removeprefix(name): s for p, s in config.sites.items() if p.startswith(name)}
+    sites = {
+        p.removeprefix(name): s for p, s in phase_of(config).sites.items() if p.startswith(name)
+    }
     q, k = (
         jnp.asarray(x, jnp.float16) for x in np.random.default_rng(0).normal(size=(2, 1, 6, 2, 8))
     )
@@ -144,9 +149,9 @@ def test_a_cache_holds_several_documents(policy, family, tiny, draw_params, forw
     config = tiny(policy, family)
     params, starts = draw_params(config, std=0.3), document_starts(WINDOW, END)
     expected = np.asarray(forward(config)(params, WINDOW, starts), np.float64)
-    given = {"config": config.model, "sites": config.sites}
+    given = {"config": config.model, "sites": phase_of(config).sites}
     read = compile_fast(functools.partial(extend, **given))
-    cache, found, start = initial_cache(config.model, config.sites, 1, 16), [], 0
+    cache, found, start = initial_cache(config.model, phase_of(config).sites, 1, 16), [], 0
     prepared = decoding_params(params, **given)
     for length in (6, 6, *[1] * (WINDOW.size - 12)):
         part = slice(start, start + length)
@@ -165,7 +170,7 @@ def losses_alone(params: Any, config: Any, run: Any) -> np.ndarray:
     ends = [0, *np.flatnonzero(WINDOW[0] == END)]
     for first, last in itertools.pairwise(ends):
         inputs, targets = WINDOW[:, first:last], WINDOW[:, first + 1 : last + 1]
-        site = config.sites["loss"]
+        site = phase_of(config).sites["loss"]
         found.append(-log_probabilities(run(params, inputs), targets, site)[0])
     return np.concatenate(found).astype(np.float64)
 
@@ -194,9 +199,11 @@ def test_the_loss_is_that_of_each_document_alone(
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     expected = losses_alone(params, config, forward(config))
     weights = jnp.ones(batch["inputs"].shape, jnp.float32)
-    nats, tokens = compile_fast(evaluation(config, mesh))(params, batch | {"weights": weights})
+    nats, tokens = compile_fast(evaluation(phase_of(config), mesh))(
+        params, batch | {"weights": weights}
+    )
     assert float(nats) / float(tokens) == pytest.approx(expected.mean(), rel=1e-5)
-    value = compile_fast(jax.value_and_grad(make_scaled_loss(config, mesh), has_aux=True))
+    value = compile_fast(jax.value_and_grad(make_scaled_loss(phase_of(config), mesh), has_aux=True))
     key = jax.random.key(0)
     (_, loss), gradient = value(params, batch, key, jnp.ones((), jnp.float32))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -209,7 +216,11 @@ def test_a_batch_that_does_not_say_where_documents_start_is_refused(tiny, draw_p
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with pytest.raises(ValueError, match=r"add document_starts=lmjax\.data\.document_starts"):
         jax.eval_shape(
-            make_scaled_loss(config, mesh), draw_params(config), draw_batch(config), None, 1.0
+            make_scaled_loss(phase_of(config), mesh),
+            draw_params(config),
+            draw_batch(config),
+            None,
+            1.0,
         )
 
 

@@ -14,6 +14,7 @@ import pytest
 from lmjax.model import apply, layers
 from lmjax.parallel import sharding
 from lmjax.precision import paths
+from lmjax.runs.resolved import phase_of
 from lmjax.train.step import make_scaled_loss, train_step
 
 POLICIES = ["f32", "mixed_bf16", "mixed_f16", "pure_bf16", "pure_f16", "p=bf16,c=f16,o=f32"]
@@ -29,7 +30,7 @@ def gradient_jaxpr(tiny, draw_params, draw_batch) -> Callable[..., Any]:
     def trace(policy: str, family: str = "gpt2") -> Any:
         config = tiny(policy, family)
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        gradients = jax.grad(make_scaled_loss(config, mesh), has_aux=True)
+        gradients = jax.grad(make_scaled_loss(phase_of(config), mesh), has_aux=True)
         scale = jnp.ones((), jnp.float32)
         return jax.make_jaxpr(gradients)(
             draw_params(config), draw_batch(config), jax.random.key(0), scale
@@ -55,7 +56,7 @@ def formats_of(gradient_jaxpr, equations) -> Callable[..., set[str]]:
 def test_compute_every_product_forward_and_backward(
     policy, family, gradient_jaxpr, equations, tiny
 ):
-    compute = tiny(policy).sites["embed"].compute.dtype
+    compute = phase_of(tiny(policy)).sites["embed"].compute.dtype
     dots = equations(gradient_jaxpr(policy, family), "dot_general")
     # Eight products in a block (nine with a gate) and the head, each with two gradients.
     assert len(dots) == {"gpt2": 27, "llama": 30}[family]
@@ -87,7 +88,9 @@ def test_autocast_multiplies_in_16_bits_and_keeps_the_residual_stream_in_f32(
         "float32"
     }
     narrow_sites = {
-        path.split("/")[-1] for path, site in config.sites.items() if site.compute.bits == 16
+        path.split("/")[-1]
+        for path, site in phase_of(config).sites.items()
+        if site.compute.bits == 16
     }
     products = {"query", "key", "value", "scores", "combine", "out", "up", "down", "head"}
     assert narrow_sites == products | ({"gate"} if family == "llama" else set())
@@ -101,10 +104,10 @@ def test_params_are_stored_as_the_policy_says_before_and_after_a_step(
     from lmjax.runs.state import initial_state
 
     config = tiny(policy, family).resolved()
-    stored = config.sites["embed"].params.dtype
+    stored = phase_of(config).sites["embed"].params.dtype
     before = jax.eval_shape(lambda: initial_state(config))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    after, _ = jax.eval_shape(train_step(config, mesh), before, draw_batch(config))
+    after, _ = jax.eval_shape(train_step(phase_of(config), mesh), before, draw_batch(config))
     for state in (before, after):
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {stored}
     types = lambda state: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
@@ -119,7 +122,9 @@ def test_params_of_one_site_may_be_stored_otherwise(tiny, draw_params):
         assert dtype == expected, path
     from lmjax.model import initial_params
 
-    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), config.model, config.sites))
+    shapes = jax.eval_shape(
+        lambda: initial_params(jax.random.key(0), config.model, phase_of(config).sites)
+    )
     assert {p: x.dtype.name for p, x in paths.flatten(shapes).items()} == stored
 
 
@@ -127,11 +132,11 @@ def test_params_of_one_site_may_be_stored_otherwise(tiny, draw_params):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_output_is_the_format_of_the_logits(policy, family, tiny, draw_params, draw_batch):
     config = tiny(policy, family)
-    run = functools.partial(apply, config=config.model, sites=config.sites)
+    run = functools.partial(apply, config=config.model, sites=phase_of(config).sites)
     logits = jax.eval_shape(run, draw_params(config), draw_batch(config)["inputs"])
-    assert logits.dtype == config.sites["head"].output.dtype
+    assert logits.dtype == phase_of(config).sites["head"].output.dtype
     only_output = tiny("p=f32,c=f32,o=bf16", family)
-    run = functools.partial(apply, config=config.model, sites=only_output.sites)
+    run = functools.partial(apply, config=config.model, sites=phase_of(only_output).sites)
     logits = jax.eval_shape(run, draw_params(only_output), draw_batch(config)["inputs"])
     assert logits.dtype == jnp.bfloat16
 
@@ -180,7 +185,9 @@ def test_a_product_may_be_widened_alone(gradient_jaxpr, equations):
 def test_an_f32_policy_has_no_narrow_number_anywhere(tiny, draw_state, draw_batch, equations):
     config = tiny("f32", "llama").resolved()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    jaxpr = jax.make_jaxpr(train_step(config, mesh))(draw_state(config), draw_batch(config))
+    jaxpr = jax.make_jaxpr(train_step(phase_of(config), mesh))(
+        draw_state(config), draw_batch(config)
+    )
     found = {
         v.aval.dtype.name for e in equations(jaxpr) for v in e.outvars if hasattr(v.aval, "dtype")
     }
@@ -218,7 +225,7 @@ def test_an_accidental_upcast_is_an_error(tiny, draw_params, draw_batch, monkeyp
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with pytest.raises(Exception, match=r"float32.*bfloat16|bfloat16.*float32"):
         jax.eval_shape(
-            make_scaled_loss(config, mesh), draw_params(config), draw_batch(config), None,
+            make_scaled_loss(phase_of(config), mesh), draw_params(config), draw_batch(config), None,
             jnp.ones((), jnp.float32),
         )  # fmt: skip
 

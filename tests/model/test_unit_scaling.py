@@ -26,6 +26,7 @@ from lmjax.parallel import sharding
 from lmjax.parallel.sharding import MeshConfig
 from lmjax.precision import paths
 from lmjax.precision.probes import Census, Fate
+from lmjax.runs.resolved import phase_of, resolve
 from lmjax.runs.state import optimizer_of
 from lmjax.train import abstract_state, make_train_step
 from lmjax.train.advice import warnings
@@ -96,8 +97,8 @@ def test_every_gradient_is_a_multiple_of_the_true_one(
     params, batch = draw_params(config, std=1.0), draw_batch(config)
 
     def plain(params: Any) -> jax.Array:
-        logits = apply(params, batch["inputs"], config=config.model, sites=config.sites)
-        losses = token_losses(logits, batch["targets"], config.sites["loss"])
+        logits = apply(params, batch["inputs"], config=config.model, sites=phase_of(config).sites)
+        losses = token_losses(logits, batch["targets"], phase_of(config).sites["loss"])
         return jnp.mean(losses.cross_entropy) + 1e-3 * jnp.mean(losses.z)
 
     scaled = compile_fast(lambda p: gradients(config, p, batch)[0])(params)
@@ -252,7 +253,9 @@ def test_clipping_bounds_the_root_mean_square_and_rates_follow_the_fan_in(
     state = draw_state(config, std=0.0)
     fours = jax.tree.map(lambda p: jnp.full(p.shape, 4.0, jnp.float32), state.params)
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    updates, opt_state = compile_fast(optimizer_of(config).update)(fours, state.opt_state, zeros)
+    updates, opt_state = compile_fast(optimizer_of(phase_of(config)).update)(
+        fours, state.opt_state, zeros
+    )
     for moment in jax.tree.leaves(optax.tree.get(opt_state, "mu")):
         np.testing.assert_allclose(moment, 0.5, rtol=1e-5)
     fan_in = {"blocks/mlp/down/kernel": 64, "blocks/mlp/up/kernel": 16, "embed/table": 16}
@@ -262,7 +265,7 @@ def test_clipping_bounds_the_root_mean_square_and_rates_follow_the_fan_in(
 
 def test_a_learning_rate_for_small_weights_is_warned_about(tiny):
     usual = {"optimizer": {"learning_rate": 1e-3}}
-    assert warnings(tiny(**usual)) == []
-    (warning,) = warnings(tiny(model=UNIT, **usual))
+    assert warnings(resolve(tiny(**usual))) == []
+    (warning,) = warnings(resolve(tiny(model=UNIT, **usual)))
     assert "0.001" in warning
-    assert warnings(tiny(model=UNIT, optimizer={"learning_rate": 0.5})) == []
+    assert warnings(resolve(tiny(model=UNIT, optimizer={"learning_rate": 0.5}))) == []

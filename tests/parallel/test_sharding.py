@@ -23,6 +23,7 @@ from lmjax.parallel import sharding
 from lmjax.parallel.reduction import reduces_narrow
 from lmjax.parallel.sharding import MeshConfig, mesh_shape
 from lmjax.precision import paths
+from lmjax.runs.resolved import phase_of
 from lmjax.train import abstract_state
 
 SIZES = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -188,7 +189,7 @@ def gradient(policy: str) -> dict:
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
     batch = jax.device_put(batch, sharding.batch_sharding(mesh, (8, 16)))
     arguments = (batch, jax.random.key(0), jnp.float32(1), {}, {})
-    (gradients, _), loss = exact.jit(make_gradient(config, mesh))(
+    (gradients, _), loss = exact.jit(make_gradient(phase_of(config), mesh))(
         create_state(config, mesh).params, *arguments
     )
     leaves = paths.flatten(gradients) | {"loss": loss}
@@ -339,9 +340,9 @@ def test_a_mesh_that_cannot_keep_the_order_is_refused(sizes: dict[str, int], par
 def test_on_one_device_there_is_nothing_to_reduce(tiny):
     config = tiny("f32,r=bf16")
     one = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    assert not reduces_narrow(config.param_sites, one)
-    assert reduces_narrow(config.param_sites, sharding.abstract_mesh(SIZES, 8))
-    assert not reduces_narrow(tiny("f32").param_sites, sharding.abstract_mesh(SIZES, 8))
+    assert not reduces_narrow(phase_of(config).param_sites, one)
+    assert reduces_narrow(phase_of(config).param_sites, sharding.abstract_mesh(SIZES, 8))
+    assert not reduces_narrow(phase_of(tiny("f32")).param_sites, sharding.abstract_mesh(SIZES, 8))
 
 
 ORDERED_MESHES = [

@@ -8,7 +8,7 @@ import pytest
 
 from lmjax.model import parameter_count
 from lmjax.plan import CHIPS, Chip, Collective, roofline
-from lmjax.train import Config
+from lmjax.train import Config, phase_of
 
 H100, V5P = CHIPS
 MESH = {"data": 2, "fsdp": 8, "tensor": 1, "sequence": 1}
@@ -26,24 +26,26 @@ def test_arithmetic_is_six_flops_a_weight_and_token_and_attention(tiny: Callable
     weights = model.layers * 12 * model.width**2 + model.vocab_size * model.width
     assert weights < parameter_count(model)
     attention = 12 * model.layers * model.width * config.context
-    line = roofline(config, MESH, [], H100)
+    line = roofline(phase_of(config), MESH, [], H100)
     flops = tokens * (6 * weights + attention) / 16
     assert line.compute == pytest.approx(flops / H100.flops["bf16"])
-    assert roofline(tiny("f32", batch_size=32), MESH, [], H100).compute == pytest.approx(
+    assert roofline(phase_of(tiny("f32", batch_size=32)), MESH, [], H100).compute == pytest.approx(
         flops / H100.flops["f32"]
     )
     assert line.tokens == tokens
 
 
 def test_rematerialised_blocks_are_computed_once_more(tiny: Callable[..., Config]):
-    once = roofline(tiny(), MESH, [], V5P).compute
-    again = roofline(tiny(model={"remat": "full"}), MESH, [], V5P).compute
+    once = roofline(phase_of(tiny()), MESH, [], V5P).compute
+    again = roofline(phase_of(tiny(model={"remat": "full"})), MESH, [], V5P).compute
     assert 1.2 < again / once < 4 / 3, "all but the head"
 
 
 def test_narrow_operands_are_multiplied_at_their_rate(tiny: Callable[..., Config]):
     fp8 = "mixed_bf16,w=e4m3@tensor,x=e4m3@tensor"
-    plain, narrow = (roofline(tiny(p), MESH, [], H100).compute for p in ("mixed_bf16", fp8))
+    plain, narrow = (
+        roofline(phase_of(tiny(p)), MESH, [], H100).compute for p in ("mixed_bf16", fp8)
+    )
     assert narrow < plain
 
 
@@ -59,13 +61,13 @@ def test_narrow_operands_are_multiplied_at_their_rate(tiny: Callable[..., Config
 def test_a_group_sends_as_fast_as_what_it_crosses(
     chip: Chip, axes: tuple[str, ...], group: int, rate: float, tiny: Callable[..., Config]
 ):
-    line = roofline(tiny(), MESH, [gather(*axes, group=group)], chip)
+    line = roofline(phase_of(tiny()), MESH, [gather(*axes, group=group)], chip)
     assert line.sent == pytest.approx(8e9 * (group - 1) / group / rate)
     assert line.wires == {" x ".join(axes): line.sent}
 
 
 def test_the_longest_of_three_is_the_bound(tiny: Callable[..., Config]):
-    line = roofline(tiny(), MESH, [gather("data", group=2)], H100)
+    line = roofline(phase_of(tiny()), MESH, [gather("data", group=2)], H100)
     assert line.bound == "wires"
     assert line.least == line.sent
     assert line.most == pytest.approx(line.compute + line.memory + line.sent)

@@ -9,6 +9,7 @@ from lmjax.model import layout
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.matmul import einsum
 from lmjax.precision.sites import SITES, Kind, Layout, Place, Stack, site_at
+from lmjax.runs.resolved import phase_of
 
 
 def test_a_site_that_is_not_declared_is_refused():
@@ -43,13 +44,17 @@ def test_a_wide_or_unquantized_site_says_why():
 def test_a_layout_agrees_with_the_parameters_and_the_paths_of_policies(family: str, tiny):
     config = tiny(family=family)
     places = layout(config.model)
-    assert list(config.sites) == list(places.paths)
-    for parameter in config.param_sites:
+    assert list(phase_of(config).sites) == list(places.paths)
+    for parameter in phase_of(config).param_sites:
         place = places.place_of_parameter(parameter)
         assert place.site.kind is not Kind.ACTIVATION_PRODUCT
         assert (place.stack is not None) == parameter.startswith("blocks/")
         assert len(place.paths) == (config.model.layers if place.stack else 1)
-    assert all(places.input_format(p, config.sites) is None for p in places.paths if is_product(p))
+    assert all(
+        places.input_format(p, phase_of(config).sites) is None
+        for p in places.paths
+        if is_product(p)
+    )
 
 
 def is_product(path: str) -> bool:
@@ -62,7 +67,7 @@ def test_an_input_arrives_in_the_format_that_the_site_before_hands_on(tiny):
     )
     config = tiny(policy, "llama")
     places = layout(config.model)
-    arrives = lambda path: places.input_format(path, config.sites).name
+    arrives = lambda path: places.input_format(path, phase_of(config).sites).name
     assert arrives("embed") == "bf16"
     assert arrives("blocks/0/attention/norm") == arrives("blocks/0/mlp/norm") == "f16"
     assert arrives("norm") == "bf16", "what the last block hands on"

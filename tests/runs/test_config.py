@@ -10,6 +10,7 @@ import pytest
 from lmjax.parallel.sharding import MeshConfig
 from lmjax.precision.policy import PolicyError
 from lmjax.runs.config import differences, from_json, to_json
+from lmjax.runs.resolved import phase_of, resolve
 from lmjax.train import Config
 
 
@@ -74,8 +75,8 @@ def test_clamped_cotangents_count_as_an_overflow_where_a_lower_scale_would_help(
             config, loss_scale=dataclasses.replace(config.loss_scale, kind=kind)
         )
         for made in (config, config.resolved()):
-            assert {site.cotangents for site in made.sites.values()} == {cotangents}, kind
-    assert {site.cotangents for site in tiny("mixed_bf16").sites.values()} == {"clamp"}
+            assert {site.cotangents for site in phase_of(made).sites.values()} == {cotangents}, kind
+    assert {site.cotangents for site in phase_of(tiny("mixed_bf16")).sites.values()} == {"clamp"}
 
 
 @pytest.mark.parametrize(
@@ -91,26 +92,28 @@ def test_loss_scaling_is_the_same_in_every_phase(policy, kind, tiny):
     config = tiny(policy)
     assert config.resolved().loss_scale.kind == kind
     for made in (config, config.resolved()):
-        assert {phase.resolved().loss_scale.kind for _, phase in made.phases} == {kind}
+        assert {phase.config.loss_scale.kind for phase in resolve(made).phases} == {kind}
     told = dataclasses.replace(config.loss_scale, kind="static")
-    assert tiny(policy, loss_scale=told).at(9).loss_scale.kind == "static"
+    assert resolve(tiny(policy, loss_scale=told)).at(9).config.loss_scale.kind == "static"
 
 
 def test_a_phase_is_the_config_with_the_policy_of_that_phase(tiny):
-    config = tiny("0: mixed_bf16 | 9: f32; **/norm: c=bf16").resolved()
+    run = resolve(tiny("0: mixed_bf16 | 9: f32; **/norm: c=bf16"))
+    config = run.config
     first = dataclasses.replace(config, precision="p=f32,c=bf16,o=f32")
     second = dataclasses.replace(config, precision="p=f32,c=f32,o=f32; **/norm: c=bf16")
-    assert [config.at(step) for step in (0, 8, 9, 99)] == [first, first, second, second]
-    assert config.phases == ((0, first), (9, second))
+    assert [run.at(step).config for step in (0, 8, 9, 99)] == [first, first, second, second]
+    assert [(phase.start, phase.config) for phase in run.phases] == [(0, first), (9, second)]
     assert second.resolved() == second
     # A state belongs to the phase of the step that made it, not of the one that reads it.
-    assert [config.after(steps) for steps in (0, 1, 9, 10)] == [first, first, first, second]
+    assert [run.after(steps).config for steps in (0, 1, 9, 10)] == [first, first, first, second]
 
 
-def test_without_phases_nothing_is_filled_in(tiny):
-    config = tiny("mixed_f16")
-    assert config.at(50) is config.after(50) is config
-    assert config.phases == ((0, config),)
+def test_without_phases_there_is_one(tiny):
+    run = resolve(tiny("mixed_f16"))
+    assert run.at(50) is run.after(50) is phase_of(run.phases[0]) is run.phases[0]
+    assert run.phases == (phase_of(run.config),)
+    assert run.phases[0].config is run.config
 
 
 def test_a_phase_that_would_never_run_is_refused(tiny):
@@ -131,7 +134,7 @@ def test_resolved_leaves_nothing_open_and_is_idempotent(tiny):
     assert resolved.precision == "p=f32,c=f16,o=f32"
     assert resolved.model.mlp_width == 64
     assert resolved.evaluation.batch_size == 2
-    assert resolved.resolved() == resolved
+    assert resolved.resolved() is resolved
     phased = tiny("0:mixed_f16|10:f32").resolved()
     assert phased.precision == "0: p=f32,c=f16,o=f32 | 10: p=f32,c=f32,o=f32"
     assert phased.resolved() == phased

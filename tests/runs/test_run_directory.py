@@ -31,7 +31,7 @@ from lmjax.runs.run_directory import (
     record_changes,
     record_environment,
 )
-from lmjax.train import RestoreConfig
+from lmjax.train import RestoreConfig, resolve
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_environment_says_where() -> None:
 
 def test_the_environment_of_a_run_says_which_products_are_native(tmp_path: Path) -> None:
     policy = "0: f32 | 5: f32; **/up: w=mxfp8"
-    record_environment(tmp_path, tiny(tmp_path, policy).resolved())
+    record_environment(tmp_path, resolve(tiny(tmp_path, policy)))
     recorded = strict_loads((tmp_path / "environment.json").read_text())
     assert recorded["backend"] == "cpu"
     assert recorded["products"] == {

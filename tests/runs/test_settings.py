@@ -13,6 +13,7 @@ import pytest
 from lmjax.precision import parse_format, paths
 from lmjax.precision.rounding import quantize
 from lmjax.precision.scaling import Quantized
+from lmjax.runs.resolved import phase_of
 
 
 def one_block(tiny: Any, policy: str) -> Any:
@@ -139,7 +140,9 @@ def test_an_emulated_compute_format_reaches_the_logits(tiny, draw_params, draw_b
     def logits(policy: str) -> Any:
         config = tiny(policy, model={"layers": 1})
         run = compile_fast(
-            lambda params, tokens: apply(params, tokens, config=config.model, sites=config.sites)
+            lambda params, tokens: apply(
+                params, tokens, config=config.model, sites=phase_of(config).sites
+            )
         )
         return run(draw_params(config, std=0.2), draw_batch(config)["inputs"])
 
@@ -224,7 +227,9 @@ def test_a_plain_policy_traces_to_no_quantization(tiny, draw_state, draw_batch, 
     def on_bits(policy: str) -> int:
         config = tiny(policy, model={"layers": 1}).resolved()
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        jaxpr = jax.make_jaxpr(train_step(config, mesh))(draw_state(config), draw_batch(config))
+        jaxpr = jax.make_jaxpr(train_step(phase_of(config), mesh))(
+            draw_state(config), draw_batch(config)
+        )
         return len(
             equations(jaxpr, "bitcast_convert_type", "shift_right_logical", "reduce_precision")
         )

@@ -16,6 +16,7 @@ from lmjax.parallel import sharding
 from lmjax.precision import paths
 from lmjax.precision.probes import Census, Fate, FullCensus, is_slot
 from lmjax.precision.scaling import DelayedScale
+from lmjax.runs.resolved import phase_of
 from lmjax.telemetry import measure
 from lmjax.telemetry.rows import TelemetryConfig
 from lmjax.train import Config
@@ -24,7 +25,7 @@ from lmjax.train.step import make_scaled_loss, slots_of, train_step
 
 def scaling_of(config: Config) -> Any:
     """Fresh histories for a run."""
-    return measure.initial_scaling(layout(config.model), config.sites)
+    return measure.initial_scaling(layout(config.model), phase_of(config).sites)
 
 
 DELAYED = "f32,w=e4m3@tensor.delayed4,x=e4m3@tensor.delayed4,g=e5m2@tensor.delayed4"
@@ -38,7 +39,7 @@ def step_of(compile_fast):
     def make(config: Any, telemetry: bool = False) -> Any:
         if (config, telemetry) not in steps:
             mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-            step = train_step(config.resolved(), mesh, telemetry=telemetry)
+            step = train_step(phase_of(config), mesh, telemetry=telemetry)
             steps[config, telemetry] = compile_fast(step)
         return steps[config, telemetry]
 
@@ -71,9 +72,9 @@ def test_a_watched_step_fills_every_slot_and_is_the_same_step(
     watched, more = step_of(config, True)(state, batch)
     assert bits(plain) == bits(watched)
     census, updates = more.pop("telemetry"), more.pop("updates")
-    assert set(updates) == set(config.param_sites)
+    assert set(updates) == set(phase_of(config).param_sites)
     assert bits(metrics) == bits(more)
-    sites = {path.replace("blocks/0/", "blocks/", 1) for path in config.sites}
+    sites = {path.replace("blocks/0/", "blocks/", 1) for path in phase_of(config).sites}
     assert {path.rsplit("/", 1)[0] for path in census} == sites
     unfilled = [path for path, c in census.items() if not np.all(c.size > 0)]
     assert not unfilled
@@ -83,9 +84,9 @@ def test_a_watched_step_fills_every_slot_and_is_the_same_step(
 
 def test_asking_for_nothing_gives_the_program_without_this_file(tiny, draw_state, draw_batch):
     config = tiny("mixed_f16; blocks/1: c=f32").resolved()
-    assert slots_of(config, telemetry=False) == {} == scaling_of(config)
+    assert slots_of(phase_of(config), telemetry=False) == {} == scaling_of(config)
     state, batch = draw_state(config), draw_batch(config)
-    loss = make_scaled_loss(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    loss = make_scaled_loss(phase_of(config), sharding.make_mesh(config.mesh, jax.devices()[:1]))
     arguments = (state.params, batch, jax.random.key(0), jnp.float32(1))
     gradient = jax.grad(loss, has_aux=True)
     with_empty = jax.make_jaxpr(lambda *a: gradient(*a, {}, {}))(*arguments)
@@ -195,7 +196,7 @@ def test_scales_of_blocks_change_no_gradient_that_fits(tiny, draw_state, draw_ba
     """Powers of two in f32: every cotangent is multiplied, and the gradient is the same bits."""
     config = tiny("f32", loss_scale=LossScaleConfig("dynamic", per_block=True)).resolved()
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    loss = make_scaled_loss(config, mesh)
+    loss = make_scaled_loss(phase_of(config), mesh)
     state, batch = draw_state(config, std=0.2), draw_batch(config)
 
     @compile_fast
@@ -251,7 +252,9 @@ def test_a_new_phase_keeps_the_histories_that_it_can_use(tiny, draw_state):
     old = tiny("f32,w=e4m3@tensor.delayed4,x=e4m3@tensor.delayed4")
     new = tiny("f32,w=e4m3@tensor.delayed4,x=e5m2@tensor.delayed4,g=e5m2@tensor.delayed4")
     seen = jax.tree.map(lambda leaf: leaf + 3, draw_state(old).scaling)
-    carried = measure.carried_scaling(seen, layout(new.model), old.sites, new.sites)
+    carried = measure.carried_scaling(
+        seen, layout(new.model), phase_of(old).sites, phase_of(new).sites
+    )
     assert jax.tree.structure(carried) == jax.tree.structure(scaling_of(new))
     up = carried["blocks"]["mlp"]["up"]
     assert [float(up[role].history[0, 0]) for role in ("w", "x", "g")] == [3, 0, 0]
@@ -260,5 +263,5 @@ def test_a_new_phase_keeps_the_histories_that_it_can_use(tiny, draw_state):
 @pytest.mark.parametrize(("exact", "kind"), [(False, Census), (True, FullCensus)])
 def test_telemetry_counts_a_sample_or_everything_as_the_config_says(tiny, exact, kind):
     config = tiny(telemetry=TelemetryConfig(every=1, exact=exact))
-    found = jax.tree.leaves(slots_of(config, telemetry=True), is_leaf=is_slot)
+    found = jax.tree.leaves(slots_of(phase_of(config), telemetry=True), is_leaf=is_slot)
     assert {type(slot) for slot in found} == {kind}

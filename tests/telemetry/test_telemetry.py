@@ -16,6 +16,7 @@ from lmjax.optim.storage import update_census
 from lmjax.parallel import sharding
 from lmjax.precision import paths, quantize
 from lmjax.precision.probes import Census, Rounded, is_slot
+from lmjax.runs.resolved import phase_of
 from lmjax.telemetry.rows import (
     TelemetryConfig,
     counted_roles,
@@ -33,7 +34,7 @@ def one_census(x: np.ndarray, policy_format) -> Census:
 
 def test_a_row_holds_shares_by_site_block_by_block(tiny):
     config = tiny("mixed_f16")
-    sites = config.sites
+    sites = phase_of(config).sites
     f16 = sites["head"].compute
     x = np.asarray([[0, 2.0**-26, 2.0**-20, 3.0], [0, 1.0, 1e5, 1.5]], np.float32)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(one_census(r, f16) for r in x))
@@ -51,7 +52,7 @@ def test_a_row_holds_shares_by_site_block_by_block(tiny):
 
 @pytest.mark.parametrize("size", [1e-25, 1.0, 2e19])
 def test_the_size_of_updates_is_right_where_squares_overflow_or_vanish(size: float, tiny):
-    sites = {"w": tiny("f32").param_sites["norm/scale"]}
+    sites = {"w": phase_of(tiny("f32")).param_sites["norm/scale"]}
     old = {"w": jnp.asarray([3.0, -4.0], jnp.float32) * np.float32(size)}
     updates = {"w": jnp.asarray([0.0, 0.5], jnp.float32) * np.float32(size)}
     census = jax.device_get(update_census(old, old, updates, sites))
@@ -60,7 +61,7 @@ def test_the_size_of_updates_is_right_where_squares_overflow_or_vanish(size: flo
 
 
 def test_a_row_says_what_became_of_updates(tiny):
-    sites = {"w": tiny("pure_bf16").param_sites["norm/scale"]}
+    sites = {"w": phase_of(tiny("pure_bf16")).param_sites["norm/scale"]}
     old = {"w": jnp.asarray([1.0, 1.0, 1.0, 0.0], jnp.bfloat16)}
     updates = {"w": jnp.asarray([2.0**-9, 2.0**-7, 0.0, 2.0**-9], jnp.float32)}
     new = {"w": (old["w"].astype(jnp.float32) + updates["w"]).astype(jnp.bfloat16)}
@@ -96,14 +97,17 @@ def test_rows_name_the_formats_that_the_step_rounds_to(family, tiny, draw_params
         layout(config.model),
         lambda place: {r: {"who": noting(f"{place.paths[0]}/{r}", seen)} for r in roles},
     )
-    loss = make_scaled_loss(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    loss = make_scaled_loss(phase_of(config), sharding.make_mesh(config.mesh, jax.devices()[:1]))
     jax.eval_shape(
         jax.grad(loss, argnums=4, has_aux=True), draw_params(config), draw_batch(config), None,
         jnp.ones((), jnp.float32), slots,
     )  # fmt: skip
     assert len(seen) > 40
     places = layout(config.model)
-    named = {path: {tensor_format(path, config.sites, places).partition("@")[0]} for path in seen}
+    named = {
+        path: {tensor_format(path, phase_of(config).sites, places).partition("@")[0]}
+        for path in seen
+    }
     assert named == seen
     assert {"e4m3", "e5m2", "bf16", "f16", "f32"} == set().union(*seen.values())
 

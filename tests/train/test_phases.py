@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lmjax.inference import evaluate, load_model
 from lmjax.parallel import sharding
 from lmjax.precision import parse_policy, paths
 from lmjax.runs.state import carry_over, change_phase
-from lmjax.train import abstract_state, make_train_step, train
+from lmjax.train import abstract_state, make_train_step, resolve, train
 from lmjax.train.programs import Programs
 
 SAVED, EVALUATED = 10, 15
@@ -38,21 +39,27 @@ def phased(home: Path, policy: str = POLICY) -> Any:
 
 @pytest.fixture(scope="module")
 def uninterrupted(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The run directory of the whole run, what it compiled and what it said."""
+    """The run directory of the whole run, and what it compiled, said and parsed."""
     compiled: list[str] = []
     said: list[str] = []
+    parsed: list[str] = []
 
-    def record(config: Any, mesh: Any) -> Any:
-        compiled.append(config.precision)
-        return make_train_step(config, mesh)
+    def record(phase: Any, mesh: Any) -> Any:
+        compiled.append(phase.config.precision)
+        return make_train_step(phase, mesh)
 
-    workdir = tmp_path_factory.mktemp("phases") / "run"
+    def parse(text: str) -> Any:
+        parsed.append(text)
+        return parse_policy(text)
+
+    config, workdir = phased(home), tmp_path_factory.mktemp("phases") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
         patch.setattr("lmjax.train.programs.make_train_step", record)
         patch.setattr("lmjax.train.loop.Reporter.note", lambda _, text: said.append(text))
-        train(phased(home), workdir, progress=False, programs=Programs())
-    return {"workdir": workdir, "compiled": compiled, "said": said}
+        patch.setattr("lmjax.runs.config.parse_policy", parse)
+        train(config, workdir, progress=False, programs=Programs())
+    return {"workdir": workdir, "compiled": compiled, "said": said, "parsed": parsed}
 
 
 def test_every_phase_is_compiled_once_and_announced_in_a_line(uninterrupted: Any) -> None:
@@ -63,6 +70,12 @@ def test_every_phase_is_compiled_once_and_announced_in_a_line(uninterrupted: Any
         f"step {SAVED}  from here on {names[1]}",
         f"step {EVALUATED}  from here on {names[2]}",
     ]
+
+
+def test_a_run_parses_its_policy_once_and_each_phase_once(uninterrupted: Any) -> None:
+    times = Counter(uninterrupted["parsed"])
+    assert [times[str(parse_policy(phase))] for phase in PHASES] == [1, 1, 1], times
+    assert times[str(parse_policy(POLICY))] <= 3, "once, and where config.json is read"
 
 
 def test_stopped_before_at_and_after_each_change_equals_uninterrupted(
@@ -155,8 +168,8 @@ def test_the_state_is_that_of_a_run_in_the_new_formats(optimizer: str, tiny: Any
     policy = " | ".join(f"{10 * i}: {phase}" for i, phase in enumerate(CHAIN))
     config = tiny(policy, optimizer={"name": optimizer}, model={"layers": 1})
     mesh = sharding.abstract_mesh(config.mesh, 1)
-    (_, old), *later = config.phases
-    for _, new in later:
+    old, *later = resolve(config).phases
+    for new in later:
         carried = jax.eval_shape(
             lambda s, a=old, b=new: carry_over(s, a, b), abstract_state(old, mesh)
         )
@@ -169,7 +182,7 @@ def test_the_state_is_that_of_a_run_in_the_new_formats(optimizer: str, tiny: Any
 
 def test_what_keeps_its_format_passes_bit_for_bit(tiny: Any, draw_state: Any) -> None:
     config = tiny("0: f32 | 7: p=bf16.kahan,c=f16,mu=bf16", model={"layers": 1})
-    (_, old), (_, new) = config.phases
+    old, new = resolve(config).phases
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state = draw_state(old)
     counters = {"scale": 2.0**9, "good_steps": 3, "skipped_steps": 2, "consecutive_skips": 1}

@@ -9,6 +9,7 @@ import pytest
 
 from lmjax.parallel import sharding
 from lmjax.precision import paths
+from lmjax.runs.resolved import phase_of
 from lmjax.runs.state import initial_state
 from lmjax.train import make_eval_step, make_train_step
 from lmjax.train.step import make_scaled_loss
@@ -143,7 +144,7 @@ def test_narrow_gradients_of_micro_batches_are_summed_in_f32(
     config = micro_config(tiny)
     state, batch = draw_state(config, std=0.2), draw_batch(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    gradient = compile_fast(jax.grad(make_scaled_loss(config, mesh), has_aux=True))
+    gradient = compile_fast(jax.grad(make_scaled_loss(phase_of(config), mesh), has_aux=True))
     scale, key = jnp.ones((), jnp.float32), jax.random.key(0)
     parts = [jax.tree.map(lambda rows, i=i: rows[i::2], batch) for i in range(2)]
     wide = [
@@ -200,7 +201,7 @@ def test_the_z_loss_is_added_with_its_weight(tiny, draw_params, draw_batch, comp
     def loss(weight: float) -> float:
         config = tiny(model={"z_loss": weight})
         mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-        run = compile_fast(make_scaled_loss(config, mesh))
+        run = compile_fast(make_scaled_loss(phase_of(config), mesh))
         return float(
             run(draw_params(config), draw_batch(config), None, jnp.ones((), jnp.float32))[1]
         )
@@ -264,6 +265,6 @@ def test_without_z_loss_large_logits_do_not_make_the_loss_nan(tiny, draw_params,
     params = draw_params(config)
     params["embed"]["table"] = params["embed"]["table"] * 1e22
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    scaled_loss = make_scaled_loss(config, mesh)
+    scaled_loss = make_scaled_loss(phase_of(config), mesh)
     _, loss = scaled_loss(params, draw_batch(config), jax.random.key(0), jnp.ones(()))
     assert 1e19 < float(loss) < np.inf

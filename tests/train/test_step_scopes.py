@@ -15,6 +15,7 @@ from lmjax.hlo.scopes import Scope, scope_of
 from lmjax.model import layout
 from lmjax.parallel import sharding
 from lmjax.plan import partitioned
+from lmjax.runs.resolved import phase_of
 from lmjax.train import Config, abstract_state
 from lmjax.train.step import PARTS, train_step
 
@@ -27,7 +28,7 @@ def compiled(config: Config, compile_fast: Any) -> str:
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     rows = jax.ShapeDtypeStruct((config.batch_size, config.context), jnp.int32)
     batch = {"inputs": rows, "targets": rows}
-    step = compile_fast(train_step(config, mesh))
+    step = compile_fast(train_step(phase_of(config), mesh))
     return step.lower(abstract_state(config, mesh), batch).compile().as_text()
 
 

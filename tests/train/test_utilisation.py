@@ -15,7 +15,7 @@ from run_helpers import rows
 from lmjax.chips import H100, V5P, peak_flops
 from lmjax.parallel import sharding
 from lmjax.precision import native
-from lmjax.train import train, utilisation
+from lmjax.train import phase_of, train, utilisation
 from lmjax.train.utilisation import (
     flops_per_token,
     measured,
@@ -75,12 +75,12 @@ def test_an_unknown_chip_has_no_peak() -> None:
 def test_the_format_is_the_one_that_is_multiplied(
     policy: str, on_h100: str, on_cpu: str | None, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(policy).resolved()
-    assert product_format(config) == (on_cpu or product_format(config))
+    config = tiny(policy)
+    assert product_format(phase_of(config)) == (on_cpu or product_format(phase_of(config)))
     h100 = native.Backend("gpu", (9, 0))
     monkeypatch.setattr(native, "this_backend", lambda: h100)
     monkeypatch.setattr(utilisation, "this_backend", lambda: h100)
-    assert product_format(config) == on_h100
+    assert product_format(phase_of(config)) == on_h100
 
 
 def test_a_measured_peak_is_measured_once(
@@ -93,7 +93,7 @@ def test_a_measured_peak_is_measured_once(
         config, data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "cache"))
     )
     for _ in range(2):
-        peak = peak_of(config, mesh)
+        peak = peak_of(phase_of(config), mesh)
         assert peak is not None
         assert str(peak) == "5 GFLOP/s of f32 products (measured)"
     assert calls == ["f32"]
@@ -101,7 +101,7 @@ def test_a_measured_peak_is_measured_once(
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, cache_dir=str(tmp_path / "file"))
     )
-    assert peak_of(config, mesh) is not None, "an unwritable cache costs a measurement"
+    assert peak_of(phase_of(config), mesh) is not None, "an unwritable cache costs a measurement"
     assert calls == ["f32", "f32"]
 
 
