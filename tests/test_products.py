@@ -24,6 +24,7 @@ from lmjax.model import decoding
 from lmjax.optim import optimizer
 from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.parallel import sharding
+from lmjax.precision.backend import Backend
 from lmjax.runs.resolved import phase_of
 from lmjax.runs.state import initial_state
 from lmjax.telemetry.rows import TelemetryConfig
@@ -97,6 +98,18 @@ def test_products_of_a_step_with_any_optimizer(name, family, tiny, draw_batch, p
 def test_products_of_a_step_under_any_policy(policy, changes, tiny, draw_batch, products):
     config = tiny(policy, "gpt2", **changes)
     assert not list(filter(None, map(careless, traced_step(config, draw_batch(config), products))))
+
+
+def test_the_devices_of_the_mesh_decide_and_not_the_default_one(
+    tiny, draw_batch, products, monkeypatch
+):
+    config = tiny("fp8")
+    here = traced_step(config, draw_batch(config), products)
+    monkeypatch.setattr(sharding, "backend_of", lambda mesh: Backend("gpu", (9, 0)))
+    there = traced_step(config, draw_batch(config), products)
+    narrow = lambda dots: sum(dot.invars[0].aval.dtype.itemsize == 1 for dot in dots)
+    # Six linear layers, each with two gradients, in one scan over both blocks.
+    assert (narrow(here), narrow(there)) == (0, 18)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

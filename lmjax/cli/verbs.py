@@ -39,9 +39,10 @@ from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
 from lmjax.console.tables import Column, print_table
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
+from lmjax.precision.backend import this_backend
 from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import KEYS
-from lmjax.precision.native import in_words, this_backend
+from lmjax.precision.native import in_words
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import fetched
 from lmjax.train import Config, InputError, Phase, resolve
@@ -160,7 +161,7 @@ def sites(
     for phase in phases:
         if len(phases) > 1:
             print(f"from step {phase.start} on: {phase.config.precision}")
-        words = {path: in_words(product) for path, product in phase.products.items()}
+        words = {path: in_words(product) for path, product in phase.products().items()}
         rows = {
             path: (*site.rows().values(), words.get(path, "")) for path, site in phase.sites.items()
         }
@@ -173,7 +174,7 @@ def _sites_json(phase: Phase) -> dict[str, dict[str, Any]]:
     """The settings of every site, and how each product is computed."""
     words = {
         path: {"products": {name: str(one) for name, one in product.items()}}
-        for path, product in phase.products.items()
+        for path, product in phase.products().items()
     }
     return {path: site.rows() | words.get(path, {}) for path, site in phase.sites.items()}
 

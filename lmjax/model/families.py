@@ -24,8 +24,9 @@ from lmjax.model.layout import BLOCKS
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Context, Sites
 from lmjax.precision import paths
+from lmjax.precision.native import Sums
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
-from lmjax.precision.sites import Layout, Place
+from lmjax.precision.sites import Kind, Layout, Place
 
 Params = dict[str, Any]
 """Nested dict of arrays; those below `blocks` have a leading axis of length `layers`."""
@@ -168,6 +169,32 @@ def param_sites(config: ModelConfig, sites: Sites) -> dict[str, SitePolicy]:
 def parameter_count(config: ModelConfig) -> int:
     """Number of values in all parameters; a tied head counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(structure(config)[1]))
+
+
+def product_sums(config: ModelConfig, rows: int, length: int) -> dict[str, Sums]:
+    """What each product site sums over, forwards and backwards, by path.
+
+    Args:
+      config: the model.
+      rows: of a micro-batch.
+      length: positions of a row.
+    """
+    shapes, sums = paths.flatten(structure(config)[1]), {}
+    groups = config.heads // config.kv_head_count
+    for place in layout(config).places:
+        if place.site.kind is Kind.ACTIVATION_PRODUCT:
+            inside, over = (config.head_size,), (length,)
+            scores = Sums(y=inside, dx=over, dw=(length, groups))
+            found = scores if place.site.name == "scores" else Sums(over, inside, (groups, length))
+        elif place.site.is_product:
+            kernel = shapes.get(f"{place.path}/kernel")
+            head = config.width, config.vocab_size
+            inward, outward = head if kernel is None else kernel.shape[-2:]
+            found = Sums((inward,), (outward,), (rows, length))
+        else:
+            continue
+        sums.update(dict.fromkeys(place.paths, found))
+    return sums
 
 
 def learning_rate_factors(config: ModelConfig) -> dict[str, float]:

@@ -4,7 +4,7 @@ The rest of lmjax gives array dimensions logical names (`embed`, `heads`, `batch
 each to the mesh axes that divide it. A dimension that its mesh axes do not divide evenly stays
 whole.
 
-Knows JAX, and how fields are checked.
+Knows JAX, backends, and how fields are checked.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lmjax.checks import at_least, validate
+from lmjax.precision.backend import Backend, planned_for, this_backend
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations; their width stays whole, because fsdp already divides their batch
@@ -104,6 +107,22 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     shape = mesh_shape(config, devices)
     types = (AxisType.Auto,) * len(shape)
     return AbstractMesh(tuple(shape.values()), tuple(shape), axis_types=types)
+
+
+def backend_of(mesh: Mesh | AbstractMesh) -> Backend:
+    """What the devices of a mesh are; an abstract mesh has JAX's default ones."""
+    return Backend.of(mesh.devices.flat[0]) if isinstance(mesh, Mesh) else this_backend()
+
+
+def traced_for(mesh: Mesh | AbstractMesh, function: Function) -> Function:
+    """A function whose products are written for the devices of a mesh; see `this_backend`."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any, **options: Any) -> Any:
+        with planned_for(backend_of(mesh)):
+            return function(*arguments, **options)
+
+    return cast(Function, traced)
 
 
 def named_sharding(

@@ -20,7 +20,7 @@ from lmjax import strict_json
 from lmjax.parallel import sharding
 from lmjax.plan.program import Memory
 from lmjax.precision import exact
-from lmjax.precision.contraction import planned_for
+from lmjax.precision.backend import Backend, planned_for
 from lmjax.runs.config import from_json
 from lmjax.train import Config, abstract_state, make_train_step, phase_of
 
@@ -41,7 +41,7 @@ def compile_here(config: Config, folder: str) -> Memory:
     shape = (config.batch_size, config.context)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
     batch = dict.fromkeys(config.data.batch_fields, tokens)
-    with planned_for(PLATFORM):
+    with planned_for(Backend(PLATFORM)):
         traced = make_train_step(phase, mesh).trace(abstract_state(phase, mesh), batch)
         lowered = traced.lower(lowering_platforms=(PLATFORM,))
     options = {**OPTIONS, "xla_dump_to": folder}

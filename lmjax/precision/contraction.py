@@ -1,4 +1,4 @@
-"""Contracts two arrays in the form that is fastest on the current backend.
+"""Contracts two arrays in the form that is fastest on the devices that a program is for.
 
 That is `jnp.einsum`, except on XLA's CPU backend:
 
@@ -15,40 +15,22 @@ That is `jnp.einsum`, except on XLA's CPU backend:
 All but the first apply to a single device only: axes that a mesh divides cannot be merged in place.
 A product of narrow operands is exact in f32, so only the order of the sum can change.
 
-Knows only JAX.
+Knows backends and JAX.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lmjax.precision.backend import this_backend
+
 CPU_INFO = Path("/proc/cpuinfo")
-
-_PLANNED: contextvars.ContextVar[str | None] = contextvars.ContextVar("planned", default=None)
-
-
-def platform() -> str:
-    """Returns the platform to write products for: JAX's default backend, or a planned one."""
-    return _PLANNED.get() or jax.default_backend()
-
-
-@contextlib.contextmanager
-def planned_for(name: str) -> Iterator[None]:
-    """Traces products as on the platform `name`, to lower a program that will not run here."""
-    token = _PLANNED.set(name)
-    try:
-        yield
-    finally:
-        _PLANNED.reset(token)
 
 
 def contract(
@@ -63,7 +45,7 @@ def contract(
       precision: precision of the product.
       accumulate: dtype of the sum and of the result.
     """
-    backend = platform()
+    backend = this_backend().platform
     if backend != "cpu":
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
     algorithm: Any = precision

@@ -38,15 +38,15 @@ thread timing are replaced or refused.
 """
 
 
-def jit(function: Callable[..., Any], *, fixed_order: bool = False, **options: Any) -> Any:
+def jit(function: Callable[..., Any], *, fixed_order: str = "", **options: Any) -> Any:
     """`jax.jit` without excess precision; takes the same options.
 
     Args:
       function: the function to compile.
-      fixed_order: whether it must always sum in the same order.
+      fixed_order: platform whose compiler must always sum in the same order; empty: it need not.
       options: options of `jax.jit`.
     """
-    order = ORDER_OPTIONS.get(jax.default_backend(), {}) if fixed_order else {}
+    order = ORDER_OPTIONS.get(fixed_order, {})
     return jax.jit(function, compiler_options=COMPILER_OPTIONS | order, **options)
 
 

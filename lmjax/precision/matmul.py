@@ -33,7 +33,8 @@ overflow f16 where sums of the operands themselves would not.
 
 Factors that differ among the terms of a sum (blocks) and zero points are applied before the sum.
 Such an operand is held in the compute format: exactly if factors are powers of two (MX) and the
-policy has `c=bf16` or wider; otherwise `element * factor` is rounded once more.
+policy has `c=bf16` or wider; otherwise `element * factor` is rounded once more. Where the backend
+multiplies elements and factors of blocks itself (`block_scaled.py`), it is not.
 
 Knows policies, quantizers, rotations, probes, sums, native products and JAX.
 """
@@ -49,9 +50,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lmjax.precision.backend import this_backend
+from lmjax.precision.block_scaled import Blocks, block_scaled_product
 from lmjax.precision.contraction import Plan, axes_of, beside_result, plan_of
 from lmjax.precision.hadamard import random_signs, rotate
-from lmjax.precision.native import multiplies_elements, product_dtypes, this_backend
+from lmjax.precision.native import is_block_scaled, multiplies_elements, product_dtypes
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe, Rounded, Slots, measure, report, report_cotangent
 from lmjax.precision.quantizer import Quantizer
@@ -64,7 +67,7 @@ from lmjax.precision.scaling import (
     quantize_with_scale,
 )
 from lmjax.precision.settings import Operand
-from lmjax.precision.summation import sum_of_products
+from lmjax.precision.summation import rounded_sum, sum_of_products
 
 Key = jax.Array | None
 Factors = Mapping[str, jax.Array]
@@ -259,15 +262,15 @@ def _product(
     """The product of both quantized operands, not yet rounded to the compute format."""
     plan = plan_of(spec)
     (x_role, of_x), (w_role, of_w) = roles
-    terms = _terms(pair[0], plan)
+    lengths = tuple(pair[0].shape[axis] for axis in plan.x_summed)
     block = _block(of_x, of_w)
     if block and plan.x_summed:
         pair, factors = _rotated(pair, plan, site, random_signs(block, _fold(key, 2))), {}
-    x = _ready(x_role, pair[0], of_x, plan.x_summed, site, _fold(key, 0), factors.get(x_role))
-    w = _ready(w_role, pair[1], of_w, plan.w_summed, site, _fold(key, 1), factors.get(w_role))
-    dtypes = product_dtypes(this_backend(), site, of_x, of_w, _terms(pair[0], plan))
-    x_dtype, w_dtype = dtypes or (x.values.dtype, w.values.dtype)
-    product = sum_of_products(spec, x.values.astype(x_dtype), w.values.astype(w_dtype), site)
+    blocks = is_block_scaled(this_backend(), site, of_x, of_w, lengths)
+    ready = functools.partial(_ready, site=site, blocks=blocks)
+    x = ready(x_role, pair[0], of_x, plan.x_summed, _fold(key, 0), factors.get(x_role))
+    w = ready(w_role, pair[1], of_w, plan.w_summed, _fold(key, 1), factors.get(w_role))
+    product = _sum(spec, x, w, site, of_x, of_w, math.prod(lengths))
     x_axes, w_axes, y_axes = axes_of(spec)
     for operand, axes, summed in ((x, x_axes, plan.x_summed), (w, w_axes, plan.w_summed)):
         if operand.late is not None:
@@ -275,8 +278,26 @@ def _product(
             factor = beside_result(factor, axes, summed, y_axes)
             product = apply_factor(product, factor, quantizer)
     if unit:
-        product = product * jnp.asarray(terms**-0.5, product.dtype)
+        product = product * jnp.asarray(math.prod(lengths) ** -0.5, product.dtype)
     return product
+
+
+def _sum(
+    spec: str,
+    x: _Ready,
+    w: _Ready,
+    site: SitePolicy,
+    of_x: Operand | None,
+    of_w: Operand | None,
+    terms: int,
+) -> jax.Array:
+    """The sums of products of both operands, without the factors that are still to come."""
+    if x.factors is not None and w.factors is not None:
+        total = block_scaled_product(spec, Blocks(x.values, x.factors), Blocks(w.values, w.factors))
+        return rounded_sum(total, site)
+    dtypes = product_dtypes(this_backend(), site, of_x, of_w, terms)
+    x_dtype, w_dtype = dtypes or (x.values.dtype, w.values.dtype)
+    return sum_of_products(spec, x.values.astype(x_dtype), w.values.astype(w_dtype), site)
 
 
 def _rotated(
@@ -288,11 +309,6 @@ def _rotated(
     return site.to_compute(rotated[0]), site.to_compute(rotated[1])
 
 
-def _terms(x: jax.Array, plan: Plan) -> int:
-    """Number of terms that a product with the first operand `x` sums."""
-    return math.prod(x.shape[axis] for axis in plan.x_summed)
-
-
 class _Ready(NamedTuple):
     """An operand as it is multiplied.
 
@@ -300,10 +316,12 @@ class _Ready(NamedTuple):
       values: of its shape and dtype.
       late: what the sum is still to be multiplied by, and the quantizer that this is a factor of:
         f32[], or f32 of the operand's shape, but with length 1 at the summed axes.
+      factors: of the blocks of a block-scaled product.
     """
 
     values: jax.Array
     late: tuple[jax.Array, Quantizer] | None = None
+    factors: jax.Array | None = None
 
 
 def _ready(
@@ -311,9 +329,11 @@ def _ready(
     x: jax.Array,
     operand: Operand | None,
     summed: tuple[int, ...],
-    site: SitePolicy,
     key: Key,
     factor: jax.Array | None,
+    *,
+    site: SitePolicy,
+    blocks: bool,
 ) -> _Ready:
     if operand is None:
         return _Ready(x)
@@ -326,9 +346,13 @@ def _ready(
         overflow = site.cotangents if role == "g" else "clamp"
         return _Ready(quantize(x, quantizer.format, rounding, key, overflow))
     how: dict[str, Any] = {"axis": summed, "rounding": rounding, "key": key, "scale": factor}
-    if not multiplies_elements(operand, site.compute):
+    if not blocks and not multiplies_elements(operand, site.compute):
         return _Ready(fake_quantize(x, quantizer, **how))
     quantized = quantize_with_scale(x, quantizer, **how)
+    if blocks:
+        late = None if quantized.tensor_scale is None else (quantized.tensor_scale, quantizer)
+        factors = quantized.scale.astype(quantizer.scale.dtype)
+        return _Ready(quantized.values.astype(quantizer.format.dtype), late, factors)
     return _Ready(quantized.values.astype(x.dtype), (quantized.factor, quantizer))
 
 

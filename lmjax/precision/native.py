@@ -3,16 +3,19 @@
 A product is *native* if both operands are passed to the dot in the dtypes of their elements:
 
     Nvidia GPUs of compute capability 8.9 and above    e4m3 x e4m3, e4m3 x e5m2, e5m2 x e4m3 -> f32
+    Nvidia GPUs of compute capability 10               the same in MX blocks of 32, and e2m1 x e2m1
+                                                       in NVFP4 blocks of 16 -> f32
     GPUs and TPUs                                      int8 x int8 -> int32
 
 Otherwise the same elements are multiplied in a wider format that holds them all, which is exact
 except for the order of the f32 sum. An operand with zero points, or with factors that differ among
 the terms of a sum (blocks), is multiplied by its factors first, and so is emulated in the compute
-format.
+format. In the native form of blocks (`block_scaled.py`) they must be whole.
 
-Native describes the input of XLA. Only the compiled program shows whether XLA has a kernel: fp8
-products that cuBLASLt does not support are widened again. The native forms were compared with the
-emulation on CPUs, where XLA widens fp8; they have not been run on a GPU or TPU. Nvidia's tensor
+Native describes the input of XLA. Only the compiled program shows whether XLA has a kernel
+(`python -m lmjax plan --target`): fp8 products that cuBLASLt does not support are widened again.
+The native forms were compiled for H100 and B200, and compared with the emulation on CPUs, where XLA
+widens fp8; they have not been run on a GPU or TPU. Nvidia's tensor
 cores are known to keep fewer bits of fp8 sums than f32 has (DeepSeek-V3 technical report, arXiv
 2412.19437, section 3.3.2).
 
@@ -21,17 +24,18 @@ Knows formats, policies, contractions and JAX.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from lmjax.precision.contraction import platform, widened
+from lmjax.precision.backend import Backend, this_backend
+from lmjax.precision.contraction import widened
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.policy import SitePolicy, carrier
+from lmjax.precision.quantizer import E4M3, E8M0
 from lmjax.precision.settings import Operand
 
 Dtypes = tuple[np.dtype[Any], np.dtype[Any]]
@@ -41,31 +45,20 @@ _E5M2: Final = np.dtype(ml_dtypes.float8_e5m2)
 _INT8: Final = np.dtype(np.int8)
 
 _FP8_CAPABILITY: Final = (8, 9)
+_BLOCKS_CAPABILITY: Final = 10
+"""Major number alone: cuDNN has these kernels for data-center Blackwell."""
+
+_FP8_PAIRS: Final = ((_E4M3, _E4M3), (_E4M3, _E5M2), (_E5M2, _E4M3))
+_BLOCK_PAIRS: Final = {
+    (E8M0, 32): _FP8_PAIRS,
+    (E4M3, 16): ((np.dtype(ml_dtypes.float4_e2m1fn),) * 2,),
+}
+"""Elements that are multiplied in blocks, by format of the factors and length of a block."""
+
 # No sum of this many products of int8, -128 times itself included, leaves int32.
 _INT32_TERMS: Final = (2**31 - 1) // 2**14
 # The f32 sum of 2**31 products of elements below this is finite.
 _LARGEST_ELEMENT: Final = 2.0**48
-
-
-class Backend(NamedTuple):
-    """The properties of a backend that decide which products are native.
-
-    Attributes:
-      platform: JAX name of the platform: `cpu`, `gpu`, `tpu`.
-      capability: compute capability of an Nvidia GPU; zeros otherwise.
-    """
-
-    platform: str
-    capability: tuple[int, int] = (0, 0)
-
-
-def this_backend() -> Backend:
-    """Returns the current backend, or the one being planned for."""
-    capability = re.fullmatch(
-        r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", ""))
-    )
-    version = (int(capability[1]), int(capability[2])) if capability else (0, 0)
-    return Backend(platform(), version)
 
 
 def native_dtypes(backend: Backend, x: Format, w: Format, terms: int) -> Dtypes | None:
@@ -81,11 +74,7 @@ def native_dtypes(backend: Backend, x: Format, w: Format, terms: int) -> Dtypes 
     if pair == (_INT8, _INT8):
         fits = backend.platform in ("gpu", "tpu") and terms <= _INT32_TERMS
     else:
-        fits = (
-            backend.capability >= _FP8_CAPABILITY
-            and set(pair) <= {_E4M3, _E5M2}
-            and pair != (_E5M2, _E5M2)
-        )
+        fits = backend.capability >= _FP8_CAPABILITY and pair in _FP8_PAIRS
     return (pair[0], pair[1]) if fits and pair[0] and pair[1] else None
 
 
@@ -138,6 +127,33 @@ def product_dtypes(
     return native_dtypes(backend, multiplied(x, site.compute), multiplied(w, site.compute), terms)
 
 
+def is_block_scaled(
+    backend: Backend,
+    site: SitePolicy,
+    x: Operand | None,
+    w: Operand | None,
+    lengths: tuple[int, ...],
+) -> bool:
+    """Whether a product of a site is one block-scaled product on a backend.
+
+    Args:
+      backend: the backend.
+      site: the formats.
+      x: quantization of the first operand.
+      w: quantization of the second.
+      lengths: of the axes that are summed over; blocks run along the last one.
+    """
+    if x is None or w is None or not lengths or backend.capability[0] != _BLOCKS_CAPABILITY:
+        return False
+    blocks = {(one.quantizer.scale, one.quantizer.block) for one in (x, w)}
+    if len(blocks) > 1 or site.compute.bits > 32 or site.accum.format.bits > 32:
+        return False
+    (kind,) = blocks
+    pair = x.quantizer.format.dtype, w.quantizer.format.dtype
+    whole = kind in _BLOCK_PAIRS and lengths[-1] % kind[1] == 0
+    return whole and pair in _BLOCK_PAIRS[kind] and not site.accum.chunk
+
+
 def _shows_nan(operand: Operand | None) -> bool:
     """Whether a NaN survives in elements or factor. Integers have none, so the factor must."""
     if operand is None or not operand.quantizer.format.is_integer:
@@ -169,44 +185,55 @@ class Arithmetic(NamedTuple):
         return "native" if self.native else f"emulated in {self.multiplied}"
 
 
+class Sums(NamedTuple):
+    """Lengths of the axes that the product of a site and its gradients sum over, blocks last."""
+
+    y: tuple[int, ...]
+    dx: tuple[int, ...]
+    dw: tuple[int, ...]
+
+
 def products(
-    sites: Mapping[str, SitePolicy], tokens: int, backend: Backend | None = None
+    sites: Mapping[str, SitePolicy], sums: Mapping[str, Sums], backend: Backend | None = None
 ) -> dict[str, dict[str, Arithmetic]]:
     """Describes how each product site computes its product `y` and gradients `dx` and `dw`.
 
     Args:
       sites: formats by path.
-      tokens: tokens of a micro-batch on all devices, over which weight gradients are summed. Sums
-        over a width of the model are assumed to be short enough for int32.
+      sums: what the products of a micro-batch on all devices sum over, by path.
       backend: the current one by default.
     """
     backend = backend or this_backend()
     return {
-        path: _of_site(site, tokens, backend)
+        path: _of_site(site, sums[path], backend)
         for path, site in sites.items()
         if site.site.is_product
     }
 
 
-def _of_site(site: SitePolicy, tokens: int, backend: Backend) -> dict[str, Arithmetic]:
+def _of_site(site: SitePolicy, sums: Sums, backend: Backend) -> dict[str, Arithmetic]:
     x, xb, g = site.activations, site.backward_activations, site.grads
     w, wb = site.second, site.backward_second
+    pairs = {"y": (x, w), "dx": (g, wb), "dw": (xb, g)}
     return {
-        "y": _arithmetic(backend, site, x, w, 1),
-        "dx": _arithmetic(backend, site, g, wb, 1),
-        "dw": _arithmetic(backend, site, xb, g, tokens),
+        name: _arithmetic(backend, site, *pair, getattr(sums, name)) for name, pair in pairs.items()
     }
 
 
 def _arithmetic(
-    backend: Backend, site: SitePolicy, x: Operand | None, w: Operand | None, terms: int
+    backend: Backend,
+    site: SitePolicy,
+    x: Operand | None,
+    w: Operand | None,
+    lengths: tuple[int, ...],
 ) -> Arithmetic:
     rounded = "tf32" if site.matmul == "tf32" and site.compute.name == "f32" else site.compute.name
     x_name, w_name = (rounded if o is None else str(o.quantizer) for o in (x, w))
     held = _carrier(site.compute)
     wide = bool(site.accum.chunk) or widened(backend.platform, held.dtype)
     plain = x is None and w is None and rounded == held.name and not wide
-    native = plain or product_dtypes(backend, site, x, w, terms) is not None
+    dtypes = product_dtypes(backend, site, x, w, math.prod(lengths))
+    native = plain or dtypes is not None or is_block_scaled(backend, site, x, w, lengths)
     return Arithmetic((x_name, w_name), native, "f32" if wide else held.name)
 
 

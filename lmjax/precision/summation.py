@@ -30,10 +30,13 @@ def sum_of_products(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> 
         x, w = quantize(x, "tf32", overflow="clamp"), quantize(w, "tf32", overflow="clamp")
     if site.accum.chunk:
         return _chunked(plan_of(spec), x, w, site.accum)
-    total = _contract(spec, x, w, site)
-    if site.accum.format.bits < 32:
-        total = quantize(total, site.accum.format, overflow="fail")
-    return total
+    return rounded_sum(_contract(spec, x, w, site), site)
+
+
+def rounded_sum(total: jax.Array, site: SitePolicy) -> jax.Array:
+    """A whole sum, rounded to a narrow accumulator."""
+    narrow = site.accum.format.bits < 32
+    return quantize(total, site.accum.format, overflow="fail") if narrow else total
 
 
 def _contract(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:

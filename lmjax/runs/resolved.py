@@ -9,11 +9,11 @@ Knows configs, models and policies.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass, field
 from typing import Final
 
-from lmjax.model import Sites, layout, param_sites
+from lmjax.model import Sites, layout, param_sites, product_sums
+from lmjax.precision.backend import Backend
 from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.sites import Layout
@@ -41,11 +41,11 @@ class Phase:
     sites: Sites = field(compare=False, repr=False)
     param_sites: dict[str, SitePolicy] = field(compare=False, repr=False)
 
-    @functools.cached_property
-    def products(self) -> dict[str, dict[str, Arithmetic]]:
-        """How each product of the model is computed on the current backend."""
-        config = self.config
-        return products(self.sites, config.batch_size // config.micro_batches * config.context)
+    def products(self, backend: Backend | None = None) -> dict[str, dict[str, Arithmetic]]:
+        """How each product of the model is computed on a backend, by default this machine's."""
+        rows = self.config.batch_size // self.config.micro_batches
+        sums = product_sums(self.config.model, rows, self.config.context)
+        return products(self.sites, sums, backend)
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
 
 def record_environment(workdir: Path, run: Resolved) -> None:
     """Writes `environment.json`: where the remaining steps are computed."""
-    sites = [site for phase in run.phases for site in phase.products.values()]
+    sites = [site for phase in run.phases for site in phase.products().values()]
     recorded = environment() | {"products": summary(sites)}
     replace_text(workdir / "environment.json", strict_json.dumps(recorded, indent=2) + "\n")
 

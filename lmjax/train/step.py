@@ -65,10 +65,12 @@ def make_train_step(
     mesh = sharding.make_mesh(phase.config.mesh) if mesh is None else mesh
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(phase, mesh))
     step = train_step(phase, mesh, telemetry=telemetry)
-    fixed_order = phase.config.deterministic_reductions > 0
-    return exact.jit(
-        step, fixed_order=fixed_order, donate_argnums=0, out_shardings=(shardings, None)
-    )
+    order = _fixed_order(phase.config, mesh)
+    return exact.jit(step, fixed_order=order, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _fixed_order(config: Config, mesh: Any) -> str:
+    return sharding.backend_of(mesh).platform if config.deterministic_reductions else ""
 
 
 def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep:
@@ -132,7 +134,7 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
         new_state = TrainState(state.step + 1, params, opt_state, residuals, scaling, state.key)
         return new_state, metrics
 
-    return step
+    return sharding.traced_for(mesh, step)
 
 
 def slots_of(phase: Phase, telemetry: bool) -> measure.Tree:
@@ -240,8 +242,7 @@ def make_eval_step(config: Config | Phase, mesh: Any = None) -> jax.stages.Wrapp
     """
     phase = phase_of(config)
     mesh = sharding.make_mesh(phase.config.mesh) if mesh is None else mesh
-    fixed_order = phase.config.deterministic_reductions > 0
-    return exact.jit(evaluation(phase, mesh), fixed_order=fixed_order)
+    return exact.jit(evaluation(phase, mesh), fixed_order=_fixed_order(phase.config, mesh))
 
 
 def evaluation(phase: Phase, mesh: Any) -> EvalStep:
@@ -265,8 +266,8 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
             return objective.evaluate(x, model, batch, sites, QUIET)
 
     if not parts:
-        return eval_step
+        return sharding.traced_for(mesh, eval_step)
     of_part = lambda index, rows, params: eval_step(params, rows)
     add = functools.partial(jax.tree.map, jnp.add)
     over_parts = sharding.in_order(mesh, parts, of_part, add)
-    return lambda params, batch: over_parts(batch, params)
+    return sharding.traced_for(mesh, lambda params, batch: over_parts(batch, params))

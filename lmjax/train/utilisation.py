@@ -31,8 +31,8 @@ from lmjax.chips import peak_flops
 from lmjax.model import ModelConfig, structure
 from lmjax.parallel.sharding import Mesh
 from lmjax.precision import exact
+from lmjax.precision.backend import Backend
 from lmjax.precision.formats import parse_format
-from lmjax.precision.native import this_backend
 from lmjax.precision.policy import carrier
 from lmjax.runs.resolved import Phase
 
@@ -82,8 +82,8 @@ def peak_of(phase: Phase, mesh: Mesh) -> Peak | None:
     Returns:
       The peak; None if it is unknown and cannot be measured.
     """
-    name = product_format(phase)
     device = mesh.devices.flat[0]
+    name = product_format(phase, Backend.of(device))
     known = peak_flops(device.device_kind, name)
     if known is not None:
         return Peak(known.flops * mesh.size, known.format, f"{known.chip} x {mesh.size}")
@@ -98,12 +98,12 @@ def peak_of(phase: Phase, mesh: Mesh) -> Peak | None:
     return Peak(rate * parts, dtype, "measured")
 
 
-def product_format(phase: Phase) -> str:
+def product_format(phase: Phase, backend: Backend) -> str:
     """The format that a phase's products are computed in: `f32`, `tf32`, `bf16`, `fp8`, ..."""
-    products = phase.products
+    products = phase.products(backend)
     path = next((path for path in products if path.endswith("/mlp/up")), next(iter(products)))
     site, product = phase.sites[path], products[path]["y"]
-    if set(product.operands) == {"tf32"} and this_backend().platform == "gpu":
+    if set(product.operands) == {"tf32"} and backend.platform == "gpu":
         return "tf32"
     if product.native and site.weights is not None and site.activations is not None:
         return "fp8"  # or int8, whose rate is the same

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lmjax.precision import contraction
+from lmjax.precision.backend import Backend
 
 SIZES = dict(zip("btskghdnvx", (2, 5, 6, 3, 2, 4, 6, 7, 9, 8), strict=True))
 SPECS = [
@@ -35,7 +36,7 @@ def pretend(monkeypatch) -> Callable[[str], None]:
     def pretend(form: str) -> None:
         devices, backend, pays = FORMS[form]
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(contraction, "this_backend", lambda: Backend(backend))
         monkeypatch.setattr(contraction, "bf16_pays", lambda: pays)
 
     return pretend

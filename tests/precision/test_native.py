@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,23 +18,27 @@ import numpy as np
 import pytest
 
 from lmjax.precision import contraction, matmul
+from lmjax.precision.backend import Backend, planned_for, this_backend
+from lmjax.precision.block_scaled import Blocks, block_scaled_product
+from lmjax.precision.contraction import plan_of
 from lmjax.precision.formats import parse_format
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.matmul import einsum
 from lmjax.precision.native import (
-    Backend,
+    Sums,
     in_words,
+    is_block_scaled,
     multiplied,
     native_dtypes,
     products,
     summary,
-    this_backend,
 )
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.quantizer import parse_quantizer
 from lmjax.precision.settings import Operand
 
-H100, A100, CPU, TPU = (
+B200, H100, A100, CPU, TPU = (
+    Backend("gpu", (10, 0)),
     Backend("gpu", (9, 0)),
     Backend("gpu", (8, 0)),
     Backend("cpu"),
@@ -69,6 +74,34 @@ def linear(text: str) -> SitePolicy:
 )
 def test_what_hardware_multiplies(backend: Backend, x: str, w: str, expected: Any):
     assert native_dtypes(backend, parse_format(x), parse_format(w), terms=4096) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "backend", "lengths", "expected"),
+    [
+        ("mxfp8", B200, (96,), True),
+        ("mxfp8", B200, (5, 64), True),
+        ("mxfp8", B200, (64, 5), False),  # no whole blocks
+        ("mxfp8", B200, (), False),
+        ("mxfp8", H100, (96,), False),
+        ("mxfp8", Backend("gpu", (12, 0)), (96,), False),
+        ("mxfp8", TPU, (96,), False),
+        ("mxfp8,w=mxfp8_e5m2", B200, (96,), True),
+        ("mxfp8,w=mxfp8_e5m2,x=mxfp8_e5m2", B200, (96,), False),
+        ("mxfp8,w=e4m3@block64.e8m0", B200, (128,), False),
+        ("mxfp8,a=bf16", B200, (96,), True),
+        ("mxfp8,a=bf16@block32", B200, (96,), False),
+        ("mxfp8,w=e4m3@tensor", B200, (96,), False),
+        ("nvfp4", B200, (48,), True),
+        ("nvfp4,w=e2m1@block16.e4m3", B200, (48,), True),
+        ("nvfp4,w=mxfp4", B200, (96,), False),
+        ("mixed_bf16,w=mxfp4,x=mxfp4", B200, (96,), False),
+        ("mixed_bf16", B200, (96,), False),
+    ],
+)  # fmt: skip
+def test_which_blocks_hardware_multiplies(policy, backend, lengths, expected):
+    site = linear(policy)
+    assert is_block_scaled(backend, site, site.activations, site.weights, lengths) == expected
 
 
 def test_a_sum_of_integers_must_fit_int32():
@@ -107,9 +140,15 @@ def test_an_operand_without_quantizer_is_of_the_compute_format():
 def test_the_backend_in_use_is_described(monkeypatch):
     assert this_backend() == CPU
     for capability, expected in (("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", (0, 0))):
-        device = type("Device", (), {"compute_capability": capability})
+        device = SimpleNamespace(platform="gpu", compute_capability=capability)
         monkeypatch.setattr(jax, "devices", lambda device=device: [device])
-        assert this_backend().capability == expected
+        assert this_backend() == Backend("gpu", expected)
+
+
+def test_the_outermost_plan_decides():
+    with planned_for(H100), planned_for(TPU):
+        assert this_backend() == H100
+    assert this_backend() == CPU
 
 
 # --- products
@@ -212,6 +251,91 @@ def test_under_vmap_each_product_has_factors_of_its_own(on, compile_fast):
         np.testing.assert_array_equal(mapped[1], 4 * mapped[0])
 
 
+# --- block-scaled products
+
+SIZES = {"b": 2, "t": 64, "k": 96, "n": 32, "g": 2, "s": 32, "h": 64}
+
+
+def dequantized(x: Any, w: Any, of_x: Any, of_w: Any, preferred_element_type: Any) -> jax.Array:
+    """What `jax.nn.scaled_matmul` computes, which JAX has for GPUs alone."""
+    wide = functools.partial(jnp.asarray, dtype=preferred_element_type)
+    times = lambda a, factors: (
+        wide(a) * jnp.repeat(wide(factors), a.shape[2] // factors.shape[2], 2)
+    )
+    return jnp.einsum("bmk,bnk->bmn", times(x, of_x), times(w, of_w), precision="highest")
+
+
+@pytest.fixture
+def on_b200(on, monkeypatch) -> Callable[[], list[str]]:
+    """Makes the next trace believe that it is for a B200; returns the dtypes that it multiplies."""
+    found: list[str] = []
+
+    def noted(*operands: jax.Array, **options: Any) -> jax.Array:
+        found.append(" ".join(operand.dtype.name for operand in operands))
+        return dequantized(*operands, **options)
+
+    def begin() -> list[str]:
+        monkeypatch.setattr(jax.nn, "scaled_matmul", noted)
+        on(B200)
+        return found
+
+    return begin
+
+
+def drawn(*axes: str) -> list[jax.Array]:
+    generator = np.random.default_rng(0)
+    sizes = ([SIZES[axis] for axis in one] for one in axes)
+    return [jnp.asarray(generator.normal(size=size) / 8, jnp.float32) for size in sizes]
+
+
+@pytest.mark.parametrize("spec", [SPEC, "btk,btn->kn", "bkgts,bskh->btkgh", "bkgts,btkgh->bskh"])
+def test_any_product_is_block_scaled_along_its_last_sum(spec, on_b200):
+    found, (operands, _, _) = on_b200(), spec.partition("->")
+    plan, blocks, whole = plan_of(spec), [], []
+    summed = (plan.x_summed, plan.w_summed)
+    for array, axes in zip(drawn(*operands.split(",")), summed, strict=True):
+        size = [n // 32 if axis == axes[-1] else n for axis, n in enumerate(array.shape)]
+        factors = 2.0 ** jnp.asarray(np.random.default_rng(1).integers(-3, 4, size), jnp.float32)
+        blocks.append(Blocks(array.astype(E4M3), factors.astype(jnp.float8_e8m0fnu)))
+        spread = jnp.repeat(factors, 32, axes[-1])
+        whole.append(np.asarray(array.astype(E4M3), np.float32) * spread)
+    product = block_scaled_product(spec, *blocks)
+    np.testing.assert_allclose(product, jnp.einsum(spec, *whole), rtol=1e-5, atol=1e-5)
+    assert found == ["float8_e4m3fn float8_e4m3fn float8_e8m0fnu float8_e8m0fnu"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtypes"),
+    [
+        ("mxfp8", "float8_e4m3fn float8_e4m3fn float8_e8m0fnu float8_e8m0fnu"),
+        # In f32, as the emulation rounds element times factor, and hardware does not.
+        ("nvfp4,c=f32", "float4_e2m1fn float4_e2m1fn float8_e4m3fn float8_e4m3fn"),
+    ],
+)
+def test_block_scaled_products_are_the_emulated_ones(policy, dtypes, on_b200, compile_fast):
+    """And both show a NaN or an infinity in its own row alone, if no factor is the tensor's."""
+    site, (x, w) = linear(policy), drawn("btk", "kn")
+    multiply = lambda: compile_fast(lambda x: einsum(SPEC, x, w, site))
+    emulated, found = multiply()(x), on_b200()
+    native = multiply()
+    size, spacing = float(jnp.max(jnp.abs(emulated))), float(jnp.finfo(emulated.dtype).eps)
+    assert native(x).dtype == emulated.dtype
+    np.testing.assert_allclose(native(x), emulated, rtol=8 * spacing, atol=1e-6 * size)
+    for bad in (np.nan, np.inf):
+        hit = np.isnan(np.asarray(native(x.at[1, 2, 3].set(bad)), np.float32)).all(-1)
+        assert hit[1, 2]
+        assert hit.sum() == (1 if policy == "mxfp8" else hit.size)
+    assert found == [dtypes]
+
+
+def test_a_block_scaled_product_of_mapped_and_unmapped_operands(on_b200):
+    on_b200()
+    x, w = drawn("bkt", "kn")
+    blocks = lambda a: Blocks(a.astype(E4M3), jnp.ones((*a.shape[:-2], 3, a.shape[-1]), E4M3))
+    one = lambda x: block_scaled_product("kt,kn->tn", blocks(x), blocks(w))
+    np.testing.assert_array_equal(jax.vmap(one)(x), jnp.stack([one(x[0]), one(x[1])]))
+
+
 # --- factors after the sum
 
 
@@ -242,18 +366,21 @@ def test_a_narrow_accumulator_holds_sums_of_elements():
 
 
 def test_products_in_words():
-    def words(text: str, backend: Backend, tokens: int = 1024) -> str:
-        policy = parse_policy(text)
-        sites = {path: policy.resolve(path) for path in ("blocks/0/mlp/up", "embed")}
-        (product,) = products(sites, tokens, backend).values()
+    def words(text: str, backend: Backend, rows: int = 16) -> str:
+        policy, path = parse_policy(text), "blocks/0/mlp/up"
+        sites = {path: policy.resolve(path) for path in (path, "embed")}
+        sums = {path: Sums((96,), (64,), (rows, 64))}
+        (product,) = products(sites, sums, backend).values()
         return in_words(product)
 
     assert words("fp8", H100) == "native"
     assert words("fp8", A100) == "emulated in bf16"
     assert words("fp8,a=bf16@block4", H100) == "emulated in f32"
     assert words("fp8,g=mxfp8", H100) == ("y native, dx emulated in bf16, dw emulated in bf16")
+    assert words("mxfp8", B200) == words("nvfp4", B200) == "native"
+    assert words("mxfp8", H100) == "emulated in bf16"
     assert words("int8", A100) == "native"
-    assert words("int8", TPU, tokens=2**17) == "y native, dx native, dw emulated in bf16"
+    assert words("int8", TPU, rows=2**11) == "y native, dx native, dw emulated in bf16"
     assert words("mixed_bf16", TPU) == words("f32", CPU) == "native"
     assert words("f32,m=tf32", A100) == words("f32,a=bf16@block4", A100) == "emulated in f32"
     assert words("mixed_f16", CPU) == "emulated in f32"
@@ -263,7 +390,8 @@ def test_products_in_words():
 
 def test_second_operands_of_attention_are_activations():
     site = parse_policy("mixed_bf16; **/scores: x=e4m3,w=int8").resolve("blocks/0/attention/scores")
-    product = products({"blocks/0/attention/scores": site}, 64, H100)["blocks/0/attention/scores"]
+    path = "blocks/0/attention/scores"
+    product = products({path: site}, {path: Sums((64,), (32,), (32,))}, H100)[path]
     assert {name: one.operands for name, one in product.items()} == {
         "y": ("e4m3", "e4m3"),
         "dx": ("bf16", "e4m3"),
@@ -276,7 +404,8 @@ def test_the_summary_names_each_kind_once():
     sites = {
         f"blocks/0/mlp/{name}": policy.resolve(f"blocks/0/mlp/{name}") for name in ("up", "down")
     }
-    assert summary(products(sites, 64, H100).values()) == {
+    sums = dict.fromkeys(sites, Sums((96,), (64,), (4, 32)))
+    assert summary(products(sites, sums, H100).values()) == {
         "native": [
             "e4m3@tensor x e4m3@tensor", "e5m2@tensor x e4m3@tensor", "e4m3@tensor x e5m2@tensor",
         ],

@@ -14,7 +14,7 @@ from run_helpers import rows
 
 from lmjax.chips import H100, V5P, peak_flops
 from lmjax.parallel import sharding
-from lmjax.precision import native
+from lmjax.precision.backend import Backend
 from lmjax.train import phase_of, train, utilisation
 from lmjax.train.utilisation import (
     flops_per_token,
@@ -73,14 +73,11 @@ def test_an_unknown_chip_has_no_peak() -> None:
     ],
 )
 def test_the_format_is_the_one_that_is_multiplied(
-    policy: str, on_h100: str, on_cpu: str | None, tiny: Any, monkeypatch: pytest.MonkeyPatch
+    policy: str, on_h100: str, on_cpu: str | None, tiny: Any
 ) -> None:
-    config = tiny(policy)
-    assert product_format(phase_of(config)) == (on_cpu or product_format(phase_of(config)))
-    h100 = native.Backend("gpu", (9, 0))
-    monkeypatch.setattr(native, "this_backend", lambda: h100)
-    monkeypatch.setattr(utilisation, "this_backend", lambda: h100)
-    assert product_format(phase_of(config)) == on_h100
+    phase, cpu = phase_of(tiny(policy)), Backend("cpu")
+    assert product_format(phase, cpu) == (on_cpu or product_format(phase, cpu))
+    assert product_format(phase, Backend("gpu", (9, 0))) == on_h100
 
 
 def test_a_measured_peak_is_measured_once(
