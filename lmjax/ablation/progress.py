@@ -1,6 +1,6 @@
-"""What a person sees while an ablation runs: arms x seeds, and the time that is left.
+"""Progress of an ablation: a table of arms by seeds, and the time left.
 
-In a terminal or a notebook a live table; elsewhere (a log file, CI) a line for each cell that ends.
+A live table in a terminal or notebook; elsewhere (a log file, CI) one line per cell that ends.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Display:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Takes the table away."""
+        """Removes the table."""
         if self._is_live:
             self._live.stop()
         self._stack.close()
@@ -74,7 +74,7 @@ class Display:
         self._ended = ended
 
     def note(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a line above the table, where it stays."""
         self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def _table(self, states: Mapping[str, State]) -> list[Text]:
@@ -96,7 +96,7 @@ class Display:
         return [Text(header, style="bold"), *map(Text, lines)]
 
     def _seeds_that_fit(self) -> int:
-        """How many columns of seeds a line of the terminal has room for, at least one."""
+        """How many columns of seeds fit the terminal, at least one."""
         room = self._console.width - max(map(len, self._keys)) - len("  ended before")
         return max(1, room // (len("  seed 00") + 1))
 
@@ -104,7 +104,7 @@ class Display:
         return str(datetime.timedelta(seconds=int(time.monotonic() - self._began)))
 
     def _steps_done(self, states: Mapping[str, State]) -> int:
-        """Steps of which no more are to come: those of a failed cell count as done."""
+        """Steps taken so far; all steps of a failed cell count."""
         return sum(
             (state.step or 0) if state.status == "missing" else self._plan[key].steps
             for key, state in states.items()
@@ -121,7 +121,7 @@ class Display:
 
 
 def _labels(keys_by_arm: Mapping[str, Mapping[int, str]]) -> dict[str, str]:
-    """What a cell is called: its arms, of which several may share it, and its seed."""
+    """Display name of each cell: the arms that share it, and its seed."""
     arms: dict[str, list[str]] = {}
     seed_of: dict[str, int] = {}
     for arm, keys in keys_by_arm.items():

@@ -1,6 +1,6 @@
-"""An ablation's run directories to one HTML page and one Markdown file; nothing is trained.
+"""Writes the report of an ablation, one HTML page and one Markdown file, from its run directories.
 
-The same files give the same page, byte for byte.
+Trains nothing. The same files give the same page, byte for byte.
 
 report_data.py    what the report says, worked out from the files of the runs
 curves.py         metrics over steps
@@ -40,15 +40,15 @@ def write_report(
     monitoring: Monitoring = "fixed",
     account: Account | None = None,
 ) -> Path:
-    """Writes a page and the same in short as Markdown, and returns the path of the page.
+    """Writes a page and its summary as Markdown; returns the path of the page.
 
     Args:
-      ablation: what was asked; None for a claim of arithmetic.
-      cells: of any status; their directories are read and nothing in them is changed.
-      out: a directory, for `report.html` and `report.md` in it, or the page itself, `*.html`, which
-        has the Markdown beside it. What is not there is made. Links to runs are relative.
+      ablation: the question and its arms; None for a claim that trains nothing.
+      cells: of any status; their directories are only read.
+      out: a directory for `report.html` and `report.md`, or the page itself (`*.html`), with the
+        Markdown written next to it. Missing directories are created. Links to runs are relative.
       monitoring: `anytime` where seeds are added until the question is settled.
-      account: of the claim that it was run for, which then is what the report is about.
+      account: of the claim that the ablation serves; the report is then about the claim.
     """
     out = Path(out)
     path = out if out.suffix == ".html" else out / PAGE
@@ -78,7 +78,7 @@ class Inline:
     height: int = 900
 
     def _repr_html_(self) -> str:
-        # The page stands in the output itself, so it shows wherever the notebook is opened.
+        # The output contains the page itself, so the notebook shows it on any machine.
         text = html.escape(self.page.read_text(encoding="utf-8"), quote=True)
         style = f"width: 100%; height: {self.height}px; border: 0"
         return f'<iframe srcdoc="{text}" style="{style}"></iframe>'

@@ -1,4 +1,4 @@
-"""What the report of an ablation says, worked out from the files in its run directories.
+"""The content of an ablation's report, computed from the files in its run directories.
 
 Knows run directories, statistics and verdicts; nothing about pages.
 """
@@ -39,10 +39,10 @@ ALWAYS_THERE = frozenset(
         "mfu",
     )
 )
-"""Columns of `metrics.jsonl` with a place of their own; all others are mechanism counters."""
+"""Columns of `metrics.jsonl` that the report shows by name; all others are mechanism counters."""
 
 MEMORY = ("memory", "bytes")
-"""Columns and results with one of these in their name are shown beside the speed."""
+"""Columns and results whose name contains one of these are shown next to the speed."""
 
 
 class ForestRow(NamedTuple):
@@ -55,7 +55,7 @@ class ForestRow(NamedTuple):
       mean: NaN where there is none.
       ends: of the interval that the verdict rests on; infinite where there is none.
       note: written at the right end of the row.
-      failed: marked by a cross where there is no mean.
+      failed: whether to mark the row with a cross if it has no mean.
     """
 
     name: str
@@ -69,7 +69,7 @@ class ForestRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A cell and what its run directory holds; parts that are not there are empty."""
+    """A cell and the content of its run directory; missing files are empty."""
 
     cell: Cell
     rows: Sequence[Mapping[str, Any]]
@@ -85,7 +85,7 @@ class Arm:
       name: of the arm.
       color: index of its colour in every picture.
       control: the arm it is compared with; None for the control itself.
-      changes: fields in which its config differs from its control's: theirs and its own.
+      changes: fields whose value differs from the control's: (control's, own).
       runs: in the order of their seeds.
       comparison: with the control; None for the control itself.
     """
@@ -106,7 +106,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page and the table show."""
+    """Everything that the page and the Markdown show."""
 
     ablation: Ablation
     arms: Sequence[Arm]
@@ -128,13 +128,13 @@ def compare_cells(
     """The comparisons of an ablation with the values its cells have so far.
 
     Args:
-      ablation: what was asked.
+      ablation: the question and its arms.
       cells: of any status; missing ones are left out, failed ones count as results.
       monitoring: `anytime` where seeds are added until the question is settled.
       alone: the comparisons belong to the findings of a claim; see `Criteria`.
 
     Returns:
-      By arm, without those that are compared with nothing.
+      By arm; arms without a comparison are left out.
     """
     values: dict[str, dict[int, float]] = {arm: {} for arm in ablation.arms}
     reasons: dict[str, dict[int, str]] = {arm: {} for arm in ablation.arms}
@@ -176,7 +176,7 @@ def gather(
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """What was asked and what was found, for programs to read: verdicts by arm, and all cells."""
+    """The question and the findings for programs: verdicts by arm, and all cells."""
     ablation = report.ablation
     return {
         "name": ablation.name,
@@ -254,7 +254,7 @@ def counters(report: Report) -> list[str]:
 
 
 def state_bytes(report: Report, arm: Arm) -> int:
-    """Bytes that a run of an arm keeps between steps: parameters, moments and all else."""
+    """Bytes of state that a run of an arm keeps between steps: parameters, moments and the rest."""
     return footprint(report.ablation.arms[arm.name]).state_bytes
 
 
@@ -324,7 +324,7 @@ def environments(report: Report) -> dict[str, list[str]]:
 
 
 def link(run: Run, directory: Path, name: str = "") -> str:
-    """Relative address of a run directory or a file in it; empty where it is not there."""
+    """Relative address of a run directory or a file in it; empty if it does not exist."""
     target = run.cell.directory / name
     if not target.exists():
         return ""
@@ -333,7 +333,7 @@ def link(run: Run, directory: Path, name: str = "") -> str:
 
 
 def number(value: Any) -> float:
-    """A value of `metrics.jsonl`, where what is not finite stands as a string; NaN if no number."""
+    """A value of `metrics.jsonl`, where non-finite values are strings; NaN if not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):

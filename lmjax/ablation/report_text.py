@@ -17,8 +17,8 @@ def markdown(report: Report, directory: Path) -> str:
     """The question, the verdicts and the cells as Markdown tables.
 
     Args:
-      report: what to write down.
-      directory: where the file will lie; links to runs are relative to it.
+      report: to write.
+      directory: of the file; links to runs are relative to it.
     """
     return "\n".join(
         [
@@ -37,7 +37,7 @@ def markdown(report: Report, directory: Path) -> str:
 
 
 def interval_note(report: Report) -> str:
-    """Which interval a difference is shown with, and why that one."""
+    """Explains which interval each difference is shown with."""
     criteria = report.criteria
     if criteria.alone:
         return (

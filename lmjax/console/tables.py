@@ -1,12 +1,12 @@
 """Tables for people, at any width of a terminal and in files and pipes.
 
-A table may run out of room, but it never loses what it shows. The key, which is what a reader types
-next, comes first and stays on one line. Settings that do not vary are stated once, below the table.
+A table that runs out of room loses nothing. The key, which is what a reader types next, comes first
+and stays on one line. Settings that do not vary are stated once, below the table.
 Where the columns do not fit side by side, long text is wrapped in the last of them, and the columns
 that still have no room are printed below each row with their titles. In files and pipes, nothing is
 wrapped.
 
-Knows how lines are written to a terminal (rich), and nothing of what tables are about.
+Knows how to write lines to a terminal (rich), and nothing about what tables contain.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def table_lines(
 
     Args:
       columns, rows, each: as for `print_table`.
-      width: of the terminal in cells; None if there is no end to it. Only a key that is longer than
-        a line makes longer lines.
+      width: of the terminal in cells; None for no limit. Only a key longer than the width makes
+        a line exceed it.
 
     Returns:
-      Of all ways to place the columns the one with the fewest lines, and of those the one with the
-      most columns side by side.
+      The placement of columns with the fewest lines; among equals, the one with the most columns
+      side by side.
 
     Raises:
       ValueError: a key that is not the first column, or text before another column.
@@ -162,7 +162,7 @@ class _Table:
         return found
 
     def _beside(self, row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-        """The first cells of a row; the last of them may need several lines."""
+        """The first cells of a row; the last one may span several lines."""
         *ahead, last = row[: len(widths)]
         # A key alone is not wrapped: its column is as wide as it is.
         first, *more = _wrapped(last, widths[-1]) or [""]
@@ -175,7 +175,7 @@ class _Table:
         yield from (" " * start + line for line in more)
 
     def _below(self, row: Sequence[str], count: int, width: int | None) -> list[str]:
-        """The other cells with their titles, as many on a line as fit; each text on its own."""
+        """The other cells with their titles, as many per line as fit; each text on its own line."""
         room = None if width is None else width - len(INDENT)
         found: list[str] = []
         open_line = False
@@ -198,7 +198,7 @@ def _padded(cell: str, width: int, role: Role) -> str:
 
 
 def _wrapped(text: str, width: int | None, hanging: str = "") -> list[str]:
-    """The text in lines of at most `width` cells, all but the first of them with an indent."""
+    """The text in lines of at most `width` cells; all but the first are indented."""
     if width is None or cell_len(text) <= width:
         return [text]
     lines = [""]
@@ -217,7 +217,7 @@ def _wrapped(text: str, width: int | None, hanging: str = "") -> list[str]:
 
 
 def _pieces(word: str, width: int) -> Iterator[str]:
-    """A word cut where a line ends, but not between a character and its combining marks."""
+    """A word split at the width, never between a character and its combining marks."""
     piece = ""
     for character in word:
         if piece and cell_len(character) and cell_len(piece + character) > width:

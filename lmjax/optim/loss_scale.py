@@ -149,7 +149,7 @@ def with_loss_scale(
     shape = (_of(stack).size + 1,) if config.per_block else ()
 
     def init(params: optax.Params) -> LossScaleState:
-        # An array each: a buffer that stands in the state twice could not be donated.
+        # Separate arrays: a buffer that occurs twice in the state cannot be donated.
         zero = lambda: jnp.zeros((), jnp.int32)
         return LossScaleState(
             scale=jnp.full(shape, initial, jnp.float32),
@@ -171,8 +171,8 @@ def with_loss_scale(
         """Unscaled f32 gradients to f32 updates, zeros where the step is skipped."""
         finite_groups = finite_by_scale(gradients, state.scale, stack)
         updates, inner_state = inner.update(gradients, state.inner, params)
-        # What weight decay makes of a parameter that is not finite is no reason to skip: that a
-        # token which occurs nowhere has a broken embedding harms nothing else.
+        # Weight decay of a non-finite parameter does not skip the step: the broken embedding of a
+        # token that never occurs harms nothing else.
         fresh = updates if params is None else jax.tree.map(_where_finite, updates, params)
         finite = jnp.all(finite_groups) & all_finite((norm(gradients), fresh, inner_state))
         # A select, not a branch: it costs nothing beside the arithmetic, works under vmap, and
@@ -227,7 +227,7 @@ def _foresee(
         forecast, number_format, config.overflow_probability, config.minimum, config.maximum
     )
     best = jnp.where(forecast.weight > 0, best, state.scale)
-    # Whatever the model of the tail says, a scale that was too large must not stay.
+    # A scale that overflowed must fall, whatever the model of the tail predicts.
     lower = jnp.maximum(state.scale / config.factor, config.minimum)
     scale = jnp.where(finite, best, jnp.minimum(best, lower))
     good_steps = (state.good_steps + 1) * (finite & (scale == state.scale)).astype(jnp.int32)

@@ -1,13 +1,13 @@
-"""Telemetry: what rounding does to every tensor of a run, as rows of numbers.
+"""Telemetry: what rounding does to each tensor of a run, as rows of `telemetry.jsonl`.
 
 Every `every` steps a run takes a watched step: the same step, compiled a second time with probes in
 it, so that all other steps are the program of a run without telemetry. A watched step counts, for
-each site and role (`precision/probes.py` says which there are), what became of the elements of the
-tensor when they were rounded, and for each parameter what became of its update.
+each site and role (listed in `precision/probes.py`), what rounding did to the elements of the
+tensor, and for each parameter what became of its update.
 
-This file turns those counts into rows of `telemetry.jsonl`. A row is `step`, `tensors` and
-`updates`. Shares of tensors with more than 2^14 elements are those of a sample of that size, unless
-`telemetry.exact` asks for every element: a share s is known to about sqrt(s / 2^14).
+This file turns those counts into rows with the keys `step`, `tensors` and `updates`. Shares of
+tensors with more than 2^14 elements come from a sample of that size, with a standard error of about
+sqrt(s / 2^14) for a share s, unless `telemetry.exact` counts every element.
 
     tensors["blocks/3/mlp/up/dx"]
         format                the format that the tensor was rounded to
@@ -25,7 +25,7 @@ This file turns those counts into rows of `telemetry.jsonl`. A row is `step`, `t
         lost                  share whose update is less than half a unit in the last place, not 0
         relative              root mean square of the updates over that of the parameters
 
-Knows NumPy, probes, policies and the sites of a model; nothing of the loop that calls it.
+Knows NumPy, probes, policies and the sites of a model, not the loop that calls it.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from lmjax.precision.sites import Layout, Place, site_at
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """When a run watches its numbers."""
+    """Which steps and tensors telemetry counts."""
 
     every: Annotated[int, at_least(0)] = 0
     """Steps between watched steps, which are written to telemetry.jsonl; 0: none."""
     tensors: str = "**"
     """Which tensors are counted, as a pattern of their paths, such as `**/dw` for the gradients of
-    weights or `head/*`. Blocks are counted alike. The fewer, the faster watched steps compile."""
+    weights or `head/*`. All blocks are counted alike; fewer tensors compile faster."""
     exact: bool = False
-    """Count every element of every tensor, and not 2^14 of each; largest magnitudes are always of
-    all elements. Watched steps then take about twice as long."""
+    """Count every element of each tensor instead of a sample of 2^14; largest magnitudes always
+    cover all elements. Watched steps then take about twice as long."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
@@ -110,7 +110,7 @@ def telemetry_row(
 
 
 def mechanisms(row: Mapping[str, Any]) -> dict[str, float]:
-    """What of a row of `telemetry.jsonl` becomes columns of `metrics.jsonl`, as far as it is there.
+    """The columns of `metrics.jsonl` that a row of `telemetry.jsonl` provides.
 
     Returns:
       zero_gradients: share of all gradients of weights in products that are 0 once rounded.
