@@ -139,10 +139,10 @@ RESUME = "python -m lmjax resume RUN [FLAGS]"
 
 
 def _launched(launch: Launch) -> int:
-    if parts := launch.config.deterministic_reductions:
-        # On CPU sums also depend on the size of XLA's thread pool: the number of cores or of
-        # devices, whichever is larger, unless set here before a backend exists.
-        os.environ.setdefault("PJRT_NPROC", str(parts))
+    if threads := launch.config.reductions.threads:
+        # The size of XLA's thread pool on CPU: the number of cores or of devices, whichever is
+        # larger, unless set here before a backend exists.
+        os.environ.setdefault("PJRT_NPROC", str(threads))
     alone = not _joined(launch.distributed)
     outcome = train(launch.config, launch.workdir, stop_after=launch.stop_after)
     if outcome.result is None:

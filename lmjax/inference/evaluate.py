@@ -50,7 +50,7 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     config = phase.config
     with stages.stage("reading the text"):
         corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
-    mesh = sharding.make_mesh(config.mesh, _devices(config.deterministic_reductions))
+    mesh = sharding.make_mesh(config.mesh, config.reductions.devices(jax.devices()))
     with stages.stage("evaluating on the whole validation split"):
         eval_step = _refusing_non_finite(make_eval_step(phase, mesh), model)
         loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
@@ -72,9 +72,3 @@ def _refusing_non_finite(eval_step: Callable[..., Any], model: TrainedModel) -> 
         return nats, tokens
 
     return checked
-
-
-def _devices(parts: int) -> list[jax.Device]:
-    """All devices, or as many as divide the parts (2^n) that are summed in a fixed order."""
-    devices = jax.devices()
-    return devices[: 1 << min(parts, len(devices)).bit_length() - 1] if parts else devices

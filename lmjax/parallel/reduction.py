@@ -1,14 +1,15 @@
-"""Sums gradients over devices in the format that the policy names (its key `r`).
+"""How a run sums over devices: gradients, their norm and evaluations.
 
-In f32 there is nothing to do: XLA's partitioner cuts each weight gradient, a product that sums over
-the batch, into one product per device and a sum over devices, before the product is rounded. Any
-other format needs the devices' own gradients first. These are the gradients of parts of the batch,
-one part for each device that holds one, so `r` has no effect on a single device.
+`reductions(parts)` gives one object that decides all of it, from `deterministic_reductions`:
+`Reductions` sums as XLA pleases, `InOrder` in an order that no mesh changes. They also say how such
+programs are compiled, and which meshes, batches and devices they accept.
 
-The cost: each device holds its own gradient of every parameter, whole, until they are summed.
-
-With `deterministic_reductions` that field sets the number of parts, wherever they live, and they
-are summed in an order that depends only on their number: `ordered_gradient`.
+Gradients are summed in the format that the policy names (its key `r`). In f32 there is nothing to
+do: XLA's partitioner cuts each weight gradient, a product that sums over the batch, into one
+product per device and a sum over devices, before the product is rounded. Any other format needs the
+devices' own gradients first. These are the gradients of parts of the batch, one part for each
+device that holds one, so `r` has no effect on a single device. The cost: each device holds its own
+gradient of every parameter, whole, until they are summed.
 
 Knows JAX, the mesh through `sharding`, and a parameter's policy.
 """
@@ -16,28 +17,160 @@ Knows JAX, the mesh through `sharding`, and a parameter's policy.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.parallel import sharding
-from lmjax.precision import paths, probes
+from lmjax.precision import exact, paths, probes
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import F32, NATIVE, SitePolicy, carrier
 from lmjax.precision.rounding import quantize
+from lmjax.precision.squares import Root, tree_root
 
 Gradient = Callable[..., tuple[tuple[Any, Any], jax.Array]]
 """`(params, batch, key, scale, slots, factors) -> (gradients, measured), loss`."""
 
+Constrain = Callable[..., jax.Array]
+"""`(mesh, x, axes) -> x`: pins an activation to where it lives; see `sharding.constrain`."""
 
-def reduces_narrow(sites: Mapping[str, SitePolicy], mesh: Any) -> bool:
+Sites = Mapping[str, SitePolicy]
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """Sums as XLA's partitioner arranges them: equal on all meshes up to rounding."""
+
+    parts: int = 1
+    """Number of parts of a batch that are computed apart; they divide its rows."""
+
+    in_order = False
+    """Whether no sum depends on the number of devices."""
+
+    @property
+    def threads(self) -> int | None:
+        """Number of threads that a process on CPU must use for equal sums; None: any."""
+        return None
+
+    def refuse_mesh(self, mesh: Any) -> None:
+        """Raises `ValueError` for a mesh that these sums do not fit."""
+
+    def refuse_rows(self, rows: int) -> None:
+        """Raises `ValueError` for a number of rows that cannot be cut into the parts."""
+
+    def multiple(self, mesh: Any) -> int:
+        """What the rows of an evaluation batch must be a multiple of."""
+        return math.lcm(sharding.batch_parts(mesh), self.parts)
+
+    def devices(self, available: Sequence[jax.Device]) -> Sequence[jax.Device]:
+        """Those of the available devices that can share the parts."""
+        return available
+
+    def jit(self, function: Callable[..., Any], mesh: Any, **options: Any) -> Any:
+        """Compiles a program that sums on a mesh; takes the options of `jax.jit`."""
+        order = sharding.backend_of(mesh).platform if self.in_order else ""
+        return exact.jit(function, fixed_order=order, **options)
+
+    def gradient(
+        self, of_loss: Callable[[Constrain], Gradient], sites: Sites, mesh: Any
+    ) -> Gradient:
+        """The gradient of a batch's loss.
+
+        Args:
+          of_loss: makes the gradient of one part, whose activations it pins as told.
+          sites: the site of each parameter.
+          mesh: where it is computed.
+        """
+        if not reduces_narrow(sites, mesh):
+            return of_loss(sharding.constrain)
+        return reduced_gradient(of_loss(sharding.constrain_part), sites, mesh)
+
+    def gathered(self, gradients: Any, mesh: Any) -> Any:
+        """Gradients as the optimizer and the norm read them."""
+        return gradients
+
+    def norm(self, tree: Any) -> Root:
+        """The norm of everything in a tree."""
+        return tree_root(tree, in_order=self.in_order)
+
+    def evaluation(
+        self, of_part: Callable[[Constrain], Callable[[Any, Any], Any]], mesh: Any
+    ) -> Callable[[Any, Any], Any]:
+        """`(params, batch) -> sums` over a batch.
+
+        Args:
+          of_part: makes that of one part, whose activations it pins as told.
+          mesh: where it is computed.
+        """
+        return of_part(sharding.constrain)
+
+
+class InOrder(Reductions):
+    """Sums `parts` (2^n) in an order that depends only on their number, wherever they live.
+
+    Losses and parameters are then bit-identical on every mesh that `refuse_mesh` accepts, as far as
+    the parts themselves are; see `exact.ORDER_OPTIONS`.
+    """
+
+    in_order = True
+
+    @property
+    def threads(self) -> int:
+        """On CPU, sums inside a part also depend on the size of XLA's thread pool."""
+        return self.parts
+
+    def refuse_mesh(self, mesh: Any) -> None:
+        """See `sharding.refuse_unordered`."""
+        sharding.refuse_unordered(mesh, self.parts)
+
+    def refuse_rows(self, rows: int) -> None:
+        """Raises `ValueError` unless each part has as many rows as the others."""
+        if rows % self.parts:
+            raise ValueError(
+                f"batch_size / micro_batches is {rows}, which deterministic_reductions "
+                f"{self.parts} does not divide; choose a multiple"
+            )
+
+    def devices(self, available: Sequence[jax.Device]) -> Sequence[jax.Device]:
+        """As many as divide the parts."""
+        return available[: 1 << min(self.parts, len(available)).bit_length() - 1]
+
+    def gradient(
+        self, of_loss: Callable[[Constrain], Gradient], sites: Sites, mesh: Any
+    ) -> Gradient:
+        """See `ordered_gradient`."""
+        return ordered_gradient(of_loss(sharding.leave), sites, mesh, self.parts)
+
+    def gathered(self, gradients: Any, mesh: Any) -> Any:
+        """Whole on every device, else fsdp would cut the sum of squares of the norm."""
+        return sharding.whole(mesh, gradients)
+
+    def evaluation(
+        self, of_part: Callable[[Constrain], Callable[[Any, Any], Any]], mesh: Any
+    ) -> Callable[[Any, Any], Any]:
+        """Evaluates the parts apart, and adds their sums in order."""
+        step = of_part(sharding.leave)
+        indexed = lambda index, rows, params: step(params, rows)
+        add = functools.partial(jax.tree.map, jnp.add)
+        over_parts = sharding.in_order(mesh, self.parts, indexed, add)
+        return lambda params, batch: over_parts(batch, params)
+
+
+def reductions(parts: int) -> Reductions:
+    """How to sum for this value of `deterministic_reductions`: 0 is as XLA pleases."""
+    return InOrder(parts) if parts else Reductions()
+
+
+def reduces_narrow(sites: Sites, mesh: Any) -> bool:
     """Whether gradients are summed over devices in a format other than f32."""
     return sharding.batch_parts(mesh) > 1 and any(site.reduce != F32 for site in sites.values())
 
 
-def reduced_gradient(gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: Any) -> Gradient:
+def reduced_gradient(gradient: Gradient, sites: Sites, mesh: Any) -> Gradient:
     """Computes the gradient of a whole batch from the gradients of its parts.
 
     Args:
@@ -70,12 +203,8 @@ def reduced_gradient(gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: 
     return whole
 
 
-def ordered_gradient(
-    gradient: Gradient, sites: Mapping[str, SitePolicy], mesh: Any, parts: int
-) -> Gradient:
-    """Like `reduced_gradient`, but bit-identical on every mesh that `sharding.in_order` accepts.
-
-    This holds as far as the parts themselves are bit-identical; see `exact.ORDER_OPTIONS`.
+def ordered_gradient(gradient: Gradient, sites: Sites, mesh: Any, parts: int) -> Gradient:
+    """Like `reduced_gradient`, but summed in the order of `sharding.in_order`.
 
     Args:
       gradient: of one part, with unpinned activations.

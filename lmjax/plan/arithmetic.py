@@ -133,7 +133,7 @@ def expected_traffic(phase: Phase, mesh: Mapping[str, int]) -> list[Traffic]:
     total: dict[tuple[str, str, str, tuple[str, ...]], float] = {}
     config, weights = phase.config, list(_weights(phase, mesh))
     usual = (_parameters, _gradients, _embedding, _activations, _positions)
-    for part in (_in_order,) if config.deterministic_reductions else usual:
+    for part in (_in_order,) if config.reductions.in_order else usual:
         for one in part(phase, mesh, weights):
             key = (one.purpose, one.kind, one.dtype, one.axes)
             total[key] = total.get(key, 0.0) + config.micro_batches * one.sent
@@ -143,7 +143,7 @@ def expected_traffic(phase: Phase, mesh: Mapping[str, int]) -> list[Traffic]:
 def tokens_on_device(config: Config, mesh: Mapping[str, int]) -> float:
     """Tokens of a micro-batch whose activations one device holds."""
     devices = mesh["data"] * mesh["fsdp"] * mesh["sequence"]
-    parts = max(devices, config.deterministic_reductions)
+    parts = max(devices, config.reductions.parts)
     return config.batch_size / config.micro_batches * config.context / parts
 
 

@@ -73,11 +73,10 @@ def expected_memory(phase: Phase, devices: int) -> dict[str, float]:
 
 def _fixed_order(config: Config, mesh: Mapping[str, int], params: object) -> float:
     """Additional bytes for `deterministic_reductions`."""
-    parts = config.deterministic_reductions
-    if not parts:
+    if not config.reductions.in_order:
         return 0.0
     leaves = jax.tree.leaves(params)
-    held = parts // math.prod(mesh[axis] for axis in sharding.RULES["batch"])
+    held = config.reductions.parts // math.prod(mesh[axis] for axis in sharding.RULES["batch"])
     gathered = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) if mesh["fsdp"] > 1 else 0
     sums = 2 if held > 1 else 1
     return float((held + sums + 2) * sum(leaf.size for leaf in leaves) * 4 + gathered)

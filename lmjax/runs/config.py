@@ -19,6 +19,7 @@ from lmjax.data import DataConfig
 from lmjax.model import ModelConfig, Sites, layout, parametrisation_of, resolve_sites
 from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
 from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.parallel.reduction import Reductions, reductions
 from lmjax.parallel.sharding import MeshConfig
 from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
@@ -185,21 +186,18 @@ class Config:
                 )
 
     def _refuse_disorder(self) -> None:
-        """Rejects configs that `deterministic_reductions` cannot support."""
-        parts = self.deterministic_reductions
-        if not parts:
-            return
-        rows = self.batch_size // self.micro_batches
-        if rows % parts:
-            raise ValueError(
-                f"batch_size / micro_batches is {rows}, which deterministic_reductions {parts} "
-                "does not divide; choose a multiple"
-            )
-        if self.optimizer.name == "muon":
+        """Rejects configs whose sums cannot have the order that they ask for."""
+        self.reductions.refuse_rows(self.batch_size // self.micro_batches)
+        if self.reductions.in_order and self.optimizer.name == "muon":
             raise ValueError(
                 "muon multiplies matrices that mesh.fsdp cuts, so their sums would depend on the "
                 "mesh; with deterministic_reductions use --optimizer.name adamw or lion"
             )
+
+    @functools.cached_property
+    def reductions(self) -> Reductions:
+        """How sums over devices are computed."""
+        return reductions(self.deterministic_reductions)
 
     @functools.cached_property
     def policy(self) -> Policy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -21,11 +20,10 @@ from lmjax.model import (
     structure,
 )
 from lmjax.optim.loss_scale import LossScaleState
-from lmjax.optim.optimizer import Norm, make_optimizer
+from lmjax.optim.optimizer import make_optimizer
 from lmjax.optim.storage import convert_moments, convert_params, initial_residuals
 from lmjax.parallel.sharding import Mesh, state_shardings
 from lmjax.precision import exact
-from lmjax.precision.squares import tree_root
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase, phase_of
 from lmjax.telemetry.measure import carried_scaling, initial_scaling
@@ -66,14 +64,8 @@ def optimizer_of(phase: Phase) -> optax.GradientTransformationExtraArgs:
         phase.param_sites,
         phase.layout.stack,
         learning_rate_factors(config.model),
-        gradient_norm(config),
+        config.reductions.norm,
     )
-
-
-def gradient_norm(config: Config) -> Norm:
-    """How the norm of all gradients is computed, to clip them and as a metric."""
-    in_order = config.deterministic_reductions > 0
-    return functools.partial(tree_root, in_order=in_order)
 
 
 def initial_state(config: Config | Phase, key: jax.Array | None = None) -> TrainState:

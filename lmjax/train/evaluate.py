@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +42,7 @@ def held_out_loss(
         length=config.context,
         batch_size=config.evaluation.batch_size,
         max_batches=batches,
-        multiple=math.lcm(sharding.batch_parts(mesh), config.deterministic_reductions or 1),
+        multiple=config.reductions.multiple(mesh),
         document_mask=config.data.document_mask,
         process_index=share,
         process_count=shares,

@@ -102,8 +102,7 @@ def _checked_here(
             mesh = sharding.make_mesh(config.mesh)
         sharding.batch_share(mesh)
         _refuse_uneven_batches(config, mesh)
-        if config.deterministic_reductions:
-            sharding.refuse_unordered(mesh, config.deterministic_reductions)
+        config.reductions.refuse_mesh(mesh)
         with stages.stage("reading the text"):
             corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     except ValueError as error:

@@ -19,17 +19,12 @@ from lmjax.optim import loss_scale
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.optim.storage import apply_updates, update_census
 from lmjax.parallel import sharding
-from lmjax.parallel.reduction import (
-    Gradient,
-    ordered_gradient,
-    reduced_gradient,
-    reduces_narrow,
-)
-from lmjax.precision import exact, probes
+from lmjax.parallel.reduction import Constrain, Gradient
+from lmjax.precision import probes
 from lmjax.precision.exact import at_least_f32
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase, phase_of
-from lmjax.runs.state import TrainState, abstract_state, gradient_norm, optimizer_of
+from lmjax.runs.state import TrainState, abstract_state, optimizer_of
 from lmjax.telemetry import measure
 
 PARTS = ("reduction", "loss_scale", "optimizer")
@@ -65,12 +60,9 @@ def make_train_step(
     mesh = sharding.make_mesh(phase.config.mesh) if mesh is None else mesh
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(phase, mesh))
     step = train_step(phase, mesh, telemetry=telemetry)
-    order = _fixed_order(phase.config, mesh)
-    return exact.jit(step, fixed_order=order, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def _fixed_order(config: Config, mesh: Any) -> str:
-    return sharding.backend_of(mesh).platform if config.deterministic_reductions else ""
+    return phase.config.reductions.jit(
+        step, mesh, donate_argnums=0, out_shardings=(shardings, None)
+    )
 
 
 def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep:
@@ -102,14 +94,13 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
         (gradients, measured), losses = _over_micro_batches(
             micro_step, state.params, slots, batch, config
         )
-        if config.deterministic_reductions:  # else fsdp would cut the sum of squares of the norm
-            gradients = sharding.whole(mesh, gradients)
+        gradients = config.reductions.gathered(gradients, mesh)
         cotangents = measure.cotangent_spread(measured, scale, stack)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(
                 gradients, state.opt_state, state.params, cotangents=cotangents
             )
-            norm = gradient_norm(config)(gradients).value
+            norm = config.reductions.norm(gradients).value
         metrics = {
             "loss": jnp.mean(losses),
             "grad_norm": norm,
@@ -149,19 +140,16 @@ def slots_of(phase: Phase, telemetry: bool) -> measure.Tree:
 
 def make_gradient(phase: Phase, mesh: Any) -> Gradient:
     """The gradient of the scaled loss and what its slots measured, together with the loss."""
-    of_loss = functools.partial(jax.grad, argnums=(0, 4), has_aux=True)
-    sites, order = phase.param_sites, phase.config.deterministic_reductions
-    if order:
-        part = of_loss(make_scaled_loss(phase, mesh, constrain=sharding.leave))
-        return ordered_gradient(part, sites, mesh, order)
-    if not reduces_narrow(sites, mesh):
-        return of_loss(make_scaled_loss(phase, mesh))
-    part = of_loss(make_scaled_loss(phase, mesh, constrain=sharding.constrain_part))
-    return reduced_gradient(part, sites, mesh)
+
+    def of_loss(constrain: Constrain) -> Gradient:
+        scaled_loss = make_scaled_loss(phase, mesh, constrain=constrain)
+        return jax.grad(scaled_loss, argnums=(0, 4), has_aux=True)
+
+    return phase.config.reductions.gradient(of_loss, phase.param_sites, mesh)
 
 
 def make_scaled_loss(
-    phase: Phase, mesh: Any, *, constrain: Callable[..., jax.Array] = sharding.constrain
+    phase: Phase, mesh: Any, *, constrain: Constrain = sharding.constrain
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The loss of a micro-batch times the loss scale, together with the loss itself.
 
@@ -242,17 +230,15 @@ def make_eval_step(config: Config | Phase, mesh: Any = None) -> jax.stages.Wrapp
     """
     phase = phase_of(config)
     mesh = sharding.make_mesh(phase.config.mesh) if mesh is None else mesh
-    return exact.jit(evaluation(phase, mesh), fixed_order=_fixed_order(phase.config, mesh))
+    return phase.config.reductions.jit(evaluation(phase, mesh), mesh)
 
 
 def evaluation(phase: Phase, mesh: Any) -> EvalStep:
     """The evaluation of one batch before compilation; see `make_eval_step`."""
     config, sites = phase.config, phase.sites
-    parts = config.deterministic_reductions
     objective = objective_of(config.model)
-    constrain = functools.partial(sharding.leave if parts else sharding.constrain, mesh)
 
-    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(constrain: Constrain, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed nats and number of what counts."""
         with jax.numpy_dtype_promotion("strict"):
             model = assembled(params, config.model)
@@ -261,13 +247,9 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
                 sites=sites,
                 context=QUIET,
                 cotangent_scales=None,
-                constrain=constrain,
+                constrain=functools.partial(constrain, mesh),
             )
             return objective.evaluate(x, model, batch, sites, QUIET)
 
-    if not parts:
-        return sharding.traced_for(mesh, eval_step)
-    of_part = lambda index, rows, params: eval_step(params, rows)
-    add = functools.partial(jax.tree.map, jnp.add)
-    over_parts = sharding.in_order(mesh, parts, of_part, add)
-    return sharding.traced_for(mesh, lambda params, batch: over_parts(batch, params))
+    of_part = lambda constrain: functools.partial(eval_step, constrain)
+    return sharding.traced_for(mesh, config.reductions.evaluation(of_part, mesh))

@@ -140,7 +140,7 @@ def test_a_pattern_says_which_tensors_are_counted(tiny):
     assert roles("blocks/1/mlp/*/x", "blocks/mlp/up") == ["x"], "blocks are counted alike"
     assert roles("blocks/2/**", "blocks/mlp/up") == []
     assert roles("head/*", "head") == ["w", "x", "g", "dx", "dw"]
-    slots = slots_of(tiny(telemetry=TelemetryConfig(1, tensors="**/dw")), telemetry=True)
+    slots = slots_of(phase_of(tiny(telemetry=TelemetryConfig(1, tensors="**/dw"))), telemetry=True)
     counted = paths.flatten(slots, is_slot)
     assert "head/dw/telemetry" in counted
     assert {path.split("/")[-2] for path in counted} == {"dw"}
