@@ -17,7 +17,8 @@ from lmjax.cli import verbs
 from lmjax.cli.common import Launch
 from lmjax.cli.flags import known_flags
 from lmjax.precision.formats import format_table
-from lmjax.precision.grammar import KEYS, PRESETS, parse_policy
+from lmjax.precision.grammar import PRESETS, parse_policy
+from lmjax.precision.keys import KEYS
 from lmjax.precision.sites import SITES
 
 ROOT = Path(__file__).parents[1]

@@ -41,7 +41,7 @@ from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
 from lmjax.precision.backend import this_backend
 from lmjax.precision.formats import format_table
-from lmjax.precision.grammar import KEYS
+from lmjax.precision.keys import KEYS
 from lmjax.precision.native import in_words
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import fetched

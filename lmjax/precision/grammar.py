@@ -7,137 +7,25 @@
     mixed_bf16,wb=mxfp4,xb=mxfp4,g=mxfp4.rht.sr      backward products in MXFP4, rotated first
     0: mixed_bf16; head: c=f32 | 1000: f32             phases: a whole policy from each step on
 
-`KEYS` lists the keys and how each value is written. Every string that jmp accepts has the same
+`keys.py` lists the keys and how each value is written. Every string that jmp accepts has the same
 meaning here, with one exception: a key given twice with different values, where jmp uses the last
 one, is an error, because in the record of an experiment it is a mistake.
 
-Knows policies, their settings, formats and quantizers.
+Knows policies, their keys and formats.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-
-from lmjax.precision.formats import Format, parse_format
-from lmjax.precision.hadamard import DEFAULT_BLOCK
+from lmjax.precision.formats import parse_format
+from lmjax.precision.keys import KEYS
 from lmjax.precision.policy import NATIVE, Phase, Policy, PolicyError, Rule
-from lmjax.precision.quantizer import Quantizer, parse_quantizer
-from lmjax.precision.rounding import Rounding
-from lmjax.precision.settings import Accumulator, Operand, Stored
-
-
-class Key(NamedTuple):
-    """One key of the grammar.
-
-    Attributes:
-      long: the longer name that means the same.
-      tensor: what it decides.
-      default: its value if it is not set.
-      parse: from the text of a value to the value; raises ValueError.
-    """
-
-    long: str
-    tensor: str
-    default: str
-    parse: Callable[[str], Any]
-
-
-def _format(text: str) -> Format:
-    if text == "half":  # jmp's meaning: whatever 16-bit format the accelerator is fast in
-        text = "bf16" if jax.default_backend() == "tpu" else "f16"
-    number_format = parse_format(text)
-    if not number_format.signed or number_format.is_integer:
-        raise ValueError(f"nothing is stored or computed in {text}; it is for w, x and g")
-    return number_format
-
-
-def _stored(text: str) -> Stored:
-    name, dot, update = text.partition(".")
-    if dot and update not in ("nearest", "sr", "kahan"):
-        raise ValueError(f"updates are rounded by .sr or .kahan, not .{update}")
-    return Stored(_format(name), update or "nearest")  # type: ignore[arg-type]
-
-
-def _operand(text: str) -> Operand:
-    name = re.sub(r"(\.(sr|rht[0-9]*))*\Z", "", text)
-    options = text[len(name) :].split(".")[1:]
-    rotations = [int(option[3:] or DEFAULT_BLOCK) for option in options if option != "sr"]
-    if options.count("sr") > 1 or len(rotations) > 1:
-        raise ValueError("write .sr and .rht once at most")
-    if 0 in rotations:
-        raise ValueError("a rotation of blocks of 0; write .rht, or .rhtN with a power of two")
-    rounding: Rounding = "stochastic" if "sr" in options else "nearest_even"
-    return Operand(parse_quantizer(_short(name)), rounding, *rotations)
-
-
-def _backward_operand(text: str) -> Operand:
-    operand = _operand(text)
-    if operand.quantizer.history:
-        raise ValueError("histories are those of w, x and g; leave out .delayed")
-    return operand
-
-
-def _accumulator(text: str) -> Accumulator:
-    match = re.fullmatch(r"(\w+)(?:@block([1-9]\d*))?", text)
-    if match is None:
-        raise ValueError("write a format, or FORMAT@blockN for chunks of N terms")
-    return Accumulator(_format(match[1]), int(match[2] or 0))
-
-
-def _matmul(text: str) -> str:
-    if text not in ("highest", "tf32", "default"):
-        raise ValueError(f"unknown matmul precision '{text}'; use highest, tf32 or default")
-    return text
-
-
-def _moment(text: str) -> Quantizer:
-    quantizer = parse_quantizer(_short(text))
-    if quantizer.affine or quantizer.history or quantizer.groups == "channel":
-        raise ValueError("moments are stored in a format, FORMAT@tensor or FORMAT@blockN")
-    return quantizer
-
-
-def _cache(text: str) -> Quantizer:
-    quantizer = parse_quantizer(_short(text))
-    if quantizer.groups == "tensor" or quantizer.tensor_scale:
-        raise ValueError(
-            "keys and values arrive one position at a time and cannot share a factor; write a "
-            "format, FORMAT@channel or FORMAT@blockN"
-        )
-    return quantizer
-
-
-def _short(name: str) -> str:
-    """Long and jmp names of formats, shortened; anything else as it is."""
-    try:
-        return parse_format(name).name
-    except ValueError:
-        return name
-
-
-KEYS = {
-    "p": Key("params", "parameters as stored and updated", "f32", _stored),
-    "c": Key("compute", "everything a site computes with", "p", _format),
-    "o": Key("output", "the model's output: its logits", "c", _format),
-    "w": Key("weights", "weights as operands of products", "c", _operand),
-    "x": Key("activations", "activations as operands of products", "c", _operand),
-    "g": Key("grads", "cotangents entering the backward products", "c", _operand),
-    "wb": Key("backward_weights", "weights in the backward products", "w", _backward_operand),
-    "xb": Key("backward_activations", "activations in those", "x", _backward_operand),
-    "a": Key("accum", "accumulation of products", "f32", _accumulator),
-    "m": Key("matmul", "precision of products of f32 operands", "highest", _matmul),
-    "r": Key("reduce", "gradient reductions across devices", "f32", _format),
-    "mu": Key("first_moment", "first moment of the optimizer", "f32", _moment),
-    "nu": Key("second_moment", "second moment of the optimizer", "f32", _moment),
-    "kv": Key("cache", "keys and values kept while decoding", "c", _cache),
-}
-"""Every key, by its short name; the order is that of canonical strings."""
+from lmjax.precision.settings import Storage
 
 _SHORT = {name: short for short, key in KEYS.items() for name in (short, key.long)}
 
@@ -241,7 +129,7 @@ def _parse_base(text: str, segment: str, start: int) -> tuple[dict[str, Any], tu
         settings, rules = _parse_name(text, first.rstrip(), start)
         if comma:
             settings |= _parse_settings(text, changes, start + len(first) + 1)
-    stored = settings.get("p", Stored(parse_format("f32")))
+    stored = settings.get("p", Storage(parse_format("f32")))
     compute = settings.get("c", stored.format)
     filled = {"p": stored, "c": compute, "o": settings.get("o", compute)} | settings
     return {key: filled[key] for key in KEYS if key in filled}, rules
@@ -253,7 +141,7 @@ def _parse_name(text: str, name: str, start: int) -> tuple[dict[str, Any], tuple
         preset = _parse_phase_policy(PRESETS[name], PRESETS[name], 0)
         return dict(preset.base), tuple(replace(rule, position=start) for rule in preset.rules)
     number_format = _parse_value(text, "c", name, start, also=tuple(PRESETS))
-    return {"p": Stored(number_format), "c": number_format, "o": number_format}, ()
+    return {"p": Storage(number_format), "c": number_format, "o": number_format}, ()
 
 
 def _parse_rule(text: str, segment: str, start: int) -> Rule:

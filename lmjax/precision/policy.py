@@ -18,8 +18,8 @@ compute format unless a rule that names it sets `o`.
 A policy may change with the step. It then has phases, each a complete policy, and a site is
 resolved in one phase: `policy.at(step).resolve(path)`.
 
-`sites.py` declares each site. Knows that module, formats, quantizers, settings and jmp; the sites
-of a model come from the paths passed in.
+`sites.py` declares each site and `keys.py` each key. Knows those, formats, quantizers and jmp; the
+sites of a model come from the paths passed in.
 """
 
 from __future__ import annotations
@@ -36,15 +36,11 @@ import jmp
 
 from lmjax.precision import paths
 from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.keys import KEYS, OPERANDS
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.rounding import Overflow, emulate, quantize
-from lmjax.precision.settings import Accumulator, Operand, Stored, Update
+from lmjax.precision.settings import Accumulator, Operand, Storage, Update
 from lmjax.precision.sites import Kind, Site, site_at
-
-OPERANDS = ("w", "x", "g", "wb", "xb")
-"""Keys of the grammar that quantize operands of products."""
-
-_BACKWARD = {"w": "wb", "x": "xb"}
 
 NATIVE = ("f64", "f32", "bf16", "f16")
 """Formats that JAX computes in everywhere; all others are emulated in f32."""
@@ -77,10 +73,9 @@ class SitePolicy:
 
     Attributes:
       site: its declaration.
-      params: format that parameters are stored in.
+      stored: how parameters are stored, and updates rounded.
       compute: format of everything the site computes with.
       output: format of its output.
-      update: how an update is rounded to `params`.
       weights, activations, grads: quantization of the operands of its product, and of the
         cotangent in the backward products; None leaves them in the compute format.
       backward_weights, backward_activations: the same for the backward products; as in the forward
@@ -100,10 +95,9 @@ class SitePolicy:
     """
 
     site: Site
-    params: Format
+    stored: Storage
     compute: Format
     output: Format
-    update: Update = "nearest"
     weights: Operand | None = None
     activations: Operand | None = None
     grads: Operand | None = None
@@ -117,6 +111,16 @@ class SitePolicy:
     cache: Quantizer | None = None
     cotangents: Overflow = "clamp"
     path: str = field(default="", compare=False)
+
+    @property
+    def params(self) -> Format:
+        """The format that parameters are stored in."""
+        return self.stored.format
+
+    @property
+    def update(self) -> Update:
+        """How an update is rounded to that format."""
+        return self.stored.update
 
     @property
     def scope(self) -> AbstractContextManager[Any]:
@@ -185,23 +189,8 @@ class SitePolicy:
 
     def rows(self) -> dict[str, str]:
         """Every setting by its key in the grammar, as written in a policy."""
-        operand = self.compute.name
-        return {
-            "p": str(Stored(self.params, self.update)),
-            "c": self.compute.name,
-            "o": self.output.name,
-            "w": str(self.weights or operand),
-            "x": str(self.activations or operand),
-            "g": str(self.grads or operand),
-            "wb": str(self.backward_weights or operand),
-            "xb": str(self.backward_activations or operand),
-            "a": str(self.accum),
-            "m": self.matmul,
-            "r": self.reduce.name,
-            "mu": str(self.mu),
-            "nu": str(self.nu),
-            "kv": str(self.cache or operand),
-        }
+        # An operand or a cache that is not quantized stays in the compute format.
+        return {key: str(getattr(self, row.field) or self.compute) for key, row in KEYS.items()}
 
     def __str__(self) -> str:
         return ",".join(f"{key}={value}" for key, value in list(self.rows().items())[:3])
@@ -340,18 +329,14 @@ def _inherited(settings: Settings, site: Site) -> dict[str, Any]:
 
 
 def _site_policy(settings: Settings, site: Site, path: str) -> SitePolicy:
-    again = {backward: settings[key] for key, backward in _BACKWARD.items() if key in settings}
-    settings = again | dict(settings)
-    stored, compute = settings["p"], settings["c"]
-    names = {
-        "w": "weights", "x": "activations", "g": "grads", "wb": "backward_weights",
-        "xb": "backward_activations", "a": "accum", "m": "matmul", "r": "reduce", "mu": "mu",
-        "nu": "nu", "kv": "cache",
-    }  # fmt: skip
-    rest = {field: settings[key] for key, field in names.items() if key in settings}
-    output = settings.get("o", compute)
-    resolved = SitePolicy(site, stored.format, compute, output, stored.update, path=path)
-    return replace(resolved, **rest)
+    """The policy of a site; a key that is not set follows another one with values of its kind."""
+    values = dict(settings)
+    for key, row in KEYS.items():
+        followed = KEYS.get(row.default)
+        if key not in values and followed is not None and followed.kind is row.kind:
+            values |= {key: values[row.default]} if row.default in values else {}
+    fields = {KEYS[key].field: value for key, value in values.items()}
+    return SitePolicy(site, path=path, **fields)
 
 
 def _reach(pattern: str, path: str, depth: int | None) -> tuple[bool, bool]:

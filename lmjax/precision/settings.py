@@ -18,7 +18,7 @@ Update = Literal["nearest", "sr", "kahan"]
 
 
 @dataclass(frozen=True)
-class Stored:
+class Storage:
     """How parameters are stored: a format, and how an update is rounded to it.
 
     `nearest` loses updates below half a unit in the last place; `sr` rounds stochastically, so that

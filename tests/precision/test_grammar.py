@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmjax.precision.grammar import KEYS, PRESETS, parse_policy
-from lmjax.precision.policy import NATIVE, OPERANDS, PolicyError
+from lmjax.precision.grammar import PRESETS, parse_policy
+from lmjax.precision.keys import KEYS, OPERANDS
+from lmjax.precision.policy import NATIVE, PolicyError
 
 JMP_NAMES = [
     "half",

@@ -20,9 +20,11 @@ import pytest
 from lmjax.precision import contraction
 from lmjax.precision import sites as declared
 from lmjax.precision.grammar import PRESETS, parse_policy
+from lmjax.precision.keys import OPERANDS
 from lmjax.precision.matmul import einsum
-from lmjax.precision.policy import OPERANDS, SitePolicy
+from lmjax.precision.policy import SitePolicy
 from lmjax.precision.rounding import quantize
+from lmjax.precision.settings import Storage
 
 SIZES = {"b": 3, "t": 5, "s": 7, "k": 37, "n": 23, "d": 37, "v": 23, "h": 19, "g": 2}
 SPECS = {
@@ -43,7 +45,7 @@ def distinct_presets() -> dict[str, SitePolicy]:
     f32 = parse_policy("f32").resolve("head").params
     found: dict[SitePolicy, str] = {}
     for name in ("f32", *PRESETS):
-        found.setdefault(replace(linear(name), params=f32, output=f32), name)
+        found.setdefault(replace(linear(name), stored=Storage(f32), output=f32), name)
     return {name: site for site, name in found.items()}
 
 
