@@ -27,10 +27,14 @@ ARROWS = {
         "telemetry",
     },
     "plan": {"chips", "console", "hlo", "model", "parallel", "precision", "runs", "train"},
+    "diagnosis": {
+        "console", "data", "files", "model", "optim", "parallel", "precision", "runs", "telemetry",
+        "train",
+    },
     "inference": {"console", "data", "model", "parallel", "precision", "runs", "train"},
     "ablation": {"console", "data", "files", "runs", "train"},
     "cli": {
-        "ablation", "console", "data", "files", "inference", "parallel", "plan",
+        "ablation", "console", "data", "diagnosis", "files", "inference", "parallel", "plan",
         "precision", "runs", "telemetry", "train",
     },
     "chips": set(),

@@ -73,6 +73,7 @@ def flags() -> Iterator[str]:
     yield from known_flags(Launch)
     for verb in (verbs.generate, verbs.score, verbs.evaluate, verbs.prepare, verbs.sites):
         yield from known_flags(verb)
+    yield from known_flags(verbs.twin)
     for verb in (verbs.plan, verbs.report, verbs.reproduce, verbs.formats):
         yield from known_flags(verb)
 

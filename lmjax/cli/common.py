@@ -9,11 +9,12 @@ exit code:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -261,3 +262,19 @@ def bad_input(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
 def print_json(value: Any) -> None:
     """Prints strict JSON."""
     print(strict_json.dumps(value))
+
+
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """A block that writes a file; a failure leaves no new file behind."""
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        try:
+            yield
+        except BaseException:
+            if new:
+                path.unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -5,14 +5,13 @@ Knows all rooms; how flags are parsed, errors caught and tables printed is in `c
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -31,8 +30,10 @@ from lmjax.cli.common import (
     guarded,
     print_json,
     resume_run,
+    written,
 )
 from lmjax.cli.data import show_prepared
+from lmjax.cli.diagnosis import twin
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
 from lmjax.cli.inference import evaluate, generate, score
 from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "prepare": prepare,
         "sites": sites,
         "plan": plan,
+        "twin": twin,
         "formats": formats,
         "report": report,
         "reproduce": reproduce,
@@ -309,29 +311,13 @@ def formats(
     if plot is not None:
         from lmjax.telemetry.format_plot import DEFAULT_FORMATS, draw_number_lines
 
-        with _written(plot):
+        with written(plot):
             bad_input(draw_number_lines, plot, names or DEFAULT_FORMATS)
     if json:
         print_json([dataclasses.asdict(row) for row in rows])
     else:
         print_table(FORMAT_COLUMNS, [[*map(_cell, dataclasses.astuple(row))] for row in rows])
     return DONE
-
-
-@contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
-    """A block that writes a file; a failure leaves no new file behind."""
-    try:
-        new = not path.exists()
-        path.open("ab").close()
-        try:
-            yield
-        except BaseException:
-            if new:
-                path.unlink()
-            raise
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _cell(value: object) -> str:

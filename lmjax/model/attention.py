@@ -17,7 +17,7 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.layers import Dense, Norm, dropout
 from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take
+from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within_site
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 
@@ -126,6 +126,7 @@ class Attention(nnx.Module):
             # One site, but two tensors: probes look at the queries, which are as large as the keys.
             q = rotate(q, angles, sites["rope"], context.at("rope"))
             k = rotate(k, angles, sites["rope"])
+            k = within_site(k, sites["rope"], context.at("rope").probe, "keys")
         q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
         if cache is not None:
             cache = cache.extended(k, v, start, sites)

@@ -19,7 +19,7 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.layers import Dense, Norm, dropout
 from lmjax.model.mask import Mask, Position
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.sites import Context, Sites, at_site, give, take, within
+from lmjax.model.sites import Context, Sites, at_site, give, take, within, within_site
 from lmjax.model.standard import Branches, PlainBranches
 from lmjax.precision.policy import SitePolicy
 
@@ -119,9 +119,11 @@ class Block(nnx.Module):
             return self.mlp(y, within(sites, "mlp"), own), None
 
         with residual.scope:
-            x = take(x, residual, probe)
+            x = within_site(take(x, residual, probe), residual, probe, "entering")
         given = sites, context
         x, cache = self._half("attention", "dropout 1", attend, x, first, *given)
+        with residual.scope:
+            x = within_site(x, residual, probe, "between")
         x, _ = self._half("mlp", "dropout 2", transform, x, second, *given)
         with residual.scope:
             return give(x, residual, probe), cache

@@ -17,7 +17,7 @@ from lmjax.model.layout import decoder_layout
 from lmjax.model.mask import mask_and_positions
 from lmjax.model.objectives import NextToken
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.sites import Context, Sites
+from lmjax.model.sites import Context, Sites, within_site
 from lmjax.model.stack import scan_blocks, stacked
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.sites import Layout
@@ -130,7 +130,8 @@ class Decoder(Assembly):
             rows = constrain(rows, ("replicas", "length", "columns"))
         with sites["embed"].scope:
             rows = sites["embed"].to_output(rows)
-            return self.scales.sum_of_embeddings(x, rows)
+            x = self.scales.sum_of_embeddings(x, rows)
+            return within_site(x, sites["embed"], context.at("embed").probe, "sum")
 
     def logits(self, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
         """The logits `[B, T, V]` of the next token, of what left the last block."""

@@ -21,7 +21,15 @@ import jax.numpy as jnp
 from lmjax.precision.formats import parse_format
 from lmjax.precision.matmul import Key
 from lmjax.precision.policy import SitePolicy
-from lmjax.precision.probes import Probe, Rounded, report, report_cotangent
+from lmjax.precision.probes import (
+    Probe,
+    Rounded,
+    report,
+    report_cotangent,
+    tap,
+    tap_cotangent,
+)
+from lmjax.precision.taps import taps_in
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -91,12 +99,15 @@ def take(x: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:
     """The input of an elementwise site, in its compute format.
 
     A probe measures `dx`, the cotangent that the site hands back, before it is rounded to the
-    format that the input came in.
+    format that the input came in; a tap takes it after that.
     """
     if probe is None or "dx" not in probe.slots:
         return site.to_compute(x)
+    slots, taps = probe.slots["dx"], taps_in(probe.slots["dx"])
+    counted = {who: slot for who, slot in slots.items() if who not in taps}
     rounded = functools.partial(_narrowed, dtype=x.dtype)
-    return report_cotangent(site.to_compute(x), probe.slots["dx"], rounded)
+    x = tap_cotangent(x, {"dx": taps}, "dx", site.compute)
+    return report_cotangent(site.to_compute(x), counted, rounded)
 
 
 def _narrowed(g: jax.Array, *, dtype: Any) -> Rounded:
@@ -104,8 +115,17 @@ def _narrowed(g: jax.Array, *, dtype: Any) -> Rounded:
 
 
 def give(y: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:
-    """The result of an elementwise site, in its output format; a probe measures `y` before."""
+    """The result of an elementwise site, in its output format.
+
+    A probe measures `y` before, and `dy`, its cotangent as it arrives.
+    """
     output = site.to_output(y)
     if probe is None:
         return output
-    return report(output, probe.slots.get("y", {}), lambda: Rounded(y, y, output, site.output))
+    given = report(output, probe.slots.get("y", {}), lambda: Rounded(y, y, output, site.output))
+    return tap_cotangent(given, probe.slots, "dy", site.output)
+
+
+def within_site(x: jax.Array, site: SitePolicy, probe: Probe | None, role: str) -> jax.Array:
+    """Another tensor that a site hands on, in its compute format; a probe taps it as `role`."""
+    return x if probe is None else tap(x, probe.slots, role, site.compute)

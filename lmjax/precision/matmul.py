@@ -56,7 +56,15 @@ from lmjax.precision.contraction import Plan, axes_of, beside_result, plan_of
 from lmjax.precision.hadamard import random_signs, rotate
 from lmjax.precision.native import is_block_scaled, multiplies_elements, product_dtypes
 from lmjax.precision.policy import SitePolicy
-from lmjax.precision.probes import Probe, Rounded, Slots, measure, report, report_cotangent
+from lmjax.precision.probes import (
+    Probe,
+    Rounded,
+    Slots,
+    measure,
+    report,
+    report_cotangent,
+    tap_cotangent,
+)
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.rounding import Rounding, quantize
 from lmjax.precision.scaling import (
@@ -68,6 +76,7 @@ from lmjax.precision.scaling import (
 )
 from lmjax.precision.settings import Operand
 from lmjax.precision.summation import rounded_sum, sum_of_products
+from lmjax.precision.taps import handed_on
 
 Key = jax.Array | None
 Factors = Mapping[str, jax.Array]
@@ -129,13 +138,17 @@ def einsum(
 def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.Array:
     """Returns the result of a product in the site's output format.
 
-    Measures its cotangent as `g`, as the product dx quantizes it.
+    Measures the result as `y`, its cotangent as it arrives as `dy`, and as `g` the same as the
+    product dx quantizes it.
     """
     factors, slots = ({}, {}) if probe is None else probe
     block = _block(site.grads, site.backward_second)
     view = functools.partial(_view, operand=site.grads, axis=-1, site=site, block=block)
     with site.scope:
-        return report_cotangent(site.to_output(y), slots.get("g", {}), view, factors.get("g"))
+        rounded = site.to_output(y)
+        output = report(rounded, slots.get("y", {}), lambda: Rounded(y, y, rounded, site.output))
+        output = tap_cotangent(output, slots, "dy", site.output)
+        return report_cotangent(output, slots.get("g", {}), view, factors.get("g"))
 
 
 def _watched(
@@ -244,6 +257,7 @@ def _backward(
         role: measure(asked, Rounded(wide[role], wide[role], rounded[role], site.compute))
         for role, asked in slots.items()
     }
+    dx, dw = (handed_on(rounded[role], slots.get(role, {})) for role in ("dx", "dw"))
     return dx, dw, None, jax.tree.map(jnp.zeros_like, factors), measured
 
 

@@ -16,7 +16,7 @@ Tensors are identified by their role at a site. At a product: its operands `w` a
 cotangent `g`, and the gradients `dx` and `dw` that it returns. At any other site: its output `y`
 and the cotangent `dx` of its input. Each is measured before it is rounded.
 
-Knows jax, `bits` and `formats`.
+`taps.py` has slots for whole tensors. Knows jax, `bits`, `formats` and those.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import numpy as np
 
 from lmjax.precision.bits import largest_magnitude, pattern, split
 from lmjax.precision.formats import Format
+from lmjax.precision.taps import Copy, handed_on
 
 EXPONENTS = 256
 """Length of a histogram of exponents; see `exponent_histogram`."""
@@ -67,8 +68,7 @@ class Slot(Protocol):
     def empty(cls) -> Any:
         """The slot that goes in, and the neutral element of `combine`."""
 
-    @classmethod
-    def of(cls, tensor: Rounded) -> Any:
+    def of(self, tensor: Rounded) -> Any:
         """The measurement that comes out."""
 
     def combine(self, other: Any) -> Any:
@@ -285,7 +285,7 @@ def _weight(x: jax.Array, sample: jax.Array) -> np.float32:
 
 
 def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]) -> jax.Array:
-    """Returns `x` unchanged; the gradients of `slots` are their measurements of `tensor()`."""
+    """Returns `x`, which only a `Swap` replaces; the gradients of `slots` measure `tensor()`."""
     if not slots:
         return x
     measured = jax.lax.stop_gradient(measure(slots, tensor()))
@@ -294,16 +294,16 @@ def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]
 
 def measure(slots: Mapping[str, Any], tensor: Rounded) -> dict[str, Any]:
     """Returns every slot's measurement of a tensor."""
-    return {who: type(slot).of(tensor) for who, slot in slots.items()}
+    return {who: slot.of(tensor) for who, slot in slots.items()}
 
 
 @jax.custom_vjp
 def _deliver(x: jax.Array, slots: Any, measured: Any) -> jax.Array:
-    return x
+    return handed_on(x, slots)
 
 
 def _deliver_forward(x: jax.Array, slots: Any, measured: Any) -> tuple[jax.Array, Any]:
-    return x, measured
+    return handed_on(x, slots), measured
 
 
 def _deliver_backward(measured: Any, g: jax.Array) -> tuple[jax.Array, Any, Any]:
@@ -341,10 +341,21 @@ def _watch_forward(rounded: Round, x: jax.Array, slots: Any, arguments: Any) -> 
 
 def _watch_backward(rounded: Round, saved: Any, g: jax.Array) -> tuple[jax.Array, Any, Any]:
     slots, arguments = saved
-    return g, measure(slots, rounded(g, *arguments)), jax.tree.map(jnp.zeros_like, arguments)
+    measured = measure(slots, rounded(g, *arguments))
+    return handed_on(g, slots), measured, jax.tree.map(jnp.zeros_like, arguments)
 
 
 _watch.defvjp(_watch_forward, _watch_backward)
+
+
+def tap(x: jax.Array, slots: Slots, role: str, held_in: Format) -> jax.Array:
+    """Returns `x`, a tensor in a format, as its site hands it on; `slots[role]` measure it."""
+    return report(x, slots.get(role, {}), lambda: Rounded(x, x, x, held_in))
+
+
+def tap_cotangent(x: jax.Array, slots: Slots, role: str, held_in: Format) -> jax.Array:
+    """Returns `x`; `slots[role]` measure its cotangent as it arrives."""
+    return report_cotangent(x, slots.get(role, {}), lambda g: Rounded(g, g, g, held_in))
 
 
 def rescale_cotangent(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -378,7 +389,7 @@ def combine(first: Any, second: Any) -> Any:
 
 def is_slot(node: Any) -> bool:
     """Whether a node of a pytree is a measurement."""
-    return isinstance(node, (Maximum, Spread, Census))
+    return isinstance(node, (Maximum, Spread, Census, Copy))
 
 
 def _maximum(x: jax.Array) -> jax.Array:

@@ -48,6 +48,7 @@ class Site:
         names it; empty where they do.
       logits: whether its output is the output of the model, which the base's `o` is for.
       scalar: whether its output is a single number, for which a census is meaningless.
+      inner: what it hands on besides its output, by role: values that taps see.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Site:
     unquantized: str = ""
     logits: bool = False
     scalar: bool = False
+    inner: tuple[str, ...] = ()
 
     @property
     def is_product(self) -> bool:
@@ -79,6 +81,15 @@ class Site:
         return ("dx",) if self.scalar else ("y", "dx")
 
     @property
+    def taps(self) -> tuple[str, ...]:
+        """Its tensors that can be tapped whole, as it hands them on; see `taps.py`.
+
+        Values: its output `y` and what is `inner`. Gradients: `dy`, the cotangent of its output as
+        it arrives, and its `gradients`.
+        """
+        return self.gradients if self.scalar else (*self.inner, "y", "dy", *self.gradients)
+
+    @property
     def gradients(self) -> tuple[str, ...]:
         """The roles that are gradients of its inputs, before they are rounded."""
         return tuple(role for role in self.roles if role in ("dx", "dw"))
@@ -92,9 +103,9 @@ _LINEAR: Final = ("query", "key", "value", "out", "up", "gate", "down")
 _MEAN_SQUARE: Final = "a mean of squares overflows f16 and loses small differences in bf16"
 
 SITES: Final = _declared(
-    Site("embed", Kind.LOOKUP),
+    Site("embed", Kind.LOOKUP, inner=("sum",)),
     Site("positions", Kind.LOOKUP),
-    Site("residual", Kind.ELEMENTWISE),
+    Site("residual", Kind.ELEMENTWISE, inner=("entering", "between")),
     Site("norm", Kind.ELEMENTWISE, wide=_MEAN_SQUARE),
     *(Site(name, Kind.WEIGHT_PRODUCT) for name in _LINEAR),
     Site("query_norm", Kind.ELEMENTWISE, wide=f"{_MEAN_SQUARE}, over one head"),
@@ -103,6 +114,7 @@ SITES: Final = _declared(
         "rope",
         Kind.ELEMENTWISE,
         wide="an angle is a position times a frequency: bf16 has no odd integers above 256",
+        inner=("keys",),
     ),
     Site(
         "scores",

@@ -1,0 +1,124 @@
+"""A recorded run, opened at a checkpoint to be looked at: nothing of it is changed.
+
+Knows run directories, checkpoints and data, not what is then computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lmjax.console import stages
+from lmjax.console.progress import say
+from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
+from lmjax.errors import InputError
+from lmjax.parallel import sharding
+from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.config import Config
+from lmjax.runs.resolved import Phase, Resolved, resolve
+from lmjax.runs.run_directory import read_config
+from lmjax.runs.state import TrainState, abstract_state, create_state
+from lmjax.runs.store.remote import fetched
+
+
+@dataclass
+class OpenRun:
+    """A run between two steps.
+
+    Attributes:
+      workdir: its directory.
+      phases: its recorded config, resolved.
+      mesh: the config's, on the devices here.
+      state: after `step` steps.
+      step: the number of steps done.
+      data: the iterator of training batches; the next batch is that of step `step + 1`.
+    """
+
+    workdir: Path
+    phases: Resolved
+    mesh: sharding.Mesh
+    state: TrainState
+    step: int
+    data: Any
+
+    @property
+    def config(self) -> Config:
+        """Its recorded config."""
+        return self.phases.config
+
+    @property
+    def phase(self) -> Phase:
+        """That of the next step."""
+        return self.phases.at(self.step)
+
+    def next_batch(self) -> dict[str, jax.Array]:
+        """The batch of the next step."""
+        return sharding.global_batch(self.mesh, next(self.data), 1)
+
+
+def open_run(workdir: str | Path, *, before: int | None = None, initial: bool = False) -> OpenRun:
+    """Opens a run at its newest intact checkpoint.
+
+    Args:
+      workdir: the run directory, or a string such as `s3://BUCKET/RUN`.
+      before: only consider checkpoints of steps less than this.
+      initial: whether a run without such a checkpoint is opened at step 0, with parameters drawn
+        again from its seed.
+
+    Raises:
+      InputError: there is no run or no such checkpoint, or the text or the devices are not those
+        that the run needs.
+      CheckpointError: there are checkpoints, but none is intact.
+    """
+    with fetched(workdir) as directory:
+        return _open(directory, before, initial)
+
+
+def _open(workdir: Path, before: int | None, initial: bool) -> OpenRun:
+    phases = resolve(read_config(workdir))
+    config = phases.config
+    if jax.process_count() > 1:
+        raise InputError("a run is looked at by one process; start a single one")
+    try:
+        mesh = sharding.make_mesh(config.mesh)
+        with stages.stage("reading the text"):
+            corpus = tokenized_corpus(config.data, window=config.context + 1, progress=False)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    opened = partial(OpenRun, workdir, phases, mesh)
+    folder = workdir / "checkpoints"
+    checkpoints = Checkpoints(folder, note=say)
+    try:
+        step = checkpoints.newest_intact(before) if folder.is_dir() else None
+        if step is None:
+            if not initial:
+                raise InputError(f"{workdir} has no complete checkpoint yet; train it first")
+            state = create_state(phases.at(0), mesh)
+            return opened(state, 0, _data(config, corpus))
+        with stages.stage(f"restoring the checkpoint of step {step}"):
+            target = abstract_state(phases.after(step), mesh)
+            state, position, counters = checkpoints.restore(step, target)
+    finally:
+        checkpoints.close()
+    if counters["corpus"] != corpus.fingerprint:
+        raise InputError(
+            f"{workdir} was trained on another text: the files or the tokenizer behind "
+            f"{config.data.dataset} have changed; restore them"
+        )
+    data = _data(config, corpus)
+    data.set_state(position)
+    return opened(state, step, data)
+
+
+def _data(config: Config, corpus: TokenizedCorpus) -> Any:
+    return train_iterator(
+        corpus,
+        length=config.context,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        document_mask=config.data.document_mask,
+    )

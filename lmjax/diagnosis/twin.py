@@ -1,0 +1,335 @@
+"""The twin: the same parameters and the same batch under two policies, compared tensor by tensor.
+
+One program takes the loss and its gradient three times:
+
+    1  under the reference, whose tensors are kept
+    2  under the policy: how far each tensor is from that of the reference
+    3  under the policy, but each site is handed the reference's tensors, forwards and backwards:
+       how far off it is by itself
+
+The second shows what rounding did to a tensor on its whole way, the third where that happened. What
+a tensor is, is declared in `lmjax/precision/sites.py`; they leave the program through taps
+(`lmjax/precision/taps.py`), so a program without a twin has nothing of it.
+
+Knows sites, losses and states; no files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.diagnosis.opened import OpenRun
+from lmjax.model import site_tree
+from lmjax.optim import loss_scale
+from lmjax.parallel.sharding import Mesh
+from lmjax.precision import exact, paths
+from lmjax.precision.bits import largest_magnitude
+from lmjax.precision.probes import is_slot
+from lmjax.precision.sites import Layout
+from lmjax.precision.squares import scale_for_squares
+from lmjax.precision.taps import Copy, Outline, Swap
+from lmjax.runs.resolved import Phase, phase_of
+from lmjax.telemetry import measure
+from lmjax.train.step import Batch, make_scaled_loss
+
+BOUND = 2.0**-5
+"""A relative error that bf16 stays below for many layers, and that a single rounding to e5m2 or a
+product of e4m3 exceeds."""
+
+USER = "twin"
+"""Under which name the twin's slots are asked for."""
+
+Tensors = dict[str, Any]
+"""Arrays by site and role, such as `blocks/mlp/up/dx`; those of a stack have it as leading axis."""
+
+Outlines = dict[str, jax.ShapeDtypeStruct]
+"""Their shapes and dtypes, in the order of computation."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one tensor is from its twin under the reference.
+
+    Attributes:
+      site: path, such as `blocks/3/mlp/up`.
+      role: which of its tensors, such as `y`; see `Site.taps`.
+      relative_error: norm of the difference over the norm of the reference.
+      own_error: the same if the site is handed the reference's tensors: what it did by itself. NaN
+        for `dy`, which a site does not compute.
+      cosine: of the angle between both.
+      largest_error: largest magnitude of the difference over that of the reference.
+      non_finite: number of elements that are not finite, but are under the reference.
+    """
+
+    site: str
+    role: str
+    relative_error: float
+    own_error: float
+    cosine: float
+    largest_error: float
+    non_finite: int
+
+    @property
+    def path(self) -> str:
+        """Site and role."""
+        return f"{self.site}/{self.role}"
+
+    @property
+    def bits(self) -> float:
+        """Signal over noise in bits, `-log2` of the relative error: infinite for equal tensors."""
+        return -math.log2(self.relative_error) if self.relative_error else math.inf
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A batch under two policies.
+
+    Attributes:
+      precision: the policy.
+      reference: the policy that it is compared with.
+      step: steps done before.
+      bound: the relative error that counts as too large.
+      loss: nats per token under the policy.
+      reference_loss: the same under the reference.
+      differences: of every tensor, in the order of computation: values forwards, then gradients
+        from the last site to the first.
+    """
+
+    precision: str
+    reference: str
+    step: int
+    bound: float
+    loss: float
+    reference_loss: float
+    differences: tuple[Difference, ...]
+
+    @property
+    def first(self) -> Difference | None:
+        """The first tensor whose relative error exceeds the bound."""
+        return next((d for d in self.differences if not d.relative_error <= self.bound), None)
+
+    @property
+    def origins(self) -> tuple[Difference, ...]:
+        """The tensors that exceed the bound by what their own site does."""
+        return tuple(d for d in self.differences if d.own_error > self.bound)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of `origins`."""
+        return tuple(dict.fromkeys(d.site for d in self.origins))
+
+
+def twin(
+    run: OpenRun,
+    batch: Batch | None = None,
+    *,
+    precision: str | None = None,
+    reference: str = "f32",
+    bound: float = BOUND,
+    rows: int = 0,
+) -> Twin:
+    """Compares a run's next step with its twin, on the first micro-batch of a batch.
+
+    Args:
+      run: a run at a checkpoint; its parameters, loss scale and random key are those of both.
+      batch: as `OpenRun.next_batch` gives it; by default the next one.
+      precision: the policy, if not that of the run's next step.
+      reference: the policy to compare with.
+      bound: the relative error that counts as too large.
+      rows: of the micro-batch, for which there is memory; 0: all.
+
+    Raises:
+      ValueError: a policy does not fit the model.
+    """
+    phase = run.phase if precision is None else phase_under(run.phase, precision)
+    other = phase_under(run.phase, reference)
+    batch = run.next_batch() if batch is None else batch
+    part = {
+        name: whole[:: run.config.micro_batches][: rows or None] for name, whole in batch.items()
+    }
+    params, key, scale, factors = step_inputs(run, phase)
+    with _wide_enough(phase, other):
+        outlines = outline_of(other, run.mesh, params, part, key, scale)
+        program = twin_program(phase, other, run.mesh, outlines)
+        losses, found = jax.device_get(program(params, key, scale, factors, part))
+    differences = _differences({path: found[path] for path in outlines}, phase.layout)
+    loss, reference_loss = map(float, losses)
+    return Twin(
+        phase.config.precision,
+        other.config.precision,
+        run.step,
+        bound,
+        loss,
+        reference_loss,
+        differences,
+    )
+
+
+def _wide_enough(*phases: Phase) -> AbstractContextManager[Any]:
+    """64-bit JAX for the length of a block, where a policy computes in f64."""
+    formats = {site.compute.name for phase in phases for site in phase.sites.values()}
+    return jax.enable_x64(True) if "f64" in formats else contextlib.nullcontext()
+
+
+def phase_under(phase: Phase, precision: str) -> Phase:
+    """A phase under another policy, with the kind of loss scaling that it has."""
+    return phase_of(dataclasses.replace(phase.config, precision=precision))
+
+
+def step_inputs(run: OpenRun, phase: Phase) -> tuple[Any, ...]:
+    """Parameters, random key, loss scale and factors of delayed scaling of the next step.
+
+    Factors are histories of the run's own policy; other policies scale tensors by themselves.
+    """
+    scale = loss_scale.current(run.state.opt_state)
+    key = jax.random.wrap_key_data(run.state.key)
+    key = jax.random.fold_in(jax.random.fold_in(key, run.state.step), jnp.int32(0))
+    factors = {}
+    if phase.config.precision == run.phase.config.precision:
+        factors = measure.factors(run.state.scaling, scale, phase.layout.stack)
+    return run.state.params, key, scale, factors
+
+
+def twin_program(phase: Phase, reference: Phase, mesh: Mesh, outlines: Outlines) -> Any:
+    """The compiled `(params, key, scale, factors, batch) -> losses, statistics by path`."""
+    stack = phase.layout.stack
+
+    def program(params: Any, key: Any, scale: Any, factors: Any, batch: Batch) -> Any:
+        inputs = batch, key, scale
+        copies = {path: Copy(jnp.zeros(o.shape, o.dtype)) for path, o in outlines.items()}
+        theirs, expected = _tapped(reference, mesh, copies, params, *inputs, {})
+        ours, actual = _tapped(phase, mesh, copies, params, *inputs, factors)
+        swaps = {path: Swap(values) for path, values in expected.items()}
+        _, alone = _tapped(phase, mesh, swaps, params, *inputs, factors)
+        statistics = {
+            path: _statistics(actual[path], expected[path], alone[path], stack.holds(path))
+            for path in outlines
+        }
+        return (ours, theirs), statistics
+
+    return exact.jit(program)
+
+
+def outline_of(phase: Phase, mesh: Mesh, params: Any, *inputs: Any) -> Outlines:
+    """Shapes and dtypes of all tensors that can be tapped, in the order of computation."""
+    found: dict[str, Any] = {}
+    stack = phase.layout.stack
+    noting = lambda place: {
+        role: {USER: Outline(found, f"{place.path}/{role}")} for role in place.site.taps
+    }
+    slots = site_tree(phase.layout, noting)
+    # Abstractly, so that nothing of it is in the program.
+    gradient = jax.grad(make_scaled_loss(phase, mesh), has_aux=True)
+    jax.eval_shape(gradient, params, *inputs, slots, {})
+    sizes = {path: (stack.size,) * stack.holds(path) for path in found}
+    return {
+        path: jax.ShapeDtypeStruct((*sizes[path], *outline.shape), outline.dtype)
+        for path, outline in found.items()
+    }
+
+
+def _tapped(
+    phase: Phase, mesh: Mesh, slots: Mapping[str, Copy], params: Any, *inputs: Any
+) -> tuple[jax.Array, Tensors]:
+    """The loss under a policy, and every tensor."""
+    *given, factors = inputs
+    nested = paths.unflatten({f"{path}/{USER}": slot for path, slot in slots.items()})
+    gradient = jax.grad(make_scaled_loss(phase, mesh), argnums=4, has_aux=True)
+    measured, loss = gradient(params, *given, nested, factors)
+    flat = paths.flatten(measured, is_slot)
+    return loss, {path.removesuffix(f"/{USER}"): slot.values for path, slot in flat.items()}
+
+
+def _statistics(
+    actual: jax.Array, expected: jax.Array, alone: jax.Array, stacked: bool
+) -> dict[str, jax.Array]:
+    """Sums over a tensor, or over each of a stack, after scaling by a power of two."""
+    axes = tuple(range(1 if stacked else 0, expected.ndim))
+    largest = largest_magnitude(expected, axes)
+    scale = jnp.expand_dims(scale_for_squares(largest), axes)
+    a, b, error = actual * scale, expected * scale, (actual - expected) * scale
+    lost = ~jnp.isfinite(actual) & jnp.isfinite(expected)
+    sums = {
+        "error": jnp.square(error),
+        "own": jnp.square((alone - expected) * scale),
+        "actual": jnp.square(a),
+        "expected": jnp.square(b),
+        "product": a * b,
+        "non_finite": lost.astype(a.dtype),
+        "largest_error": jnp.abs(actual - expected),
+    }
+
+    # In one pass; rows first, so that no sum in f32 is long.
+    def join(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        return (*(p + q for p, q in zip(x[:-1], y[:-1], strict=True)), jnp.maximum(x[-1], y[-1]))
+
+    zeros, reduced = (jnp.zeros((), a.dtype),) * len(sums), tuple(sums.values())
+    for some in (axes[-1:], axes[:-1]):
+        reduced = jax.lax.reduce(reduced, zeros, join, some)
+    return dict(zip(sums, reduced, strict=True)) | {"largest": largest}
+
+
+def _differences(found: Mapping[str, Any], places: Layout) -> tuple[Difference, ...]:
+    """Rows of every tensor in the order of computation, of a stack member by member."""
+    rows = []
+    for path, index in _in_order(list(found), places):
+        numbers = {name: float(np.asarray(s)[index]) for name, s in found[path].items()}
+        member = places.stack.member(index[0], path) if index else path
+        rows.append(_difference(member, numbers))
+    return tuple(rows)
+
+
+def _in_order(tensors: list[str], places: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Paths with indices into a stack: its members follow each other, backwards for gradients."""
+    run: list[str] = []
+    for path, following in zip(tensors, [*tensors[1:], ""], strict=True):
+        if not places.stack.holds(path):
+            yield path, ()
+            continue
+        run.append(path)
+        if places.stack.holds(following) and _is_value(path) == _is_value(following):
+            continue
+        members = range(places.stack.size)
+        for index in members if _is_value(path) else reversed(members):
+            yield from ((one, (index,)) for one in run)
+        run = []
+
+
+def _is_value(path: str) -> bool:
+    return path.rpartition("/")[2] not in GRADIENTS
+
+
+GRADIENTS = ("dy", "dx", "dw")
+"""Roles that are computed backwards."""
+
+
+def _difference(path: str, sums: Mapping[str, float]) -> Difference:
+    site, _, role = path.rpartition("/")
+    lengths = math.sqrt(sums["actual"] * sums["expected"])
+    cosine = sums["product"] / lengths if lengths else float(sums["actual"] == sums["expected"])
+    return Difference(
+        site=site,
+        role=role,
+        relative_error=_ratio(sums["error"], sums["expected"]),
+        own_error=math.nan if role == "dy" else _ratio(sums["own"], sums["expected"]),
+        cosine=max(-1.0, min(1.0, cosine)),
+        largest_error=_ratio(sums["largest_error"] ** 2, sums["largest"] ** 2),
+        non_finite=int(sums["non_finite"]),
+    )
+
+
+def _ratio(error: float, expected: float) -> float:
+    """The ratio of two norms, given their squares; infinite unless both are finite."""
+    if error == 0:
+        return 0.0
+    return math.sqrt(error / expected) if expected and math.isfinite(error) else math.inf

@@ -1,0 +1,75 @@
+"""Slots that take whole tensors out of a step, and put others in their place.
+
+They are slots as in `probes.py`, and so leave the program as gradients do. A tap looks at a tensor
+as its site hands it on, after rounding:
+
+    Outline   which tensors there are, their shapes, and the order in which they are computed
+    Copy      the tensor
+    Swap      the tensor; handed on in its place is the one that the slot holds
+
+`Copy` and `Swap` keep the compiler from computing across a tap, so that two passes of one program
+with the same formats have the same bits.
+
+Knows jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from lmjax.precision.exact import at_least_f32
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True, eq=False)
+class Outline:
+    """Notes, while a step is traced, that there is a tensor.
+
+    Attributes:
+      found: by path, in the order of computation: shape, and dtype of at least f32. Inside a stack,
+        those of one member.
+      path: of the tensor.
+    """
+
+    found: dict[str, jax.ShapeDtypeStruct]
+    path: str
+
+    def of(self, tensor: Any) -> Outline:
+        """Notes the tensor; there is nothing to measure."""
+        values = tensor.values
+        outline = jax.ShapeDtypeStruct(values.shape, at_least_f32(values.dtype))
+        self.found.setdefault(self.path, outline)
+        return self
+
+
+class Copy(NamedTuple):
+    """The tensor, in the dtype of the slot."""
+
+    values: jax.Array
+
+    def of(self, tensor: Any) -> Copy:
+        """The tensor as it is handed on."""
+        return type(self)(tensor.values.astype(self.values.dtype))
+
+
+class Swap(Copy):
+    """The tensor; `values` of the slot is handed on in its place."""
+
+
+def taps_in(slots: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the slots that take a tensor as it is handed on."""
+    return {who: slot for who, slot in slots.items() if isinstance(slot, Copy | Outline)}
+
+
+def handed_on(x: jax.Array, slots: Mapping[str, Any]) -> jax.Array:
+    """What is handed on at a place with these slots: `x`, or what a `Swap` holds, in its dtype."""
+    for slot in slots.values():
+        if isinstance(slot, Swap):
+            return jax.lax.optimization_barrier(slot.values.astype(x.dtype))
+        if isinstance(slot, Copy):
+            return jax.lax.optimization_barrier(x)
+    return x
