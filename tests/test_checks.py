@@ -31,8 +31,8 @@ ABLATION = Ablation(
 )
 INSTANCES = (
     BASE,
-    cli.Launch(config=BASE, workdir="run"),
-    ablation_cli.Launch(workdir=Path("run")),
+    cli.TrainFlags(config=BASE, workdir="run"),
+    ablation_cli.AblationFlags(workdir=Path("run")),
     DistributedConfig(),
     MeshSizes(),
     ABLATION,

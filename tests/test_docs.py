@@ -14,7 +14,7 @@ from test_arrows import ARROWS, CONFINED
 from experiments import quickstart
 from lmjax.ablation.claims import load_claims
 from lmjax.cli import verbs
-from lmjax.cli.common import Launch
+from lmjax.cli.common import TrainFlags
 from lmjax.cli.flags import known_flags
 from lmjax.precision.formats import format_table
 from lmjax.precision.grammar import PRESETS, parse_policy
@@ -70,7 +70,7 @@ def test_verbs_that_a_page_uses_exist(page: Path) -> None:
 
 def flags() -> Iterator[str]:
     """Every flag of an experiment, an ablation and a verb."""
-    yield from known_flags(Launch)
+    yield from known_flags(TrainFlags)
     for verb in (verbs.generate, verbs.score, verbs.evaluate, verbs.prepare, verbs.sites):
         yield from known_flags(verb)
     yield from known_flags(verbs.twin)

@@ -26,3 +26,11 @@ def test_the_order_of_sums_is_read_in_one_place() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "deterministic_reductions"
     ]
     assert read == ["runs/config.py"]
+
+
+def test_the_name_of_a_class_has_one_meaning() -> None:
+    files: dict[str, set[str]] = {}
+    for name, node in nodes():
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            files.setdefault(node.name, set()).add(name)
+    assert {name: found for name, found in files.items() if len(found) > 1} == {}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lmjax.ablation.claims import Judgement, order
-from lmjax.ablation.evidence import Finding, Outcome
+from lmjax.ablation.evidence import Finding, Ruling
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation.setting import Environment, subject, what_was_run
 from lmjax.ablation.words import markdown_link, markdown_table
@@ -54,7 +54,7 @@ class Account:
     title: str
     statement: str
     source: str
-    outcome: Outcome
+    outcome: Ruling
     ran: Mapping[str, str]
     paper: Sequence[Published]
     findings: Sequence[Finding]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lmjax.ablation.evidence import Evidence, Finding, Outcome
+from lmjax.ablation.evidence import Evidence, Finding, Ruling
 from lmjax.ablation.grid import Ablation
 
 
@@ -90,12 +90,12 @@ class Judgement(NamedTuple):
     findings: Sequence[Finding]
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Ruling:
         """Of all findings together."""
         return together(finding.outcome for finding in self.findings)
 
 
-def together(outcomes: Iterable[Outcome]) -> Outcome:
+def together(outcomes: Iterable[Ruling]) -> Ruling:
     """Refuted if one is, else undecided if one is, else confirmed."""
     found = set(outcomes)
     return "refuted" if "refuted" in found else "undecided" if "undecided" in found else "confirmed"

@@ -1,6 +1,6 @@
 """Metrics of runs over their steps, averaged over the seeds of an arm.
 
-Knows what a `Run` and an `Arm` of the report hold, and statistics; nothing of pictures.
+Knows what a `CellRecord` and an `Arm` of the report hold, and statistics; nothing of pictures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmjax.ablation.report_data import Arm, Run, column, number
+from lmjax.ablation.report_data import Arm, CellRecord, column, number
 from lmjax.ablation.statistics import Estimate
 
 MOST_POINTS = 60
@@ -63,7 +63,9 @@ def curves(arms: Sequence[Arm], name: str) -> list[Series]:
     return drawn
 
 
-def _crosses(runs: Sequence[Run], x: np.ndarray, values: np.ndarray) -> list[tuple[float, float]]:
+def _crosses(
+    runs: Sequence[CellRecord], x: np.ndarray, values: np.ndarray
+) -> list[tuple[float, float]]:
     """Where the curves of failed runs end: their last finite points, from `f64[runs, points]`."""
     ends = []
     for run, curve in zip(runs, values, strict=True):
@@ -96,7 +98,7 @@ def difference_curve(arm: Arm, control: Arm, name: str) -> Series | None:
     return Series(arm.name, arm.color, edges[1:], mean, ends[:, 0], ends[:, 1])
 
 
-def _edges(runs: Iterable[Run], name: str) -> np.ndarray:
+def _edges(runs: Iterable[CellRecord], name: str) -> np.ndarray:
     """Steps that the curves of these runs are cut at: `f64[points + 1]`, the first below all."""
     steps = sorted({step for run in runs for step in column(run, name)[0]})
     parts = [part for part in np.array_split(steps, MOST_POINTS) if part.size]
@@ -117,13 +119,13 @@ def _averaged(steps: np.ndarray, values: np.ndarray, edges: np.ndarray) -> np.nd
     return mean
 
 
-def last(run: Run, name: str) -> float:
+def last(run: CellRecord, name: str) -> float:
     """The last value of a metric, or the one in the result; NaN if there is none."""
     values = column(run, name)[1]
     return float(values[-1]) if values.size else number(run.result.get(name))
 
 
-def typical(run: Run, name: str) -> float:
+def typical(run: CellRecord, name: str) -> float:
     """Median of a metric over the logged steps; NaN without any."""
     values = column(run, name)[1]
     return float(np.median(values)) if values.size else math.nan

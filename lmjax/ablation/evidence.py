@@ -37,7 +37,7 @@ from lmjax.ablation.words import percent, seeds_in_words, signed, size
 from lmjax.console.wording import counted
 from lmjax.runs.metrics import read_rows
 
-Outcome = Literal["confirmed", "refuted", "undecided"]
+Ruling = Literal["confirmed", "refuted", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Finding(NamedTuple):
 
     statement: str
     found: str
-    outcome: Outcome
+    outcome: Ruling
     about: str = ""
     asked: str = ""
     why: str = ""
@@ -233,9 +233,7 @@ class Evidence:
         return list(self.differences(arm, control).values()), lost
 
 
-def _beside_failures(
-    outcome: Outcome, differences: list[float], lost: Mapping[int, str]
-) -> Outcome:
+def _beside_failures(outcome: Ruling, differences: list[float], lost: Mapping[int, str]) -> Ruling:
     """How a lower bound of a difference came out, where other runs of the arm failed."""
     if not differences:
         return "confirmed" if len(lost) > 1 else "undecided"
@@ -247,7 +245,7 @@ def _finding(
     statement: str,
     arm: str,
     margin: Margin,
-    outcome: Outcome,
+    outcome: Ruling,
     differences: list[float],
     lost: Mapping[int, str],
 ) -> Finding:
@@ -277,14 +275,14 @@ def _brief(reason: str) -> str:
     return reason.partition(";")[0]
 
 
-def gap_outcome(differences: list[float], at_least: float) -> Outcome:
+def gap_outcome(differences: list[float], at_least: float) -> Ruling:
     """Whether differences exceed a gap; see the module."""
     if gap_test(differences, at_least).passes:
         return "confirmed"
     return "refuted" if deciding_interval(differences).high < at_least else "undecided"
 
 
-def range_outcome(differences: list[float], low: float, high: float) -> Outcome:
+def range_outcome(differences: list[float], low: float, high: float) -> Ruling:
     """Whether differences stay between two numbers; see the module."""
     interval = deciding_interval(differences)
     if low < interval.low and interval.high < high:

@@ -68,7 +68,7 @@ class ForestRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class CellRecord:
     """A cell and the content of its run directory; missing files are empty."""
 
     cell: Cell
@@ -94,7 +94,7 @@ class Arm:
     color: int
     control: str | None
     changes: Mapping[str, tuple[Any, Any]]
-    runs: Sequence[Run]
+    runs: Sequence[CellRecord]
     comparison: Comparison | None
 
     @property
@@ -113,7 +113,7 @@ class Report:
     criteria: Criteria
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[CellRecord]:
         """All runs, arm by arm."""
         return [run for arm in self.arms for run in arm.runs]
 
@@ -231,9 +231,9 @@ def _changes(ablation: Ablation, control: str, arm: str) -> dict[str, tuple[Any,
     return {name: values for name, values in changes.items() if name != "seed"}
 
 
-def _read(cell: Cell) -> Run:
+def _read(cell: Cell) -> CellRecord:
     result = cell.directory / "result.json"
-    return Run(
+    return CellRecord(
         cell,
         read_rows(cell.directory / "metrics.jsonl"),
         strict_json.read(result) if result.exists() else {},
@@ -323,7 +323,7 @@ def environments(report: Report) -> dict[str, list[str]]:
     return {name: list(texts) for name, texts in found.items() if any(texts)}
 
 
-def link(run: Run, directory: Path, name: str = "") -> str:
+def link(run: CellRecord, directory: Path, name: str = "") -> str:
     """Relative address of a run directory or a file in it; empty if it does not exist."""
     target = run.cell.directory / name
     if not target.exists():
@@ -340,7 +340,7 @@ def number(value: Any) -> float:
         return math.nan
 
 
-def column(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
+def column(run: CellRecord, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric of a run, `f64[rows that have it]` each."""
     points = [(row["step"], number(row[name])) for row in run.rows if name in row]
     return (

@@ -43,7 +43,7 @@ MARKS = {
 """One sign a verdict or outcome, so that colour alone says nothing."""
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """A cell of a table: text, marked as code, behind the key of an arm, or links."""
 
     text: str = ""
@@ -52,14 +52,14 @@ class Cell(NamedTuple):
     links: Sequence[tuple[str, str]] = ()
 
 
-Row = Sequence[Cell | str]
+TableRow = Sequence[TableCell | str]
 
 
 class Table(NamedTuple):
     """A header and rows; a string is the text of a cell."""
 
     header: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     numeric: bool = False
 
 
@@ -110,9 +110,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def as_cell(content: Cell | str) -> Cell:
+def as_cell(content: TableCell | str) -> TableCell:
     """A cell, also from its text alone."""
-    return content if isinstance(content, Cell) else Cell(content)
+    return content if isinstance(content, TableCell) else TableCell(content)
 
 
 def _sections(report: Report, directory: Path) -> dict[str, Any]:
@@ -148,8 +148,8 @@ def _observed(comparison: Comparison) -> str:
     return difference(comparison)
 
 
-def _named(arm: Arm) -> Cell:
-    return Cell(arm.name, arm=arm.color)
+def _named(arm: Arm) -> TableCell:
+    return TableCell(arm.name, arm=arm.color)
 
 
 def _forest(report: Report) -> Markup:
@@ -163,7 +163,7 @@ def _numbers(report: Report) -> Table:
     alone = report.criteria.alone
     header = ["arm", title_of(report.ablation.metric), "pairs", "difference", "interval"]
     header += [] if alone else ["bootstrap (BCa)", "p, different", "p, equivalent"]
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for arm in report.arms:
         c, first = arm.comparison, (_named(arm), values_of(arm, report.ablation.metric))
         if c is None:
@@ -215,7 +215,7 @@ def _difference_charts(report: Report) -> list[Chart]:
 
 def _mechanism(report: Report) -> Table | None:
     names = counters(report)
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         [_named(arm), *(span([last(run, name) for run in arm.runs], name) for name in names)]
         for arm in report.arms
     ]
@@ -232,10 +232,10 @@ def _mechanism_charts(report: Report) -> list[Chart]:
 
 
 def _setup(report: Report) -> Table:
-    code = lambda value: Cell(
+    code = lambda value: TableCell(
         value if isinstance(value, str) else strict_json.dumps(value), code=True
     )
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for arm in report.arms:
         against = arm.control or report.ablation.control
         for field, (theirs, mine) in arm.changes.items():
@@ -249,7 +249,7 @@ def _setup(report: Report) -> Table:
 def _speed(report: Report) -> Table:
     names = memory_names(report)
     measured = any("mfu" in row for run in report.runs for row in run.rows)
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         [
             _named(arm),
             span([typical(run, "tokens_per_second") for run in arm.runs]),
@@ -271,13 +271,13 @@ def _runs(report: Report, directory: Path) -> Table:
             if address := link(run, directory, name):
                 yield name or run.cell.directory.name, address
 
-    rows: list[Row] = [
+    rows: list[TableRow] = [
         [
             _named(arm),
             str(run.cell.seed),
             status_of(run),
             value_of(run),
-            Cell(links=tuple(links(run))),
+            TableCell(links=tuple(links(run))),
         ]
         for arm in report.arms
         for run in arm.runs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lmjax.ablation.report_data import Arm, Report, Run, link
+from lmjax.ablation.report_data import Arm, CellRecord, Report, link
 from lmjax.ablation.verdict import difference
 from lmjax.ablation.words import markdown_link, markdown_table, percent, significant, span, title_of
 from lmjax.console.wording import counted
@@ -84,17 +84,17 @@ def cells_table(report: Report, directory: Path) -> list[str]:
     return markdown_table(header, (_cell_row(run, directory) for run in report.runs))
 
 
-def status_of(run: Run) -> str:
+def status_of(run: CellRecord) -> str:
     """`finished`, `missing`, or `failed` with the reason."""
     return f"{run.cell.status}: {run.cell.reason}" if run.cell.reason else run.cell.status
 
 
-def value_of(run: Run) -> str:
+def value_of(run: CellRecord) -> str:
     """The metric of a finished run; empty for the others."""
     return significant(run.cell.value) if run.cell.status == "finished" else ""
 
 
-def _cell_row(run: Run, directory: Path) -> list[str]:
+def _cell_row(run: CellRecord, directory: Path) -> list[str]:
     cell, address = run.cell, link(run, directory)
     named = markdown_link(cell.directory.name, address) if address else ""
     return [cell.arm, str(cell.seed), status_of(run), value_of(run), named]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lmjax.ablation import grid
+from lmjax.ablation.display import Display
 from lmjax.ablation.grid import Ablation, Cell, State
 from lmjax.ablation.pools import LocalPool, Pool, SlurmPool
-from lmjax.ablation.progress import Display
 from lmjax.ablation.report_data import compare_cells
 from lmjax.ablation.verdict import seeds_to_add
 from lmjax.ablation.worker import discard_failed
@@ -38,7 +38,7 @@ class AblationError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AblationOutcome:
     """How a call of `run` ended.
 
     Attributes:
@@ -61,7 +61,7 @@ def run(
     retry_failed: bool = False,
     slurm: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> Outcome:
+) -> AblationOutcome:
     """Runs the unfinished cells of an ablation.
 
     Args:
@@ -94,7 +94,7 @@ def run(
         if outcome.stopped_by is not None or grown == ablation:
             return outcome
         if signal is not None:
-            return Outcome(ablation, cells, signal)
+            return AblationOutcome(ablation, cells, signal)
         ablation = grown
 
 
@@ -105,7 +105,7 @@ def run_each(
     processes: int = 1,
     threads: int = 1,
     progress: bool = True,
-) -> Generator[Outcome, None, None]:
+) -> Generator[AblationOutcome, None, None]:
     """Runs the unfinished cells of several ablations; see `run`. Adds no seeds.
 
     All ablations share the workers, which keep running while the caller handles an outcome. They
@@ -211,7 +211,7 @@ def _left(ablation: Ablation, directory: Path) -> dict[str, Config]:
 
 def _outcome(
     ablation: Ablation, cells: tuple[Cell, ...], signal: str | None, directory: Path
-) -> Outcome:
+) -> AblationOutcome:
     """Returns the outcome of an ablation whose workers have ended or moved on.
 
     Raises:
@@ -220,7 +220,7 @@ def _outcome(
     missing = any(cell.status == "missing" for cell in cells)
     if missing and signal is None:
         raise AblationError(f"the workers ended before the cells did; see {directory / 'logs'}")
-    return Outcome(ablation, cells, signal if missing else None)
+    return AblationOutcome(ablation, cells, signal if missing else None)
 
 
 def _added(ablation: Ablation) -> str:

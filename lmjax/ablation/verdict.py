@@ -38,7 +38,7 @@ from lmjax.ablation.statistics import (
 from lmjax.ablation.words import FEWEST_SEEDS, plus_minus, seeds_in_words, signed, size
 from lmjax.console.wording import counted
 
-Kind = Literal["worse", "better", "equivalent", "undecided", "failed"]
+VerdictKind = Literal["worse", "better", "equivalent", "undecided", "failed"]
 Values = Mapping[str, Mapping[int, float]]
 Reasons = Mapping[str, Mapping[int, str]]
 
@@ -71,7 +71,7 @@ class Criteria:
 class Verdict(NamedTuple):
     """The finding about one arm: a keyword for programs and a sentence to print."""
 
-    kind: Kind
+    kind: VerdictKind
     text: str
 
 
@@ -256,7 +256,7 @@ def _of_differences(comparison: Comparison) -> Verdict:
         seeds = seeds_in_words(estimate.n)
         return Verdict("equivalent", f"equivalent within {criteria.margin:g}; {power} ({seeds})")
     if comparison.p <= criteria.alpha:
-        kind: Kind = "worse" if estimate.mean > 0 else "better"
+        kind: VerdictKind = "worse" if estimate.mean > 0 else "better"
         by = plus_minus(abs(estimate.mean), comparison.decisive.half_width)
         seeds = seeds_in_words(estimate.n)
         return Verdict(kind, f"{kind} by {by} {criteria.unit} ({seeds})")

@@ -32,7 +32,7 @@ from lmjax.train import InputError
 
 
 @dataclass(frozen=True)
-class Launch:
+class AblationFlags:
     """Flags of an ablation: directory, length of its runs, and execution."""
 
     workdir: UserPath
@@ -77,9 +77,9 @@ def _run_ablation(
     arguments: Sequence[str],
     command: str = "",
 ) -> int:
-    default = Launch(workdir=Path("runs") / module.rpartition(".")[2])
+    default = AblationFlags(workdir=Path("runs") / module.rpartition(".")[2])
     command = command or f"python -m {module}"
-    launch = parsed(Launch, arguments, default=default, command=command)
+    launch = parsed(AblationFlags, arguments, default=default, command=command)
     options = _slurm_options(launch)
     chosen = _chosen(ablation(), launch)
     print(f"{chosen.question}\n")
@@ -154,7 +154,7 @@ def _report(ablation: Ablation, cells: Sequence[Cell], out: Path, *, json: bool)
     _print_report(ablation, cells, out)
 
 
-def _chosen(ablation: Ablation, launch: Launch) -> Ablation:
+def _chosen(ablation: Ablation, launch: AblationFlags) -> Ablation:
     try:
         if launch.steps is not None:
             ablation = grid.with_steps(ablation, launch.steps)
@@ -179,7 +179,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         raise InputError(f"--seeds {text!r} is not a list of numbers such as 0,1,2") from error
 
 
-def _slurm_options(launch: Launch) -> dict[str, Any] | None:
+def _slurm_options(launch: AblationFlags) -> dict[str, Any] | None:
     """The parameters of submitit, with integers converted; None without --slurm."""
     if not launch.slurm:
         if launch.slurm_options:

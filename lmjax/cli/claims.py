@@ -20,11 +20,11 @@ from lmjax import strict_json
 from lmjax.ablation.account import Account, account, markdown
 from lmjax.ablation.account import read as read_account
 from lmjax.ablation.claims import Claim, Judgement, judge, load_claims, together
-from lmjax.ablation.evidence import Evidence, Outcome
+from lmjax.ablation.evidence import Evidence, Ruling
 from lmjax.ablation.grid import Ablation, Cell
 from lmjax.ablation.report import write_report
 from lmjax.ablation.runner import AblationError, run_each
-from lmjax.ablation.runner import Outcome as Ended
+from lmjax.ablation.runner import AblationOutcome as Ended
 from lmjax.ablation.setting import read_environment
 from lmjax.cli.ablation import parse_seeds
 from lmjax.cli.common import print_json
@@ -67,7 +67,7 @@ def replay(
     processes: int = 1,
     seeds: str | None = None,
     json: bool = False,
-) -> Outcome | None:
+) -> Ruling | None:
     """Runs what claims need, judges them, and prints and records the judgements.
 
     Args:

@@ -64,7 +64,7 @@ RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")
 
 
 @dataclass(frozen=True)
-class Launch:
+class TrainFlags:
     """Flags of an experiment: its config, and the options of this launch."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
@@ -102,9 +102,9 @@ def _run_experiment(
     arguments: Sequence[str],
     command: str = "",
 ) -> int:
-    default = Launch(config=config(), workdir=str(Path("runs", module.rpartition(".")[2])))
+    default = TrainFlags(config=config(), workdir=str(Path("runs", module.rpartition(".")[2])))
     command = command or f"python -m {module}"
-    return _launched(parsed(Launch, with_file(arguments), default=default, command=command))
+    return _launched(parsed(TrainFlags, with_file(arguments), default=default, command=command))
 
 
 def resume_run(arguments: Sequence[str]) -> int:
@@ -116,13 +116,13 @@ def resume_run(arguments: Sequence[str]) -> int:
     run = next(iter(arguments), "-")
     if run.startswith("-"):
         if {"-h", "--help"} & set(arguments):
-            parsed(Launch, arguments, default=Launch(Config(), "RUN"), command=RESUME)
+            parsed(TrainFlags, arguments, default=TrainFlags(Config(), "RUN"), command=RESUME)
         raise InputError(f"name the run directory first: {RESUME}")
     with fetched(run, checkpoint=False) as folder:
         recorded, path = read_config(folder), folder / "result.json"
         result = strict_json.read(path) if path.exists() else None
-    default = Launch(config=reopened(recorded), workdir=run)
-    launch = parsed(Launch, with_file(arguments[1:]), default=default, command=RESUME)
+    default = TrainFlags(config=reopened(recorded), workdir=run)
+    launch = parsed(TrainFlags, with_file(arguments[1:]), default=default, command=RESUME)
     if launch.workdir != run:
         raise InputError(f"{RESUME} resumes in RUN itself; leave out --workdir")
     if result is not None:
@@ -139,7 +139,7 @@ def resume_run(arguments: Sequence[str]) -> int:
 RESUME = "python -m lmjax resume RUN [FLAGS]"
 
 
-def _launched(launch: Launch) -> int:
+def _launched(launch: TrainFlags) -> int:
     if threads := launch.config.reductions.threads:
         # The size of XLA's thread pool on CPU: the number of cores or of devices, whichever is
         # larger, unless set here before a backend exists.

@@ -26,7 +26,7 @@ ROOFLINE = (
     Column("chip", "key"),
     Column("chips", "number"),
     Column("mesh"),
-    *(Column(title, "number") for title in ("rows", "compute", "memory", "wires")),
+    *(Column(title, "number") for title in ("rows", "compute", "memory", "network")),
     Column("bound", "setting"),
     *(Column(title, "number") for title in ("least", "most", "tokens/s/chip at most")),
     Column("needs", "number"),
@@ -153,7 +153,7 @@ def _print_traffic(made: Plan) -> None:
     print(READ)
 
 
-def _traffic_row(row: plan.Row) -> tuple[str, ...]:
+def _traffic_row(row: plan.TrafficRow) -> tuple[str, ...]:
     ratio = "" if row.ratio is None else f"{row.ratio:.4f}"
     along = " x ".join(row.axes)
     expected = _size(row.expected) if row.expected else ""

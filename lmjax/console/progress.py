@@ -1,4 +1,4 @@
-"""What the user sees while a run trains.
+"""What the user sees while a run trains, and while anything else takes long.
 
 A live bar in a terminal or a notebook; elsewhere (a log file, CI) one line every few seconds.
 """
@@ -6,6 +6,7 @@ A live bar in a terminal or a notebook; elsewhere (a log file, CI) one line ever
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from lmjax.console import stages
 from lmjax.files.filenames import printable
@@ -136,3 +137,23 @@ def say(text: str, *, enabled: bool = True) -> None:
 
 def _power_of_two(scale: float) -> str:
     return f"2^{scale.hex().partition('p')[2].lstrip('+')}"
+
+
+@contextmanager
+def progress_over(label: str, total: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(steps)`.
+
+    Shows a bar in a terminal or notebook, one line where the output is kept (log file, pipe), and
+    nothing if not enabled.
+    """
+    console = Console(stderr=True, emoji=False)
+    if not enabled:
+        yield lambda steps: None
+    elif console.is_terminal or console.is_jupyter:
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        with stages.hidden(), Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda steps: bar.advance(task, steps)
+    else:
+        print(f"lmjax: {label}", file=sys.stderr)
+        yield lambda steps: None

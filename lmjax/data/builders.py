@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lmjax.data.sources import BUILDER_VERSION, Document, Source
+from lmjax.data.sources import BUILDER_VERSION, Document, TextSource
 
 SPLIT = "documents"
 
@@ -22,11 +22,11 @@ class _DocumentsBuilder(
     tfds.core.GeneratorBasedBuilder,
     skip_registration=True,  # type: ignore[call-arg]  # TFDS has no types; this is not a dataset.
 ):
-    """Stores the documents of a `Source`."""
+    """Stores the documents of a `TextSource`."""
 
     VERSION = tfds.core.Version(BUILDER_VERSION)
 
-    def __init__(self, source: Source, **kwargs: Any) -> None:
+    def __init__(self, source: TextSource, **kwargs: Any) -> None:
         self._source = source
         super().__init__(file_format="array_record", **kwargs)
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmjax.console import stages
+from lmjax.console.progress import progress_over
 from lmjax.console.wording import counted
 from lmjax.data.config import DataConfig
 from lmjax.data.documents import (
@@ -31,8 +32,7 @@ from lmjax.data.documents import (
     stored_source,
 )
 from lmjax.data.errors import DataError
-from lmjax.data.progress import progress_over
-from lmjax.data.sources import Source, find_source
+from lmjax.data.sources import TextSource, find_source
 from lmjax.data.store import (
     discard,
     json_sha256,
@@ -102,7 +102,7 @@ def tokenized_corpus(config: DataConfig, *, window: int, progress: bool = True) 
 
 def _opened_or_built(
     config: DataConfig,
-    origin: Source | PreparedDataset,
+    origin: TextSource | PreparedDataset,
     directory: Path,
     content: str,
     window: int,
@@ -150,14 +150,14 @@ def prepare(config: DataConfig, *, window: int = 2, progress: bool = True) -> To
 # --- Cache keys ---
 
 
-def _find_origin(config: DataConfig) -> Source | PreparedDataset:
+def _find_origin(config: DataConfig) -> TextSource | PreparedDataset:
     name = config.tfds_name
     return find_source(config) if name is None else find_prepared(config, name)
 
 
 @contextlib.contextmanager
 def _texts(
-    config: DataConfig, origin: Source | PreparedDataset, content: str
+    config: DataConfig, origin: TextSource | PreparedDataset, content: str
 ) -> Iterator[TextSplits]:
     if isinstance(origin, PreparedDataset):
         yield origin.splits(config.feature, config.validation_fraction)

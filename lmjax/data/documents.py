@@ -21,7 +21,7 @@ from lmjax import strict_json
 from lmjax.data.config import DataConfig, TfdsName
 from lmjax.data.errors import DataError
 from lmjax.data.network import refuse_unreachable
-from lmjax.data.sources import Document, Source
+from lmjax.data.sources import Document, TextSource
 from lmjax.data.store import (
     discard,
     published_directory,
@@ -52,7 +52,7 @@ class TextSplits:
 
 @contextlib.contextmanager
 def stored_source(
-    source: Source, directory: Path, validation_fraction: float
+    source: TextSource, directory: Path, validation_fraction: float
 ) -> Iterator[TextSplits]:
     """The splits of `source`, read from its TFDS dataset in `directory`, prepared if missing.
 
@@ -285,7 +285,7 @@ def split_documents(documents: Documents, validation_fraction: float) -> TextSpl
     return TextSplits(_Selection(documents, kept), _Selection(documents, sorted(held_out)), chosen)
 
 
-def _named_split(documents: Documents, source: Source) -> TextSplits:
+def _named_split(documents: Documents, source: TextSource) -> TextSplits:
     """The requested split: the last documents of a source are held out."""
     kept = len(documents) - len(source.held_out)
     indices = range(len(documents))

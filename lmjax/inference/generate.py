@@ -46,7 +46,7 @@ def stream(
     temperature: float = 0.8,
     top_k: int = 0,
     seed: int = 0,
-) -> Stream:
+) -> Continuation:
     """Continues a prompt piece by piece, as tokens are drawn.
 
     The text ends after `tokens` tokens or where the model ends the document. Each token is read
@@ -75,10 +75,10 @@ def stream(
     refuse_no_count("tokens", tokens)
     sampler = Sampler(model.tokenizer.vocab_size, temperature, top_k, seed)
     ids = [model.tokenizer.end_of_document, *map(int, model.tokenizer.encode(prompt))]
-    return Stream(model, ids, sampler, tokens)
+    return Continuation(model, ids, sampler, tokens)
 
 
-class Stream(Iterator[str]):
+class Continuation(Iterator[str]):
     """A continuation that is being generated.
 
     Attributes:

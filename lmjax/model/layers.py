@@ -22,7 +22,7 @@ from lmjax.model.parametrisation import IDENTITY, Parametrisation, parametrisati
 from lmjax.model.sites import QUIET, Context, at_site, give, take
 from lmjax.precision.bits import largest_magnitude
 from lmjax.precision.broadcast import add_to_rows
-from lmjax.precision.matmul import Key, einsum, hand_on
+from lmjax.precision.matmul import RandomKey, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.squares import scale_for_squares
 
@@ -140,7 +140,7 @@ def _scale_of_rows(x: jax.Array, epsilon: float) -> jax.Array:
     return scale_for_squares(jnp.maximum(largest, floor)).astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
+def dropout(x: jax.Array, rate: float, key: RandomKey) -> jax.Array:
     """Zeroes elements at `rate` and rescales the rest; without a key, the identity."""
     if key is None or rate == 0.0:
         return x

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.precision.formats import parse_format
-from lmjax.precision.matmul import Key
+from lmjax.precision.matmul import RandomKey
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import (
     Probe,
@@ -63,7 +63,7 @@ class Context(NamedTuple):
       slots: what `Probe.slots` is, likewise.
     """
 
-    key: Key = None
+    key: RandomKey = None
     factors: Any = None
     slots: Any = None
 

@@ -48,7 +48,7 @@ from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.probes import Spread
 from lmjax.precision.sites import Stack
 
-Kind = Literal["auto", "none", "static", "dynamic", "predictive"]
+ScaleKind = Literal["auto", "none", "static", "dynamic", "predictive"]
 
 Scale = Annotated[
     float, power_of_two(2.0**-64, 2.0**64, hint="scaling by it is exact and keeps f32 in range")
@@ -59,7 +59,7 @@ Scale = Annotated[
 class LossScaleConfig:
     """How the loss is scaled. Every number is a power of two, so that scaling is exact."""
 
-    kind: Kind = "auto"
+    kind: ScaleKind = "auto"
     """none, static, dynamic, predictive; auto: dynamic where parameters, compute or cotangents
     without a factor have fewer than 8 exponent bits, unless the model is unit scaled, else none."""
     initial: Scale = 2.0**15
@@ -295,7 +295,7 @@ def finite_by_scale(gradients: Any, scale: jax.Array, stack: Stack | None = None
     return jnp.concatenate([blocks, all_finite(outside)[None]])
 
 
-def resolve_kind(kind: Kind, exponent_bits: int) -> Kind:
+def resolve_kind(kind: ScaleKind, exponent_bits: int) -> ScaleKind:
     """What `auto` stands for, given the fewest exponent bits of parameters, compute and cotangents.
 
     bf16 shares the 8 exponent bits of f32 and needs no scaling; f16 has 5.

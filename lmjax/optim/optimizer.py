@@ -27,7 +27,7 @@ from lmjax.precision.exact import at_least_f32
 from lmjax.precision.sites import Stack
 from lmjax.precision.squares import Root, tree_root
 
-Norm = Callable[[Any], Root]
+TreeNorm = Callable[[Any], Root]
 """From a tree of arrays to f32[], the root of the sum of their squares, and its scale."""
 
 
@@ -103,7 +103,7 @@ def make_optimizer(
     sites: ParamSites,
     stack: Stack | None = None,
     rates: Mapping[str, float] = MappingProxyType({}),
-    norm: Norm = tree_root,
+    norm: TreeNorm = tree_root,
 ) -> optax.GradientTransformationExtraArgs:
     """The whole chain; its state is a `LossScaleState` with everything else inside.
 
@@ -162,7 +162,7 @@ def _direction(
     )
 
 
-def _clip(limit: float, norm: Norm) -> optax.GradientTransformation:
+def _clip(limit: float, norm: TreeNorm) -> optax.GradientTransformation:
     """Multiplies gradients by the factor, at most 1, that makes their norm at most `limit`.
 
     XLA may write x / sqrt(s) as x rsqrt(s), which rounds otherwise, and does so where it sees both;

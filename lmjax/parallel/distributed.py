@@ -70,7 +70,7 @@ class DistributedConfig:
             )
 
 
-class Place(NamedTuple):
+class ProcessPlace(NamedTuple):
     """The index of this process and the number of processes, as far as known locally.
 
     Attributes:
@@ -86,7 +86,7 @@ class Place(NamedTuple):
     devices: list[int] | None = None
 
 
-def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Place | None:
+def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> ProcessPlace | None:
     """Combines the flags with the environment; flags take precedence.
 
     Returns:
@@ -99,8 +99,8 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pla
     given = (config.coordinator, config.processes, config.process)
     if found is None and given == (None, None, None) and config.cluster not in FOUND_BY_JAX:
         return None
-    found = found or Place()
-    place = Place(
+    found = found or ProcessPlace()
+    place = ProcessPlace(
         config.coordinator or found.coordinator,
         config.processes or found.processes,
         found.process if config.process is None else config.process,
@@ -117,7 +117,7 @@ def find_place(config: DistributedConfig, environment: Mapping[str, str]) -> Pla
     return None if place.processes == 1 else place
 
 
-def _found(config: DistributedConfig, environment: Mapping[str, str]) -> Place | None:
+def _found(config: DistributedConfig, environment: Mapping[str, str]) -> ProcessPlace | None:
     if config.cluster in LAUNCHERS:
         found = LAUNCHERS[config.cluster](environment)
         if found is None:
@@ -133,14 +133,14 @@ def _found(config: DistributedConfig, environment: Mapping[str, str]) -> Place |
     return next((place for place in launched if place and place.processes != 1), None)
 
 
-def _torchrun(environment: Mapping[str, str]) -> Place | None:
+def _torchrun(environment: Mapping[str, str]) -> ProcessPlace | None:
     """Reads the variables of torchrun and compatible launchers."""
     if not {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} <= environment.keys():
         return None
     # torchrun itself may be listening on the port that it names.
     taken = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     port = environment.get("JAX_COORDINATOR_PORT", int(environment["MASTER_PORT"]) + taken)
-    return Place(
+    return ProcessPlace(
         f"{environment['MASTER_ADDR']}:{port}",
         int(environment["WORLD_SIZE"]),
         int(environment["RANK"]),
@@ -152,7 +152,7 @@ def _torchrun(environment: Mapping[str, str]) -> Place | None:
     )
 
 
-def _slurm(environment: Mapping[str, str]) -> Place | None:
+def _slurm(environment: Mapping[str, str]) -> ProcessPlace | None:
     """Reads the variables of a step that srun has started.
 
     Not `SLURM_NTASKS`, which JAX uses: in an interactive shell it is the number that srun would
@@ -166,7 +166,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
     assert first is not None
     # Two steps of a job may run on the same node at once.
     number = int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_STEP_ID", 0))
-    return Place(
+    return ProcessPlace(
         f"{first[1]}{first[2] or ''}:{_port(environment, number)}",
         tasks,
         int(environment["SLURM_PROCID"]),
@@ -174,7 +174,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
     )
 
 
-def _openmpi(environment: Mapping[str, str]) -> Place | None:
+def _openmpi(environment: Mapping[str, str]) -> ProcessPlace | None:
     """Reads the variables of mpirun; only versions before 5 give the host of the first process."""
     if not {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} <= environment.keys():
         return None
@@ -187,7 +187,7 @@ def _openmpi(environment: Mapping[str, str]) -> Place | None:
         host = launcher[2] or launcher[3] + "]"
         # Job numbers are multiples of 2^12.
         coordinator = f"{host}:{_port(environment, int(launcher[1]) >> 12)}"
-    return Place(
+    return ProcessPlace(
         coordinator,
         int(environment["OMPI_COMM_WORLD_SIZE"]),
         int(environment["OMPI_COMM_WORLD_RANK"]),
@@ -199,7 +199,7 @@ def _openmpi(environment: Mapping[str, str]) -> Place | None:
     )
 
 
-LAUNCHERS: dict[str, Callable[[Mapping[str, str]], Place | None]] = {
+LAUNCHERS: dict[str, Callable[[Mapping[str, str]], ProcessPlace | None]] = {
     "torchrun": _torchrun,
     "slurm": _slurm,
     "openmpi": _openmpi,

@@ -35,10 +35,10 @@ from lmjax.precision.squares import Root, tree_root
 Gradient = Callable[..., tuple[tuple[Any, Any], jax.Array]]
 """`(params, batch, key, scale, slots, factors) -> (gradients, measured), loss`."""
 
-Constrain = Callable[..., jax.Array]
+Pin = Callable[..., jax.Array]
 """`(mesh, x, axes) -> x`: pins an activation to where it lives; see `sharding.constrain`."""
 
-Sites = Mapping[str, SitePolicy]
+ParamSites = Mapping[str, SitePolicy]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Reductions:
         return exact.jit(function, fixed_order=order, **options)
 
     def gradient(
-        self, of_loss: Callable[[Constrain], Gradient], sites: Sites, mesh: Any
+        self, of_loss: Callable[[Pin], Gradient], sites: ParamSites, mesh: Any
     ) -> Gradient:
         """The gradient of a batch's loss.
 
@@ -98,7 +98,7 @@ class Reductions:
         return tree_root(tree, in_order=self.in_order)
 
     def evaluation(
-        self, of_part: Callable[[Constrain], Callable[[Any, Any], Any]], mesh: Any
+        self, of_part: Callable[[Pin], Callable[[Any, Any], Any]], mesh: Any
     ) -> Callable[[Any, Any], Any]:
         """`(params, batch) -> sums` over a batch.
 
@@ -140,7 +140,7 @@ class InOrder(Reductions):
         return available[: 1 << min(self.parts, len(available)).bit_length() - 1]
 
     def gradient(
-        self, of_loss: Callable[[Constrain], Gradient], sites: Sites, mesh: Any
+        self, of_loss: Callable[[Pin], Gradient], sites: ParamSites, mesh: Any
     ) -> Gradient:
         """See `ordered_gradient`."""
         return ordered_gradient(of_loss(sharding.leave), sites, mesh, self.parts)
@@ -150,7 +150,7 @@ class InOrder(Reductions):
         return sharding.whole(mesh, gradients)
 
     def evaluation(
-        self, of_part: Callable[[Constrain], Callable[[Any, Any], Any]], mesh: Any
+        self, of_part: Callable[[Pin], Callable[[Any, Any], Any]], mesh: Any
     ) -> Callable[[Any, Any], Any]:
         """Evaluates the parts apart, and adds their sums in order."""
         step = of_part(sharding.leave)
@@ -165,12 +165,12 @@ def reductions(parts: int) -> Reductions:
     return InOrder(parts) if parts else Reductions()
 
 
-def reduces_narrow(sites: Sites, mesh: Any) -> bool:
+def reduces_narrow(sites: ParamSites, mesh: Any) -> bool:
     """Whether gradients are summed over devices in a format other than f32."""
     return sharding.batch_parts(mesh) > 1 and any(site.reduce != F32 for site in sites.values())
 
 
-def reduced_gradient(gradient: Gradient, sites: Sites, mesh: Any) -> Gradient:
+def reduced_gradient(gradient: Gradient, sites: ParamSites, mesh: Any) -> Gradient:
     """Computes the gradient of a whole batch from the gradients of its parts.
 
     Args:
@@ -203,7 +203,7 @@ def reduced_gradient(gradient: Gradient, sites: Sites, mesh: Any) -> Gradient:
     return whole
 
 
-def ordered_gradient(gradient: Gradient, sites: Sites, mesh: Any, parts: int) -> Gradient:
+def ordered_gradient(gradient: Gradient, sites: ParamSites, mesh: Any, parts: int) -> Gradient:
     """Like `reduced_gradient`, but summed in the order of `sharding.in_order`.
 
     Args:

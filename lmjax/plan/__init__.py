@@ -7,7 +7,7 @@ from lmjax.plan.memory import CPU_ONLY, expected_memory
 from lmjax.plan.plan import Cut, Plan, cuts, make_plan, scaled
 from lmjax.plan.program import PlanError, Program, partitioned
 from lmjax.plan.roofline import ASSUMPTIONS, Roofline, roofline
-from lmjax.plan.traffic import Row, compared
+from lmjax.plan.traffic import TrafficRow, compared
 
 __all__ = [
     "ASSUMPTIONS",
@@ -20,8 +20,8 @@ __all__ = [
     "PlanError",
     "Program",
     "Roofline",
-    "Row",
     "Traffic",
+    "TrafficRow",
     "collectives",
     "compared",
     "cuts",

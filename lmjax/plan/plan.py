@@ -17,7 +17,7 @@ from lmjax.parallel import sharding
 from lmjax.plan.arithmetic import expected_traffic
 from lmjax.plan.memory import expected_memory
 from lmjax.plan.program import Program, partitioned
-from lmjax.plan.traffic import Row, compared
+from lmjax.plan.traffic import TrafficRow, compared
 from lmjax.precision import paths
 from lmjax.train import Config, Phase, abstract_state, resolve
 
@@ -49,7 +49,7 @@ class Plan:
         return math.prod(self.mesh.values())
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TrafficRow]:
         """The compiled traffic by purpose, compared with the expected traffic."""
         return compared(self.sent, expected_traffic(self.phase, self.mesh))
 

@@ -31,10 +31,10 @@ ASSUMPTIONS: Final = (
     "memory: each product reads its operands and writes its result once, attention scores "
     "included, all elementwise operations are fused into them; the optimizer reads and writes "
     "parameters, gradients and moments once a step",
-    "wires: the bytes of the compiled program, by ring algorithms, one collective after another; "
+    "network: the bytes of the compiled program, by ring algorithms, one collective after another; "
     "a group that leaves a node sends through the ports of all its members in the node",
     "mesh axes are laid over devices in their order, the last one nearest",
-    "least: arithmetic, memory and wires overlap completely; most: not at all",
+    "least: arithmetic, memory and network overlap completely; most: not at all",
 )
 
 
@@ -47,7 +47,7 @@ class Roofline:
       devices: number of chips.
       compute: time of the products.
       memory: time of memory reads and writes.
-      wires: time of the collectives, by mesh axes.
+      network: time of the collectives, by mesh axes.
       tokens: of a step, on all devices.
     """
 
@@ -55,13 +55,13 @@ class Roofline:
     devices: int
     compute: float
     memory: float
-    wires: dict[str, float]
+    network: dict[str, float]
     tokens: int
 
     @property
     def sent(self) -> float:
         """Time of all collectives."""
-        return sum(self.wires.values())
+        return sum(self.network.values())
 
     @property
     def least(self) -> float:
@@ -76,7 +76,7 @@ class Roofline:
     @property
     def bound(self) -> str:
         """What takes longest."""
-        times = {"compute": self.compute, "memory": self.memory, "wires": self.sent}
+        times = {"compute": self.compute, "memory": self.memory, "network": self.sent}
         return max(times, key=lambda name: times[name])
 
 
@@ -118,12 +118,14 @@ def roofline(
     parameters = parameter_count(config.model) / (mesh["fsdp"] * mesh["tensor"])
     # Parameters and two moments are read and written, the gradient is read: at most 4 bytes each.
     memory += parameters * 7 * 4 / chip.memory_bandwidth
-    wires: dict[str, float] = {}
+    network: dict[str, float] = {}
     for collective in sent:
-        rate = _wire_rate(collective.axes, mesh, chip)
+        rate = _network_rate(collective.axes, mesh, chip)
         name = " x ".join(collective.axes)
-        wires[name] = wires.get(name, 0.0) + collective.sent / rate
-    return Roofline(chip.name, devices, compute, memory, wires, config.batch_size * config.context)
+        network[name] = network.get(name, 0.0) + collective.sent / rate
+    return Roofline(
+        chip.name, devices, compute, memory, network, config.batch_size * config.context
+    )
 
 
 def _products(phase: Phase, mesh: Mapping[str, int]) -> Iterator[_Product]:
@@ -178,7 +180,7 @@ def _width(site: SitePolicy) -> int:
     return carrier(site.compute)(0).dtype.itemsize
 
 
-def _wire_rate(axes: tuple[str, ...], mesh: Mapping[str, int], chip: Chip) -> float:
+def _network_rate(axes: tuple[str, ...], mesh: Mapping[str, int], chip: Chip) -> float:
     """Bytes per second that one device of a group along these mesh axes sends.
 
     A group with k members in a node and others outside sends through k ports what a single device

@@ -17,7 +17,7 @@ _REDUCTIONS = ("all-reduce", "reduce-scatter")
 
 
 @dataclass(frozen=True)
-class Row:
+class TrafficRow:
     """Collectives of one purpose, kind and dtype, along the same mesh axes.
 
     Attributes:
@@ -65,7 +65,7 @@ def purpose_of(collective: Collective) -> str:
     return "other"
 
 
-def compared(collectives: Iterable[Collective], expected: Iterable[Traffic]) -> list[Row]:
+def compared(collectives: Iterable[Collective], expected: Iterable[Traffic]) -> list[TrafficRow]:
     """Returns a row for all traffic, compiled or expected, by purpose and then by size."""
     Key = tuple[str, str, str, tuple[str, ...]]
     counts: dict[Key, int] = {}
@@ -76,7 +76,7 @@ def compared(collectives: Iterable[Collective], expected: Iterable[Traffic]) -> 
         sent[key] = sent.get(key, 0.0) + one.sent
     wanted = {(one.purpose, one.kind, one.dtype, one.axes): one.sent for one in expected}
     rows = [
-        Row(*key, counts.get(key, 0), sent.get(key, 0.0), wanted.get(key, 0.0))
+        TrafficRow(*key, counts.get(key, 0), sent.get(key, 0.0), wanted.get(key, 0.0))
         for key in sent | wanted
     ]
     return sorted(rows, key=lambda row: (PURPOSES.index(row.purpose), -row.sent, -row.expected))

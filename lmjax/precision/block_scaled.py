@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmjax.precision.contraction import plan_of
+from lmjax.precision.contraction import roles_of
 
 
 class Blocks(NamedTuple):
@@ -34,7 +34,7 @@ def block_scaled_product(spec: str, x: Blocks, w: Blocks) -> jax.Array:
         the summed axes.
       w: the second.
     """
-    plan = plan_of(spec)
+    plan = roles_of(spec)
     shared, summed = len(plan.batch), len(plan.x_summed)
     w_kept = plan.w_order[shared + summed :]
     w_order = plan.w_order[:shared] + w_kept + plan.w_order[shared : shared + summed]

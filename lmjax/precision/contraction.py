@@ -84,7 +84,7 @@ def _on_one_cpu(
     x_axes, w_axes, y_axes = axes_of(spec)
     if y_axes and y_axes[-1] not in w_axes:
         x, w, x_axes, w_axes = w, x, w_axes, x_axes
-    plan = plan_of(f"{x_axes},{w_axes}->{y_axes}")
+    plan = roles_of(f"{x_axes},{w_axes}->{y_axes}")
     x_summed, w_summed = plan.x_summed, plan.w_summed
     if not plan.batch and _adjacent(x_summed) and _adjacent(w_summed):
         x, w = _merged(x, x_summed), _merged(w, w_summed)
@@ -119,7 +119,7 @@ def _sum_of_rows(dot: Any, x: jax.Array, w: jax.Array) -> jax.Array:
     return dot(jax.lax.optimization_barrier(pairs), w, (((1,), (0,)), ((), ())))
 
 
-class Plan(NamedTuple):
+class Roles(NamedTuple):
     """The role of each index of a product: batch, kept or summed.
 
     `x_order` brings x to [batch, kept, summed], `w_order` w to [batch, summed, kept], and
@@ -136,7 +136,7 @@ class Plan(NamedTuple):
 
 
 @functools.cache
-def plan_of(spec: str) -> Plan:
+def roles_of(spec: str) -> Roles:
     """Parses an `einsum` specification of two operands into a plan."""
     x_axes, w_axes, y_axes = axes_of(spec)
     summed = "".join(axis for axis in x_axes if axis in w_axes and axis not in y_axes)
@@ -144,7 +144,7 @@ def plan_of(spec: str) -> Plan:
     x_kept = "".join(axis for axis in x_axes if axis not in w_axes)
     w_kept = "".join(axis for axis in w_axes if axis not in x_axes)
     result = batch + x_kept + w_kept
-    return Plan(
+    return Roles(
         batch=batch,
         x_kept=x_kept,
         x_summed=tuple(x_axes.index(axis) for axis in summed),

@@ -24,7 +24,7 @@ from typing import Any
 
 from lmjax.precision.formats import parse_format
 from lmjax.precision.keys import KEYS
-from lmjax.precision.policy import NATIVE, Phase, Policy, PolicyError, Rule
+from lmjax.precision.policy import NATIVE, Policy, PolicyError, PolicyPhase, Rule
 from lmjax.precision.settings import Storage
 
 _SHORT = {name: short for short, key in KEYS.items() for name in (short, key.long)}
@@ -71,13 +71,15 @@ def parse_policy(text: str) -> Policy:
     # No format, preset or key begins with a digit or a sign: what does was meant as a step.
     if "|" not in text and not re.match(r"\s*[-+0-9]", text):
         return _parse_phase_policy(text, text, 0)
-    phases: list[Phase] = []
+    phases: list[PolicyPhase] = []
     for segment, start in _split(text, 0, "|"):
         phases.append(_parse_phase(text, segment, start, phases))
     return replace(phases[0].policy, later=tuple(phases[1:]))
 
 
-def _parse_phase(text: str, segment: str, start: int, earlier: Sequence[Phase]) -> Phase:
+def _parse_phase(
+    text: str, segment: str, start: int, earlier: Sequence[PolicyPhase]
+) -> PolicyPhase:
     """`STEP: POLICY`, which comes after some earlier phases."""
     step, colon, policy = segment.partition(":")
     name, position = _strip(step, start)
@@ -102,7 +104,7 @@ def _parse_phase(text: str, segment: str, start: int, earlier: Sequence[Phase]) 
             text=text,
             position=position,
         )
-    return Phase(first, _parse_phase_policy(text, policy, start + len(step) + 1))
+    return PolicyPhase(first, _parse_phase_policy(text, policy, start + len(step) + 1))
 
 
 def _parse_phase_policy(text: str, segment: str, start: int) -> Policy:

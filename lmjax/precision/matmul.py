@@ -52,7 +52,7 @@ import jax.numpy as jnp
 
 from lmjax.precision.backend import this_backend
 from lmjax.precision.block_scaled import Blocks, block_scaled_product
-from lmjax.precision.contraction import Plan, axes_of, beside_result, plan_of
+from lmjax.precision.contraction import Roles, axes_of, beside_result, roles_of
 from lmjax.precision.hadamard import random_signs, rotate
 from lmjax.precision.native import is_block_scaled, multiplies_elements, product_dtypes
 from lmjax.precision.policy import SitePolicy
@@ -78,7 +78,7 @@ from lmjax.precision.settings import Operand
 from lmjax.precision.summation import rounded_sum, sum_of_products
 from lmjax.precision.taps import handed_on
 
-Key = jax.Array | None
+RandomKey = jax.Array | None
 Factors = Mapping[str, jax.Array]
 
 
@@ -88,7 +88,7 @@ def einsum(
     w: jax.Array,
     site: SitePolicy,
     *,
-    key: Key = None,
+    key: RandomKey = None,
     probe: Probe | None = None,
     unit: bool = False,
 ) -> jax.Array:
@@ -124,7 +124,7 @@ def einsum(
             f"{site.site.kind.value}; declare it a product in lmjax/precision/sites.py"
         )
     factors, slots = ({}, {}) if probe is None else probe
-    plan, of_x, of_w = plan_of(spec), site.activations, site.second
+    plan, of_x, of_w = roles_of(spec), site.activations, site.second
     view = functools.partial(_view, site=site, block=_block(of_x, of_w))
     view_x = functools.partial(view, operand=of_x, axis=plan.x_summed)
     view_w = functools.partial(view, operand=of_w, axis=plan.w_summed)
@@ -199,7 +199,7 @@ def _einsum(
     unit: bool,
     x: jax.Array,
     w: jax.Array,
-    key: Key,
+    key: RandomKey,
     factors: Factors,
     slots: Slots,
 ) -> jax.Array:
@@ -212,7 +212,7 @@ def _primal(
     unit: bool,
     x: jax.Array,
     w: jax.Array,
-    key: Key,
+    key: RandomKey,
     factors: Factors,
 ) -> jax.Array:
     roles = ("x", site.activations), ("w", site.second)
@@ -225,10 +225,10 @@ def _forward(
     unit: bool,
     x: jax.Array,
     w: jax.Array,
-    key: Key,
+    key: RandomKey,
     factors: Factors,
     slots: Slots,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Key, Factors, Slots]]:
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, RandomKey, Factors, Slots]]:
     # Not through `_einsum`: a policy of rematerialisation must see the dot to save its result.
     y = _primal(spec, site, unit, x, w, key, factors)
     return y, (x, w, key, factors, slots)
@@ -238,7 +238,7 @@ def _backward(
     spec: str,
     site: SitePolicy,
     unit: bool,
-    saved: tuple[jax.Array, jax.Array, Key, Factors, Slots],
+    saved: tuple[jax.Array, jax.Array, RandomKey, Factors, Slots],
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, Factors, Slots]:
     x, w, key, factors, slots = saved
@@ -270,11 +270,11 @@ def _product(
     unit: bool,
     pair: tuple[jax.Array, jax.Array],
     roles: tuple[tuple[str, Operand | None], tuple[str, Operand | None]],
-    key: Key,
+    key: RandomKey,
     factors: Factors,
 ) -> jax.Array:
     """The product of both quantized operands, not yet rounded to the compute format."""
-    plan = plan_of(spec)
+    plan = roles_of(spec)
     (x_role, of_x), (w_role, of_w) = roles
     lengths = tuple(pair[0].shape[axis] for axis in plan.x_summed)
     block = _block(of_x, of_w)
@@ -315,7 +315,7 @@ def _sum(
 
 
 def _rotated(
-    pair: tuple[jax.Array, jax.Array], plan: Plan, site: SitePolicy, signs: jax.Array
+    pair: tuple[jax.Array, jax.Array], plan: Roles, site: SitePolicy, signs: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Rotates both operands along the last summed axis; returns them in the compute format."""
     x, w = pair
@@ -343,7 +343,7 @@ def _ready(
     x: jax.Array,
     operand: Operand | None,
     summed: tuple[int, ...],
-    key: Key,
+    key: RandomKey,
     factor: jax.Array | None,
     *,
     site: SitePolicy,
@@ -375,7 +375,7 @@ def _current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
     return quantizer if factor is not None else replace(quantizer, history=0)
 
 
-def _fold(key: Key, index: int) -> Key:
+def _fold(key: RandomKey, index: int) -> RandomKey:
     return None if key is None else jax.random.fold_in(key, index)
 
 

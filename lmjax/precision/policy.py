@@ -219,7 +219,7 @@ class Rule:
         return f"{self.pattern}: {settings_string(self.settings)}"
 
 
-class Phase(NamedTuple):
+class PolicyPhase(NamedTuple):
     """A policy and the first step it holds for, counted in steps attempted before that one."""
 
     start: int
@@ -240,12 +240,12 @@ class Policy:
     base: Settings = field(hash=False)
     rules: tuple[Rule, ...] = ()
     text: str = field(default="", compare=False)
-    later: tuple[Phase, ...] = ()
+    later: tuple[PolicyPhase, ...] = ()
 
     @property
-    def phases(self) -> tuple[Phase, ...]:
+    def phases(self) -> tuple[PolicyPhase, ...]:
         """All phases, the first of which starts at 0; none of their policies has phases itself."""
-        return (Phase(0, replace(self, later=())), *self.later)
+        return (PolicyPhase(0, replace(self, later=())), *self.later)
 
     def at(self, step: int) -> Policy:
         """Returns the policy of the phase that contains a step, given the steps before it."""

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lmjax.precision.contraction import Plan, contract, plan_of
+from lmjax.precision.contraction import Roles, contract, roles_of
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.rounding import quantize
@@ -29,7 +29,7 @@ def sum_of_products(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> 
     if site.matmul == "tf32" and x.dtype == jnp.float32:
         x, w = quantize(x, "tf32", overflow="clamp"), quantize(w, "tf32", overflow="clamp")
     if site.accum.chunk:
-        return _chunked(plan_of(spec), x, w, site.accum)
+        return _chunked(roles_of(spec), x, w, site.accum)
     return rounded_sum(_contract(spec, x, w, site), site)
 
 
@@ -58,7 +58,7 @@ def _contract(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Ar
     return contract(spec, x, w, precision=precision, accumulate=accumulate)
 
 
-def _chunked(plan: Plan, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax.Array:
+def _chunked(plan: Roles, x: jax.Array, w: jax.Array, accum: Accumulator) -> jax.Array:
     """Sums chunks of terms in f32 and the chunks one after another in a narrow accumulator.
 
     Written as a scan, because XLA adds bf16 sums up in f32 wherever it has the choice.

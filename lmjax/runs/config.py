@@ -17,7 +17,7 @@ from lmjax import checks
 from lmjax.checks import at_least, housekeeping, power_of_two, validate
 from lmjax.data import DataConfig
 from lmjax.model import ModelConfig, Sites, layout, parametrisation_of, resolve_sites
-from lmjax.optim.loss_scale import Kind, LossScaleConfig, narrowest, resolve_kind
+from lmjax.optim.loss_scale import LossScaleConfig, ScaleKind, narrowest, resolve_kind
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel.reduction import Reductions, reductions
 from lmjax.parallel.sharding import MeshConfig
@@ -229,7 +229,7 @@ class Config:
         """Whether a checkpoint follows a step even if the run neither ends nor stops."""
         return step % self.checkpoint.every == 0
 
-    def _loss_scale_kind(self) -> Kind:
+    def _loss_scale_kind(self) -> ScaleKind:
         """The resolved kind of loss scaling under all phases of the policy.
 
         Unit scaling already places cotangents in the range of narrow formats: `auto` is none.

@@ -19,7 +19,7 @@ from lmjax.optim import loss_scale
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.optim.storage import apply_updates, update_census
 from lmjax.parallel import sharding
-from lmjax.parallel.reduction import Constrain, Gradient
+from lmjax.parallel.reduction import Gradient, Pin
 from lmjax.precision import probes
 from lmjax.precision.exact import at_least_f32
 from lmjax.runs.config import Config
@@ -141,7 +141,7 @@ def slots_of(phase: Phase, telemetry: bool) -> measure.Tree:
 def make_gradient(phase: Phase, mesh: Any) -> Gradient:
     """The gradient of the scaled loss and what its slots measured, together with the loss."""
 
-    def of_loss(constrain: Constrain) -> Gradient:
+    def of_loss(constrain: Pin) -> Gradient:
         scaled_loss = make_scaled_loss(phase, mesh, constrain=constrain)
         return jax.grad(scaled_loss, argnums=(0, 4), has_aux=True)
 
@@ -149,7 +149,7 @@ def make_gradient(phase: Phase, mesh: Any) -> Gradient:
 
 
 def make_scaled_loss(
-    phase: Phase, mesh: Any, *, constrain: Constrain = sharding.constrain
+    phase: Phase, mesh: Any, *, constrain: Pin = sharding.constrain
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The loss of a micro-batch times the loss scale, together with the loss itself.
 
@@ -238,7 +238,7 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
     config, sites = phase.config, phase.sites
     objective = objective_of(config.model)
 
-    def eval_step(constrain: Constrain, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(constrain: Pin, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed nats and number of what counts."""
         with jax.numpy_dtype_promotion("strict"):
             model = assembled(params, config.model)

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from lmjax.ablation import grid
+from lmjax.ablation.display import Display
 from lmjax.ablation.grid import Ablation, State
-from lmjax.ablation.progress import Display
 from lmjax.train import Config
 
 BASE = Config(precision="f32", steps=100)

@@ -84,7 +84,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, int]]]:
     return rounds
 
 
-def go(chosen: Ablation, directory: Path) -> runner.Outcome:
+def go(chosen: Ablation, directory: Path) -> runner.AblationOutcome:
     """Runs it without a display."""
     return runner.run(chosen, directory, progress=False)
 

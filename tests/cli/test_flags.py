@@ -24,7 +24,7 @@ from lmjax.train import Config, read_config
 
 __all__ = ["home"]
 
-KNOWN = flags.known_flags(cli.Launch)
+KNOWN = flags.known_flags(cli.TrainFlags)
 
 
 def experiment(*arguments: str) -> int:
@@ -41,9 +41,9 @@ def lmjax(*arguments: str) -> int:
 
 def config_of(arguments: list[str]) -> Config:
     """The config that the quickstart would train with these arguments."""
-    default = cli.Launch(config=quickstart.config(), workdir="run")
+    default = cli.TrainFlags(config=quickstart.config(), workdir="run")
     arguments = flags.with_file(arguments)
-    return flags.parsed(cli.Launch, arguments, default=default, command="").config
+    return flags.parsed(cli.TrainFlags, arguments, default=default, command="").config
 
 
 # --- Unknown flags

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from run_helpers import finish, start
 
-from lmjax.parallel.distributed import DistributedConfig, Place, find_place
+from lmjax.parallel.distributed import DistributedConfig, ProcessPlace, find_place
 
 TORCHRUN = {"MASTER_ADDR": "node7", "MASTER_PORT": "29500", "RANK": "3", "WORLD_SIZE": "4"}
 SLURM = {
@@ -27,52 +27,52 @@ OPENMPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }
-PLACES: dict[str, tuple[dict[str, Any], dict[str, str], Place | None]] = {
+PLACES: dict[str, tuple[dict[str, Any], dict[str, str], ProcessPlace | None]] = {
     "nothing said": ({}, {}, None),
     "flags": (
         {"coordinator": "a:1", "processes": 4, "process": 0},
         {},
-        Place("a:1", 4, 0, None),
+        ProcessPlace("a:1", 4, 0, None),
     ),
     "flags for one": ({"coordinator": "a:1", "processes": 1, "process": 0}, {}, None),
-    "torchrun": ({}, TORCHRUN, Place("node7:29500", 4, 3, None)),
+    "torchrun": ({}, TORCHRUN, ProcessPlace("node7:29500", 4, 3, None)),
     "torchrun that listens itself": (
         {},
         TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"},
-        Place("node7:29501", 4, 3, None),
+        ProcessPlace("node7:29501", 4, 3, None),
     ),
     "torchrun, two on a host": (
         {},
         TORCHRUN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
-        Place("node7:29500", 4, 3, [1]),
+        ProcessPlace("node7:29500", 4, 3, [1]),
     ),
     "torchrun, GPUs divided already": (
         {},
         TORCHRUN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5"},
-        Place("node7:29500", 4, 3, None),
+        ProcessPlace("node7:29500", 4, 3, None),
     ),
     "JAX_LOCAL_DEVICE_IDS": (
         {},
         TORCHRUN | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "JAX_LOCAL_DEVICE_IDS": "2,3"},
-        Place("node7:29500", 4, 3, None),
+        ProcessPlace("node7:29500", 4, 3, None),
     ),
     "torchrun of one": ({}, TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}, None),
     "flags before the environment": (
         {"coordinator": "a:1", "process": 2},
         TORCHRUN,
-        Place("a:1", 4, 2, None),
+        ProcessPlace("a:1", 4, 2, None),
     ),
     "none": ({"cluster": "none"}, TORCHRUN | SLURM | OPENMPI, None),
-    "slurm": ({}, SLURM, Place("gpu012:61446", 4, 3, [1])),
+    "slurm": ({}, SLURM, ProcessPlace("gpu012:61446", 4, 3, [1])),
     "slurm, one on a host": (
         {},
         SLURM | {"SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NODELIST": "n1,n[2-4]"},
-        Place("n1:61446", 4, 3, None),
+        ProcessPlace("n1:61446", 4, 3, None),
     ),
     "slurm, a port": (
         {},
         SLURM | {"JAX_COORDINATOR_PORT": "999", "SLURM_STEP_NODELIST": "n[7,9]"},
-        Place("n7:999", 4, 3, [1]),
+        ProcessPlace("n7:999", 4, 3, [1]),
     ),
     "an interactive shell of slurm": (
         {},
@@ -80,19 +80,19 @@ PLACES: dict[str, tuple[dict[str, Any], dict[str, str], Place | None]] = {
         None,
     ),
     "a batch script of slurm": ({}, {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"}, None),
-    "openmpi": ({}, OPENMPI, Place("10.96.0.1:62624", 4, 3, [1])),
+    "openmpi": ({}, OPENMPI, ProcessPlace("10.96.0.1:62624", 4, 3, [1])),
     "openmpi, IPv6": (
         {},
         OPENMPI | {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp6://[fe80::3,2620::2]:43370"},
-        Place("[fe80::3]:61441", 4, 3, [1]),
+        ProcessPlace("[fe80::3]:61441", 4, 3, [1]),
     ),
     "openmpi 5": (
         {"coordinator": "a:1"},
         {name: text for name, text in OPENMPI.items() if "MCA" not in name},
-        Place("a:1", 4, 3, [1]),
+        ProcessPlace("a:1", 4, 3, [1]),
     ),
-    "tpu": ({"cluster": "tpu"}, {}, Place()),
-    "kubernetes": ({"cluster": "kubernetes"}, TORCHRUN, Place()),
+    "tpu": ({"cluster": "tpu"}, {}, ProcessPlace()),
+    "kubernetes": ({"cluster": "kubernetes"}, TORCHRUN, ProcessPlace()),
 }
 
 

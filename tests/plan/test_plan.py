@@ -10,7 +10,7 @@ import pytest
 
 from experiments import llama_1b, quickstart
 from lmjax.parallel.sharding import MeshConfig
-from lmjax.plan import CPU_ONLY, Plan, PlanError, Row, cuts, make_plan, partitioned, scaled
+from lmjax.plan import CPU_ONLY, Plan, PlanError, TrafficRow, cuts, make_plan, partitioned, scaled
 from lmjax.train import Config
 
 CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -24,7 +24,7 @@ def cube(tiny: Callable[..., Config]) -> Plan:
     return make_plan(config, 8)
 
 
-def by_purpose(rows: list[Row]) -> dict[str, set[tuple[str, str, tuple[str, ...]]]]:
+def by_purpose(rows: list[TrafficRow]) -> dict[str, set[tuple[str, str, tuple[str, ...]]]]:
     """What each purpose sends: kind, dtype, axes."""
     found: dict[str, set[tuple[str, str, tuple[str, ...]]]] = {}
     for row in rows:
@@ -32,7 +32,7 @@ def by_purpose(rows: list[Row]) -> dict[str, set[tuple[str, str, tuple[str, ...]
     return found
 
 
-def assert_as_computed(rows: list[Row], within: float) -> None:
+def assert_as_computed(rows: list[TrafficRow], within: float) -> None:
     """Bytes of every purpose, as compiled, are those of the arithmetic."""
     for row in rows:
         if row.purpose != "other":

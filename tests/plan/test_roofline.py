@@ -1,4 +1,4 @@
-"""A roofline counts arithmetic, memory and wires, each at the rate of the data sheet."""
+"""A roofline counts arithmetic, memory and network, each at the rate of the data sheet."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def test_a_group_sends_as_fast_as_what_it_crosses(
 ):
     line = roofline(phase_of(tiny()), MESH, [gather(*axes, group=group)], chip)
     assert line.sent == pytest.approx(8e9 * (group - 1) / group / rate)
-    assert line.wires == {" x ".join(axes): line.sent}
+    assert line.network == {" x ".join(axes): line.sent}
 
 
 def test_the_longest_of_three_is_the_bound(tiny: Callable[..., Config]):
     line = roofline(phase_of(tiny()), MESH, [gather("data", group=2)], H100)
-    assert line.bound == "wires"
+    assert line.bound == "network"
     assert line.least == line.sent
     assert line.most == pytest.approx(line.compute + line.memory + line.sent)

@@ -20,7 +20,7 @@ import pytest
 from lmjax.precision import contraction, matmul
 from lmjax.precision.backend import Backend, planned_for, this_backend
 from lmjax.precision.block_scaled import Blocks, block_scaled_product
-from lmjax.precision.contraction import plan_of
+from lmjax.precision.contraction import roles_of
 from lmjax.precision.formats import parse_format
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.matmul import einsum
@@ -291,7 +291,7 @@ def drawn(*axes: str) -> list[jax.Array]:
 @pytest.mark.parametrize("spec", [SPEC, "btk,btn->kn", "bkgts,bskh->btkgh", "bkgts,btkgh->bskh"])
 def test_any_product_is_block_scaled_along_its_last_sum(spec, on_b200):
     found, (operands, _, _) = on_b200(), spec.partition("->")
-    plan, blocks, whole = plan_of(spec), [], []
+    plan, blocks, whole = roles_of(spec), [], []
     summed = (plan.x_summed, plan.w_summed)
     for array, axes in zip(drawn(*operands.split(",")), summed, strict=True):
         size = [n // 32 if axis == axes[-1] else n for axis, n in enumerate(array.shape)]

@@ -30,7 +30,7 @@ from lmjax.cli import common as cli
 from lmjax.errors import CheckpointError, StorageFailed
 from lmjax.files import manifest
 from lmjax.runs.checkpoint import Checkpoints
-from lmjax.runs.store import lease as claims
+from lmjax.runs.store import lease as leases
 from lmjax.runs.store import remote
 from lmjax.runs.store.object_store import Store, as_url
 from lmjax.runs.store.remote import fetched, staged
@@ -52,9 +52,9 @@ def objects() -> Iterator[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmjax.train.records.draw_curves", lambda *_: None)
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(claims, "SILENCE_SECONDS", 4.0)
-    monkeypatch.setattr(claims, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(leases, "SILENCE_SECONDS", 4.0)
+    monkeypatch.setattr(leases, "LOOK_SECONDS", 0.02)
 
 
 class Machine:
@@ -179,7 +179,7 @@ def test_a_fresh_machine_goes_on(home: Path, undisturbed: Path) -> None:
         }
     model = load_model(URL)
     assert parameters_sha256(model.params) == result(undisturbed)["parameters_sha256"]
-    assert claims.NAME not in Store(URL).names()
+    assert leases.NAME not in Store(URL).names()
 
 
 def test_a_store_that_refuses_stops_the_run(
@@ -425,7 +425,7 @@ def test_a_second_machine_is_refused_while_the_first_trains(
             there.starts(10)
         checkpoint(workdir, 10)
         mirror([10])
-    assert claims.NAME not in Store(URL).names()
+    assert leases.NAME not in Store(URL).names()
     there.starts(20)
     assert sealed() == [10, 20]
 
@@ -438,11 +438,11 @@ def killed(machine: Callable[[], Machine], monkeypatch: pytest.MonkeyPatch) -> M
         checkpoint(workdir, 10)
         mirror([10])
         raise KeyboardInterrupt
-    assert claims.NAME in Store(URL).names()
+    assert leases.NAME in Store(URL).names()
     return here
 
 
-def test_the_claim_of_a_dead_process_lasts_for_a_while(
+def test_the_lease_of_a_dead_process_lasts_for_a_while(
     killed: Machine, machine: Callable[[], Machine]
 ) -> None:
     there = machine()
@@ -452,7 +452,7 @@ def test_the_claim_of_a_dead_process_lasts_for_a_while(
 
 
 def test_the_same_machine_need_not_wait(killed: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "SILENCE_SECONDS", 20.0)
+    monkeypatch.setattr(leases, "SILENCE_SECONDS", 20.0)
     killed.starts(20)
     assert not any("waiting" in line for line in killed.said)
 
@@ -466,12 +466,12 @@ def test_who_was_taken_for_dead_writes_no_more(
     machine: Callable[[], Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = machine(), machine()
-    beat = claims.Claim.beat
+    beat = leases.Lease.beat
     with contextlib.suppress(StorageFailed), here.training() as (copy, mirror):
-        monkeypatch.setattr(claims.Claim, "beat", lambda self: None)
+        monkeypatch.setattr(leases.Lease, "beat", lambda self: None)
         time.sleep(0.1)  # a beat may be on its way
         with there.training() as (workdir, other):
-            monkeypatch.setattr(claims.Claim, "beat", beat)
+            monkeypatch.setattr(leases.Lease, "beat", beat)
             checkpoint(copy, 15)
             with pytest.raises(StorageFailed, match="has taken over"):
                 mirror([15])
@@ -487,11 +487,11 @@ def test_who_was_taken_for_dead_writes_no_more(
 def test_of_two_at_the_same_moment_one_is_refused(
     machine: Callable[[], Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it writes its own claim, the second sees none of the first."""
-    read = claims._read
+    """Before it writes its own lease, the second sees none of the first."""
+    read = leases._read
     with machine().training():
         seen = iter([lambda store: None])
-        monkeypatch.setattr(claims, "_read", lambda store: next(seen, read)(store))
+        monkeypatch.setattr(leases, "_read", lambda store: next(seen, read)(store))
         with pytest.raises(InputError, match="is training in memory://bucket/run; stop"):
             machine().starts(10)
     assert sealed() == []
@@ -503,11 +503,11 @@ def test_a_failing_heartbeat_is_reported_once(
     here = machine()
     beats: list[None] = []
 
-    def fail(self: claims.Claim) -> None:
+    def fail(self: leases.Lease) -> None:
         beats.append(None)
         raise remote.StoreError("no route to host")
 
-    monkeypatch.setattr(claims.Claim, "beat", fail)
+    monkeypatch.setattr(leases.Lease, "beat", fail)
     with here.training():
         until(lambda: len(beats) > 3)
     assert here.said.count("warning: no route to host") == 1

@@ -34,7 +34,7 @@ SILENCE_SECONDS = 60.0
 LOOK_SECONDS = 1.0
 
 
-class Claim:
+class Lease:
     """The lease of this process. Renew it with `beat` every `BEAT_SECONDS`."""
 
     def __init__(self, store: Store, memory: Path, note: Callable[[str], None]):

@@ -36,9 +36,9 @@ from lmjax.errors import CheckpointError, InputError, StorageFailed, TrainingFai
 from lmjax.files import manifest
 from lmjax.files.filenames import expanded
 from lmjax.files.locks import holder, lock
-from lmjax.runs.store import lease as claims
+from lmjax.runs.store import lease as leases
 from lmjax.runs.store.copies import CONFIG, SEALED, Copy, folder_of, seal_of, stamp, step_of
-from lmjax.runs.store.lease import Claim
+from lmjax.runs.store.lease import Lease
 from lmjax.runs.store.object_store import Store, StoreError, as_url
 
 SECONDS_BETWEEN_PUSHES = 60.0
@@ -91,7 +91,7 @@ def staged(workdir: str | Path, cache: Path, note: Callable[[str], None]) -> Ite
         with _unusable_is_bad_input(url):
             store = Store(url)
             _refuse_foreign(store)
-            mine = Claim(store, folder / "claim", note)
+            mine = Lease(store, folder / "claim", note)
         mirror = Mirror(Copy(store, workdir), mine, note)
         with mirror.kept_alive():
             with _unusable_is_bad_input(url):
@@ -108,8 +108,8 @@ def local_path(workdir: str | Path) -> Path:
 class Mirror:
     """Mirrors the run directory in which this process trains to a store."""
 
-    def __init__(self, copy: Copy, claim: Claim, note: Callable[[str], None]):
-        self._copy, self._store, self._claim, self._note = copy, copy.store, claim, note
+    def __init__(self, copy: Copy, lease: Lease, note: Callable[[str], None]):
+        self._copy, self._store, self._lease, self._note = copy, copy.store, lease, note
         self._held: dict[int, bytes] = {}
         self._pushed: dict[str, tuple[int, int]] = {}
         self._pushed_at = time.monotonic()
@@ -146,7 +146,7 @@ class Mirror:
             held before.
         """
         try:
-            self._claim.confirm()
+            self._lease.confirm()
             self._push_files()
             for step in steps:
                 if self._held.get(step) != self._copy.seal(step):
@@ -173,7 +173,7 @@ class Mirror:
         assert seal is not None
         files = manifest.files(self._copy.checkpoint(step))
         self._store.upload({f"checkpoints/{step}/{name}": path for name, path in files.items()})
-        self._claim.confirm()
+        self._lease.confirm()
         self._store.write(seal_of(step), seal)
         self._held[step] = seal
 
@@ -221,7 +221,7 @@ class Mirror:
     def _release(self, beats: threading.Thread) -> None:
         self._ended.set()
         beats.join()
-        self._claim.release()
+        self._lease.release()
 
     def _beat(self) -> None:
         """Renews the lease and uploads rows of metrics.
@@ -229,9 +229,9 @@ class Mirror:
         Failures are retried, because the store may recover before a checkpoint needs it.
         """
         warned = False
-        while not self._ended.wait(claims.BEAT_SECONDS):
+        while not self._ended.wait(leases.BEAT_SECONDS):
             try:
-                self._claim.beat()
+                self._lease.beat()
                 if time.monotonic() - self._pushed_at > SECONDS_BETWEEN_PUSHES:
                     self._push_files()
                 warned = False
@@ -300,7 +300,7 @@ def _fetch_checkpoint(copy: Copy, names: Sequence[str]) -> None:
 
 def _refuse_foreign(store: Store) -> None:
     names = store.names()
-    if CONFIG not in names and set(names) - {claims.NAME}:
+    if CONFIG not in names and set(names) - {leases.NAME}:
         raise InputError(
             f"{store.url} is not empty and holds no run; choose another --workdir or empty it"
         )
