@@ -162,7 +162,7 @@ class Cell(NamedTuple):
     reason: str
 
 
-class Difference(NamedTuple):
+class ArmDifference(NamedTuple):
     """A field in which some arm differs from the base.
 
     Attributes:
@@ -191,7 +191,7 @@ class State(NamedTuple):
     step: int | None
 
 
-def arm_differences(ablation: Ablation) -> list[Difference]:
+def arm_differences(ablation: Ablation) -> list[ArmDifference]:
     """The fields in which arms differ from the base, in the order of the config."""
     base = _seedless(ablation.base)
     arms = {arm: _seedless(config) for arm, config in ablation.arms.items()}
@@ -199,7 +199,7 @@ def arm_differences(ablation: Ablation) -> list[Difference]:
     chosen = set().union(*(_chosen(ablation.base, config) for config in ablation.arms.values()))
     flat = {arm: run_config.by_name(config) for arm, config in arms.items()}
     return [
-        Difference(name, {arm: flat[arm][name] for arm in flat}, name not in chosen)
+        ArmDifference(name, {arm: flat[arm][name] for arm in flat}, name not in chosen)
         for name in run_config.by_name(base)
         if name in differing
     ]

@@ -21,7 +21,7 @@ PART = re.compile(r"checkpoints/([0-9]+)/")
 SEALED = re.compile(rf"checkpoints/([0-9]+)/{re.escape(manifest.NAME)}")
 
 
-class Copy:
+class RunCopy:
     """A local run directory and the store that mirrors it."""
 
     def __init__(self, store: Store, workdir: Path):

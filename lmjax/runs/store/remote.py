@@ -37,7 +37,7 @@ from lmjax.files import manifest
 from lmjax.files.filenames import expanded
 from lmjax.files.locks import holder, lock
 from lmjax.runs.store import lease as leases
-from lmjax.runs.store.copies import CONFIG, SEALED, Copy, folder_of, seal_of, stamp, step_of
+from lmjax.runs.store.copies import CONFIG, SEALED, RunCopy, folder_of, seal_of, stamp, step_of
 from lmjax.runs.store.lease import Lease
 from lmjax.runs.store.object_store import Store, StoreError, as_url
 
@@ -92,7 +92,7 @@ def staged(workdir: str | Path, cache: Path, note: Callable[[str], None]) -> Ite
             store = Store(url)
             _refuse_foreign(store)
             mine = Lease(store, folder / "claim", note)
-        mirror = Mirror(Copy(store, workdir), mine, note)
+        mirror = Mirror(RunCopy(store, workdir), mine, note)
         with mirror.kept_alive():
             with _unusable_is_bad_input(url):
                 mirror.pull()
@@ -108,7 +108,7 @@ def local_path(workdir: str | Path) -> Path:
 class Mirror:
     """Mirrors the run directory in which this process trains to a store."""
 
-    def __init__(self, copy: Copy, lease: Lease, note: Callable[[str], None]):
+    def __init__(self, copy: RunCopy, lease: Lease, note: Callable[[str], None]):
         self._copy, self._store, self._lease, self._note = copy, copy.store, lease, note
         self._held: dict[int, bytes] = {}
         self._pushed: dict[str, tuple[int, int]] = {}
@@ -263,11 +263,11 @@ def fetched(workdir: str | Path, *, checkpoint: bool = True) -> Iterator[Path]:
     directory = folder / url.rpartition("/")[2]
     with lock(folder / "lock"), _speaking_of(url, directory):
         with _unusable_is_bad_input(url):
-            _fetch(Copy(Store(url), directory), checkpoint=checkpoint)
+            _fetch(RunCopy(Store(url), directory), checkpoint=checkpoint)
         yield directory
 
 
-def _fetch(copy: Copy, *, checkpoint: bool) -> None:
+def _fetch(copy: RunCopy, *, checkpoint: bool) -> None:
     for _ in range(LOOKS):
         with contextlib.suppress(FileNotFoundError):  # the process that trains has removed it
             names = copy.store.names()
@@ -286,7 +286,7 @@ def _fetch(copy: Copy, *, checkpoint: bool) -> None:
     )
 
 
-def _fetch_checkpoint(copy: Copy, names: Sequence[str]) -> None:
+def _fetch_checkpoint(copy: RunCopy, names: Sequence[str]) -> None:
     """Downloads the newest intact checkpoint, and damaged newer ones for readers to report."""
     sealed = copy.seals(names)
     if copy.has_newest(sealed):
