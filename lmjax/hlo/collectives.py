@@ -86,7 +86,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         unknown notation for groups of devices.
     """
     found: list[Collective] = []
-    for running, times in executed(parse(text)):
+    for running, times, _ in executed(parse(text)):
         users = users_of(running)
         seen = set()
         for one in running.values():

@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 _BITS: Final = {"pred": 8, "c64": 64, "c128": 128}
-_TYPE = r"\((?:[^()]|\([^()]*\))*\)|[\w\[\],{}:*()]+"
+_TUPLE = r"\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
+_TYPE = rf"{_TUPLE}|[\w\[\],{{}}:*()]+"
 _INSTRUCTION = re.compile(
     rf"^\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<type>{_TYPE}) (?P<op>[a-z][\w\-]*)"
     r"\((?P<operands>[^()]*)\)(?P<rest>.*)$"
@@ -49,6 +50,11 @@ class Instruction:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found[1] if found else ""
 
+    def quoted(self, name: str) -> str:
+        """The value of an attribute in quotes, also of those in `backend_config`; or empty."""
+        found = re.search(rf'\b{name}"?[=:] ?"([^"]*)"', self.rest)
+        return found[1] if found else ""
+
     def attribute(self, name: str) -> str | None:
         """The value of an attribute that is a word or a list of numbers."""
         found = re.search(rf"\b{name}=%?([\w.\-]+|\{{[\d,]*\}})", self.rest)
@@ -67,8 +73,22 @@ class Module:
     entry: str
 
 
-def executed(module: Module) -> Iterator[tuple[Computation, int]]:
-    """Yields every computation that a program executes, without dead code, and how often it runs.
+class Running(NamedTuple):
+    """A computation that a program executes, without dead code.
+
+    Attributes:
+      computation: its instructions.
+      times: how often it runs.
+      fusion: the outermost fusion that it is part of, if any.
+    """
+
+    computation: Computation
+    times: int
+    fusion: Instruction | None
+
+
+def executed(module: Module) -> Iterator[Running]:
+    """Yields every computation that a program executes.
 
     Follows fusions, calls, branches and loops, but not the functions that a reduction or a sort
     applies to pairs of elements.
@@ -76,21 +96,22 @@ def executed(module: Module) -> Iterator[tuple[Computation, int]]:
     Raises:
       ValueError: the text does not give the trip count of a loop.
     """
-    yield from _executed(module.computations, module.entry, 1)
+    yield from _executed(module.computations, module.entry, 1, None)
 
 
 def _executed(
-    computations: Mapping[str, Computation], name: str, times: int
-) -> Iterator[tuple[Computation, int]]:
+    computations: Mapping[str, Computation], name: str, times: int, fusion: Instruction | None
+) -> Iterator[Running]:
     running = _live(computations[name])
-    yield running, times
+    yield Running(running, times, fusion)
     for one in running.values():
         if one.op == "while":
             body = str(one.attribute("body"))
-            yield from _executed(computations, body, times * _runs(one, computations))
+            yield from _executed(computations, body, times * _runs(one, computations), fusion)
         else:
+            inside = fusion or (one if one.op == "fusion" else None)
             for called in _called(one):
-                yield from _executed(computations, called, times)
+                yield from _executed(computations, called, times, inside)
 
 
 def parse(text: str) -> Module:
@@ -99,6 +120,7 @@ def parse(text: str) -> Module:
     Raises:
       ValueError: it has no entry computation.
     """
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text, flags=re.DOTALL)
     computations: dict[str, Computation] = {}
     current: Computation = {}
     entry = ""

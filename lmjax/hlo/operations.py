@@ -4,7 +4,7 @@ The usual conventions apply: a matrix product has two operations per multiplicat
 operation one per element of its result, a reduction one per element that it reads. Conversions,
 comparisons and selections do not count. Loops count once per iteration.
 
-Knows only the format of HLO text.
+Knows the format of HLO text, and numpy.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
 
 from lmjax.hlo.module import Computation, Instruction, executed, parse, shapes
 
@@ -57,14 +59,14 @@ def operations(text: str) -> list[Operation]:
     """
     return [
         operation
-        for running, times in executed(parse(text))
+        for running, times, _ in executed(parse(text))
         for one in running.values()
         for operation in _operation(one, running, times)
     ]
 
 
 def _operation(one: Instruction, running: Computation, times: int) -> Iterator[Operation]:
-    flops = _flops(one, running)
+    flops = flops_of(one, running)
     results = shapes(one.type)
     if not flops or not results or not _is_float(results[0][0]):
         return
@@ -74,8 +76,8 @@ def _operation(one: Instruction, running: Computation, times: int) -> Iterator[O
     yield Operation(one.op, results[0][0], operands, flops * times, one.source)
 
 
-def _flops(one: Instruction, running: Computation) -> float:
-    """Of a single run."""
+def flops_of(one: Instruction, running: Computation) -> float:
+    """Floating-point operations of a single run of an instruction; 0 of a custom call."""
     results = shapes(one.type)
     size = sum(math.prod(shape) for _, shape in results)
     op = one.op.removesuffix("-start")
@@ -86,7 +88,7 @@ def _flops(one: Instruction, running: Computation) -> float:
         ((_, lhs),) = shapes(running[one.operands[0]].type)
         return 2 * size * math.prod(lhs[int(axis)] for axis in re.findall(r"\d+", contracted))
     if op == "convolution":
-        return 2 * size * _terms_of_convolution(one, running)
+        return 2 * _multiplications_of_convolution(one, running)
     if op == "scatter":
         return sum(math.prod(s) for _, s in shapes(running[one.operands[-1]].type))
     if op in _REDUCTIONS:
@@ -95,13 +97,30 @@ def _flops(one: Instruction, running: Computation) -> float:
     return 0
 
 
-def _terms_of_convolution(one: Instruction, running: Computation) -> float:
-    """How many products each element of a convolution's result sums: those of one kernel."""
-    ((_, kernel),) = shapes(running[one.operands[1]].type)
-    labels = re.search(r"dim_labels=\w+_(\w+)->", one.rest)
+def _multiplications_of_convolution(one: Instruction, running: Computation) -> int:
+    """Without those of padding and of holes; TPUs' batched products are dilated convolutions."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     if labels is None:
         raise ValueError(f"the program does not say how the convolution {one.name} is laid out")
-    return math.prod(kernel) / kernel[labels[1].index("o")]
+    types = [running[name].type for name in one.operands[:2]] + [one.type]
+    x, kernel, result = (
+        dict(zip(names, shapes(type_)[0][1], strict=True))
+        for names, type_ in zip(labels.groups(), types, strict=True)
+    )
+    count = result["b"] * result["f"] * kernel["i"]
+    for place, axis in enumerate(sorted(name for name in kernel if name.isdigit())):
+        window = lambda key, default, at=place: _of_window(one, key, at, default)
+        first = int(window("pad", "0_0").partition("_")[0])
+        starts = np.arange(result[axis]) * int(window("stride", "1")) - first
+        reached = starts[:, None] + np.arange(kernel[axis]) * int(window("rhs_dilate", "1"))
+        holes = int(window("lhs_dilate", "1"))
+        count *= np.sum((reached % holes == 0) & (reached >= 0) & (reached < holes * x[axis]))
+    return int(count)
+
+
+def _of_window(one: Instruction, key: str, place: int, default: str) -> str:
+    found = re.search(rf"window=\{{[^}}]*\b{key}=([-\w]+)", one.rest)
+    return found[1].split("x")[place] if found else default
 
 
 def _is_float(dtype: str) -> bool:

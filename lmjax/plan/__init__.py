@@ -5,8 +5,9 @@ from lmjax.hlo.collectives import Collective, collectives
 from lmjax.plan.arithmetic import Traffic, expected_traffic
 from lmjax.plan.memory import CPU_ONLY, expected_memory
 from lmjax.plan.plan import Cut, Plan, cuts, make_plan, scaled
-from lmjax.plan.program import PlanError, Program, partitioned
+from lmjax.plan.program import Compiled, DoesNotFit, PlanError, Program, compiled_for, partitioned
 from lmjax.plan.roofline import ASSUMPTIONS, Roofline, roofline
+from lmjax.plan.targets import Target, parse_target
 from lmjax.plan.traffic import TrafficRow, compared
 
 __all__ = [
@@ -15,19 +16,24 @@ __all__ = [
     "CPU_ONLY",
     "Chip",
     "Collective",
+    "Compiled",
     "Cut",
+    "DoesNotFit",
     "Plan",
     "PlanError",
     "Program",
     "Roofline",
+    "Target",
     "Traffic",
     "TrafficRow",
     "collectives",
     "compared",
+    "compiled_for",
     "cuts",
     "expected_memory",
     "expected_traffic",
     "make_plan",
+    "parse_target",
     "partitioned",
     "roofline",
     "scaled",
