@@ -86,6 +86,7 @@ def line_chart(
     """
 
     def draw(axes: Any) -> None:
+        """Bands, curves and crosses, over the margin."""
         if margin is not None:
             axes.axhspan(-margin, margin, color=_MUTED, alpha=0.15, linewidth=0)
             axes.axhline(0.0, color=_MUTED, linewidth=0.8)
@@ -120,6 +121,7 @@ def forest(name: str, rows: Sequence[ForestRow], margin: float, unit: str) -> st
     wide = reach > 25 * margin
 
     def draw(axes: Any) -> None:
+        """A row for each arm: its points, its interval and its note."""
         axes.grid(visible=False)
         axes.axvspan(-margin, margin, color=_MUTED, alpha=0.15, linewidth=0)
         axes.axvline(0.0, color=_MUTED, linewidth=0.8)

@@ -32,9 +32,8 @@ def train_iterator(
 
     The split is cut into windows of `length + 1` tokens at every `length`-th token, so an epoch
     predicts each token once, except the first and those after the last whole window. `seed`,
-    `length`, `batch_size` and the corpus determine the order of windows and so the content of
-    global batch i. This process reads only its own rows `[process_index * b, (process_index + 1) *
-    b)`, with b = batch_size // process_count.
+    `length`, `batch_size` and the corpus determine the content of global batch i. This process
+    reads only its own rows: `process_index * b` and the next, with b = batch_size // process_count.
 
     Args:
       corpus: the tokens.

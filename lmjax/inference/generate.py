@@ -215,6 +215,7 @@ def _programs(phase: Phase) -> _Programs:
         last: jax.Array,
         starts: jax.Array | None,
     ) -> Any:
+        """See `_Programs.read`."""
         logits, cache = extend(
             params, tokens, cache, start, config=model, sites=sites, document_starts=starts
         )

@@ -149,16 +149,11 @@ def with_loss_scale(
     shape = (_of(stack).size + 1,) if config.per_block else ()
 
     def init(params: optax.Params) -> LossScaleState:
+        forecast = initial_forecast(shape) if predictive else ()
         # Separate arrays: a buffer that occurs twice in the state cannot be donated.
-        zero = lambda: jnp.zeros((), jnp.int32)
-        return LossScaleState(
-            scale=jnp.full(shape, initial, jnp.float32),
-            good_steps=jnp.zeros(shape, jnp.int32),
-            skipped_steps=zero(),
-            consecutive_skips=zero(),
-            forecast=initial_forecast(shape) if predictive else (),
-            inner=inner.init(params),
-        )
+        good, skipped, consecutive = (jnp.zeros(s, jnp.int32) for s in (shape, (), ()))
+        scale = jnp.full(shape, initial, jnp.float32)
+        return LossScaleState(scale, good, skipped, consecutive, forecast, inner.init(params))
 
     def update(
         gradients: optax.Updates,
@@ -183,14 +178,17 @@ def with_loss_scale(
             state = _foresee(state, finite_groups, cotangents, config)
         else:
             state = _adjust(state, finite_groups, config)
-        skipped = 1 - finite.astype(jnp.int32)
-        return updates, state._replace(
-            skipped_steps=state.skipped_steps + skipped,
-            consecutive_skips=(state.consecutive_skips + 1) * skipped,
-            inner=kept,
-        )
+        return updates, _counted(state, finite)._replace(inner=kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _counted(state: LossScaleState, finite: jax.Array) -> LossScaleState:
+    skipped = 1 - finite.astype(jnp.int32)
+    return state._replace(
+        skipped_steps=state.skipped_steps + skipped,
+        consecutive_skips=(state.consecutive_skips + 1) * skipped,
+    )
 
 
 def _where_finite(update: jax.Array, param: jax.Array) -> jax.Array:
@@ -232,6 +230,15 @@ def _foresee(
     scale = jnp.where(finite, best, jnp.minimum(best, lower))
     good_steps = (state.good_steps + 1) * (finite & (scale == state.scale)).astype(jnp.int32)
     return state._replace(scale=scale, good_steps=good_steps, forecast=forecast)
+
+
+def metrics(scale: jax.Array, state: LossScaleState) -> dict[str, jax.Array]:
+    """What a step reports: the scale that it used, and the counts after it."""
+    return {
+        "loss_scale": of_the_loss(scale),
+        "skipped_steps": state.skipped_steps,
+        "consecutive_skips": state.consecutive_skips,
+    }
 
 
 def current(state: LossScaleState) -> jax.Array:

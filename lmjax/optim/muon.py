@@ -43,6 +43,7 @@ def scale_by_muon(decay: float, eps: float) -> optax.GradientTransformation:
         )
 
     def update(gradients: Any, state: Any, _: Any = None) -> tuple[Any, Any]:
+        """Orthogonalised momentum of matrices, with Nesterov's look ahead."""
         mu = optax.tree.update_moment(gradients, state.mu, decay, 1)
         count = optax.safe_increment(state.count)
         now = optax.tree.bias_correction(gradients, decay, count)

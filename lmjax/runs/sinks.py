@@ -135,6 +135,7 @@ def _wandb(
     run: list[Any] = []
 
     def start() -> Callable[[Mapping[str, Any], int], object]:
+        """Opens the run of Weights & Biases; returns what logs a row."""
         wandb = importlib.import_module("wandb")
         # The directory identifies the run when it is resumed.
         own = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
@@ -157,6 +158,7 @@ def _trackio(
     run: list[Any] = []
 
     def start() -> Callable[[Mapping[str, Any], int], object]:
+        """Opens the run of Trackio; returns what logs a row."""
         trackio = importlib.import_module("trackio")
         run.append(trackio.init(project=project, name=workdir.name, config=values, resume="allow"))
         return lambda scalars, step: run[0].log(dict(scalars), step=step)

@@ -31,6 +31,7 @@ def initial_scaling(layout: Layout, sites: Sites) -> Tree:
     """Returns a fresh `DelayedScale` for every operand with delayed scaling."""
 
     def one(place: Place) -> dict[str, DelayedScale] | None:
+        """By role, for the delayed operands of a place."""
         quantizers = _delayed(place, sites)
         return {role: init_delayed_scale(q) for role, q in quantizers.items()} or None
 
@@ -79,6 +80,7 @@ def slots(
     """
 
     def one(place: Place) -> dict[str, dict[str, Any]] | None:
+        """By role and purpose, for what is measured at a place."""
         asked: dict[str, dict[str, Any]] = {}
         for role in _delayed(place, sites):
             asked.setdefault(role, {})["delayed"] = Maximum.empty()

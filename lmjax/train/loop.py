@@ -8,7 +8,8 @@ loop converts the state from one phase to the next and compiles the new phase's 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ from lmjax.train.records import (
 from lmjax.train.rewind import rewind
 from lmjax.train.start import Run, checked_input, start_run
 from lmjax.train.step import Batch
-from lmjax.train.utilisation import peak_of
+from lmjax.train.utilisation import Peak, peak_of
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,9 @@ def train(
       config: what to compute.
       workdir: the run directory; a started run of the same config there is resumed. A string such
         as `s3://BUCKET/RUN` names a place in an object store; see remote.py.
-      stop_after: stop with a checkpoint after this many steps of this call. The schedule still
-        follows `config.steps`.
+      stop_after: stop with a checkpoint after this many steps of this call; same schedule.
       progress: show a progress bar, or lines if the output is not a terminal.
-      stop: a stop request that the caller watches for, over several runs; by default this run
-        handles the signals itself.
+      stop: watched by the caller, over several runs; by default this run handles signals itself.
       programs: a cache of compiled programs, shared by runs of one process.
 
     Returns:
@@ -104,14 +103,13 @@ def train(
     if stop_after is not None and stop_after < 1:
         raise InputError(f"stop_after is {stop_after}; it must be at least 1")
     progress = progress and is_first()
-    here = None if as_url(workdir) else local_path(workdir)
-    resolved, corpus, mesh = checked_input(config, progress, here)
+    local = None if as_url(workdir) else local_path(workdir)
+    resolved, corpus, mesh = checked_input(config, progress, local)
     config = resolved.config
     refuse_unequal("flags", f"stop_after={stop_after}")
     with stages.stage("checking how the backend rounds"):
         exact.check_canary(jax.default_backend())
-    note = partial(say, enabled=progress)
-    programs = programs or Programs()
+    note, programs = partial(say, enabled=progress), programs or Programs()
     with (
         exhaustion_explained(config),
         failing_storage_explained(workdir),
@@ -123,20 +121,26 @@ def train(
         run = start_run(resolved, corpus, mesh, workdir, checkpoints, note)
         record_start(run)
         last = min(config.steps, run.step + stop_after) if stop_after else config.steps
-        try:
-            while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
-                pass
-        except TrainingFailed:
-            if is_first():  # the curves show how it diverged
-                draw(run)
-            raise
-        if finished:
+        result = None
+        if _finished(run, programs, stop, last, progress):
             stop.promise = "finishing the evaluation; all steps are done and saved"
-        result = _finish(run, programs) if finished else None
+            result = _finish(run, programs)
         if is_first():
             with stages.stage("drawing the curves"):
                 draw(run)
     return Outcome(workdir, run.step, result)
+
+
+def _finished(run: Run, programs: Programs, stop: StopRequest, last: int, progress: bool) -> bool:
+    """`_loop`, entered again after each rewind; draws the curves of a run that diverges."""
+    try:
+        while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
+            pass
+    except TrainingFailed:
+        if is_first():
+            draw(run)
+        raise
+    return finished
 
 
 def _loop_or_rewind(
@@ -176,36 +180,17 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
         stop.acknowledged_by(report.note),
         Profiler(config.profile.range, run.workdir, report.note) as profiler,
     ):
-        if peak is not None:
-            report.note(f"MFU is the share of {peak} that model FLOP take")
-        if phases.at(first) != phases.after(first):
-            report.note(_phase_note(phases.at(first), first))
-        for warning in warnings(phases):
-            report.note(f"warning: {warning}")
+        _announce(run, peak, report)
         run.clock.resume()
         log = StepLog(writer, report, phases, run.clock, first)
         log.peak = peak
         for step in range(first + 1, last + 1):
             if step - 1 in boundaries:
                 log.flush()
-                pause(run)
-                with report.stage("compiling the train step"):
-                    steps = _enter_phase(run, batch, programs)
-                log.peak = peak_of(phases.at(step - 1), run.mesh)
-                report.note(_phase_note(phases.at(step - 1), step - 1))
-                run.clock.resume()
+                steps = _next_phase(run, batch, programs, log)
             train_step = steps.watched if config.is_watched(step) else steps.train
-            if profiler.begins(step):
-                pause(run)
-                profiler.begin()
-                run.clock.resume()
-            with profiler.step(step):
+            with _profiled(run, step, profiler, report):
                 run.state, metrics = train_step(run.state, batch)
-            if profiler.ends(step):
-                pause(run)
-                with report.stage("writing the trace"):
-                    profiler.end()
-                run.clock.resume()
             report.dispatched(step, metrics["loss"])
             # Fetching the previous step's metrics after dispatching this one keeps the device
             # busy.
@@ -229,6 +214,45 @@ def _loop(run: Run, programs: Programs, stop: StopRequest, last: int, progress: 
             why = asked or "--stop-after"
             report.note(f"stopped by {why} at step {step}; run the same command again to resume")
     return step >= config.steps
+
+
+def _announce(run: Run, peak: Peak | None, report: Reporter) -> None:
+    """Shows what the reader of the steps to come should know."""
+    phases, first = run.resolved, run.step
+    if peak is not None:
+        report.note(f"MFU is the share of {peak} that model FLOP take")
+    if phases.at(first) != phases.after(first):
+        report.note(_phase_note(phases.at(first), first))
+    for warning in warnings(phases):
+        report.note(f"warning: {warning}")
+
+
+@contextmanager
+def _profiled(run: Run, step: int, profiler: Profiler, report: Reporter) -> Iterator[None]:
+    """Computes a step, traced if it is asked for; the clock does not count the profiler's time."""
+    if profiler.begins(step):
+        pause(run)
+        profiler.begin()
+        run.clock.resume()
+    with profiler.step(step):
+        yield
+    if profiler.ends(step):
+        pause(run)
+        with report.stage("writing the trace"):
+            profiler.end()
+        run.clock.resume()
+
+
+def _next_phase(run: Run, batch: Batch, programs: Programs, log: StepLog) -> PhasePrograms:
+    """Enters a phase between two steps, off the clock."""
+    pause(run)
+    with log.report.stage("compiling the train step"):
+        steps = _enter_phase(run, batch, programs)
+    phase = run.resolved.at(run.step)
+    log.peak = peak_of(phase, run.mesh)
+    log.report.note(_phase_note(phase, run.step))
+    run.clock.resume()
+    return steps
 
 
 def _enter_phase(run: Run, batch: Batch, programs: Programs) -> PhasePrograms:

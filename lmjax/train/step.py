@@ -80,6 +80,7 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def micro_step(total: Any, part: Any) -> tuple[Any, jax.Array]:
+            """Adds a micro-batch's share to the gradients and measurements so far."""
             index, micro_batch = part
             key = jax.random.fold_in(step_key, index)
             (scaled, measured), loss = gradient(
@@ -105,9 +106,7 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
             "loss": jnp.mean(losses),
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
-            "loss_scale": loss_scale.of_the_loss(scale),
-            "skipped_steps": opt_state.skipped_steps,
-            "consecutive_skips": opt_state.consecutive_skips,
+            **loss_scale.metrics(scale, opt_state),
         }
         update_key = jax.random.fold_in(step_key, config.micro_batches)
         with jax.named_scope("optimizer"):
