@@ -33,8 +33,12 @@ ARROWS = {
     },
     "inference": {"console", "data", "model", "parallel", "precision", "runs", "train"},
     "ablation": {"console", "data", "files", "runs", "train"},
+    "compression": {
+        "console", "data", "inference", "model", "optim", "parallel", "precision", "runs", "train",
+    },
     "cli": {
-        "ablation", "console", "data", "diagnosis", "files", "inference", "parallel", "plan",
+        "ablation", "compression", "console", "data", "diagnosis", "files", "inference", "parallel",
+        "plan",
         "precision", "runs", "telemetry", "train",
     },
     "chips": set(),

@@ -59,6 +59,9 @@ UserPath = Annotated[
 ]
 """A path from the command line, with `~` expanded to a home directory."""
 
+OWN_FLAGS: Any = tyro.conf.arg(name="")
+"""Of a parameter that is a config: its fields are flags by their own names."""
+
 RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 """A path or a URL, as a string: `Path` would collapse the two slashes."""
 

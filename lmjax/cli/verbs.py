@@ -32,6 +32,7 @@ from lmjax.cli.common import (
     resume_run,
     written,
 )
+from lmjax.cli.compression import prune, quantize
 from lmjax.cli.data import show_prepared
 from lmjax.cli.diagnosis import twin
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "generate": generate,
         "score": score,
         "evaluate": evaluate,
+        "quantize": quantize,
+        "prune": prune,
         "prepare": prepare,
         "sites": sites,
         "plan": plan,

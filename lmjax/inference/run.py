@@ -17,7 +17,7 @@ from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.store.remote import fetched
-from lmjax.train import Config, InputError, Phase, abstract_state, read_config, resolve
+from lmjax.train import Config, InputError, Phase, abstract_params, read_config, resolve
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _load_model(workdir: Path, precision: str | None) -> TrainedModel:
             raise InputError(f"{workdir} has no complete checkpoint yet; train it further")
         mesh = sharding.make_mesh(sharding.MeshConfig())
         phase = resolve(config).after(step)
-        params = checkpoints.restore(step, abstract_state(phase, mesh)).state.params
+        params = checkpoints.restore_params(step, abstract_params(phase, mesh))
     finally:
         checkpoints.close()
     if precision is not None:

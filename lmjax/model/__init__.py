@@ -4,6 +4,8 @@ from lmjax.model.config import ModelConfig, gpt2, llama_1b
 from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
 from lmjax.model.families import (
     Params,
+    Store,
+    Weight,
     apply,
     assembled,
     initial_params,
@@ -15,7 +17,10 @@ from lmjax.model.families import (
     product_sums,
     resolve_sites,
     site_tree,
+    stored_to_nearest,
+    stored_weights,
     structure,
+    weights,
 )
 from lmjax.model.layers import Constrain
 from lmjax.model.loss import log_probabilities, token_losses
@@ -31,6 +36,8 @@ __all__ = [
     "ModelConfig",
     "Params",
     "Sites",
+    "Store",
+    "Weight",
     "apply",
     "assembled",
     "block_groups",
@@ -50,6 +57,9 @@ __all__ = [
     "product_sums",
     "resolve_sites",
     "site_tree",
+    "stored_to_nearest",
+    "stored_weights",
     "structure",
     "token_losses",
+    "weights",
 ]

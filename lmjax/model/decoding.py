@@ -33,6 +33,7 @@ from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Sites, within
 from lmjax.model.stack import block_groups, block_sites
 from lmjax.precision import paths
+from lmjax.precision.packed import Packed, is_stored, one_member
 from lmjax.precision.policy import SitePolicy
 
 Cache = tuple[LayerCache, ...]
@@ -59,12 +60,12 @@ def decoding_params(params: Params, *, config: ModelConfig, sites: Sites) -> Par
         readers["embed"].append(sites["head"])
 
     def narrowed(part: Params, prefix: str) -> Params:
-        flat = paths.flatten(part).items()
+        flat = paths.flatten(part, is_stored).items()
         site = lambda path: (prefix + path).rpartition("/")[0]
         return paths.unflatten({path: _narrowed(leaf, readers[site(path)]) for path, leaf in flat})
 
     def layer(index: int) -> Params:
-        return jax.tree.map(lambda leaf: leaf[index], params[BLOCKS])
+        return one_member(params[BLOCKS], index)
 
     outside = {name: part for name, part in params.items() if name != BLOCKS}
     layers = tuple(narrowed(layer(i), f"{stack.member(i)}/") for i in range(stack.size))
@@ -136,12 +137,12 @@ def extend(
     return model.logits(x, sites, QUIET), tuple(layers)
 
 
-def _narrowed(param: jax.Array, readers: Sequence[SitePolicy]) -> jax.Array:
+def _narrowed(param: jax.Array | Packed, readers: Sequence[SitePolicy]) -> jax.Array | Packed:
     """A parameter in the compute format of the sites that read it, if it takes no more room there.
 
-    Where they compute in different formats, it stays as it is.
+    Where they compute in different formats, it stays as it is, and so does one that is packed.
     """
-    if len({site.compute for site in readers}) > 1:
+    if isinstance(param, Packed) or len({site.compute for site in readers}) > 1:
         return param
     cast = readers[0].to_compute(param)
     return cast if cast.dtype.itemsize <= param.dtype.itemsize else param

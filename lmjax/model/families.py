@@ -9,8 +9,9 @@ Knows Flax, JAX and policies; no mesh, no optimizer, no data.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Context, Sites
 from lmjax.precision import paths
 from lmjax.precision.native import Sums
+from lmjax.precision.packed import Packed, Pieces, pack
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 from lmjax.precision.sites import Kind, Layout, Place
 
@@ -148,12 +150,90 @@ def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
     return graphdef, nnx.to_pure_dict(state), paths.unflatten(axes)
 
 
+class Weight(NamedTuple):
+    """A parameter that products multiply by.
+
+    Attributes:
+      readers: the site that does so in each member of its stack; one, where there is no stack.
+      axis: what the product sums over, counted from the last.
+    """
+
+    readers: tuple[SitePolicy, ...]
+    axis: int
+
+
+def weights(config: ModelConfig, sites: Sites) -> dict[str, Weight]:
+    """The weights of products among the parameters, by path.
+
+    A table that is read by a product too, as with a tied head, is one of its weights.
+    """
+    found = {}
+    for path, leaf in paths.flatten(structure(config)[1]).items():
+        place = layout(config).place_of_parameter(path)
+        is_matrix = leaf.ndim - (place.stack is not None) == 2
+        if is_matrix and place.site.is_product:
+            found[path] = Weight(tuple(sites[p] for p in place.paths), -2)
+        elif is_matrix and config.tied and place.path == "embed":
+            found[path] = Weight((sites["head"],), -1)
+    return found
+
+
+Store = Callable[[tuple[SitePolicy, ...], jax.Array, int], Packed]
+"""From n sites whose formats are the same, their weights `[n, ., .]` and the axis that products sum
+over to how they are stored, with the same leading axis."""
+
+
+def stored_to_nearest(sites: tuple[SitePolicy, ...], x: jax.Array, axis: int) -> Packed:
+    """Weights rounded from what products would read of them: in the compute format."""
+    site, *_ = sites
+    assert site.stores is not None
+    inputs = jnp.ones((), jnp.float32) if site.activations and site.activations.kept else None
+    one = functools.partial(pack, quantizer=site.stores, axis=axis, inputs=inputs)
+    return jax.vmap(one)(site.to_compute(x))
+
+
+def stored_weights(
+    params: Params, config: ModelConfig, sites: Sites, store: Store = stored_to_nearest
+) -> Params:
+    """Parameters with the weights that a policy stores as elements and factors in that form.
+
+    Args:
+      params: arrays, as `initial_params` gives them.
+      config: the model.
+      sites: the formats of every site.
+      store: how one is made of the other.
+    """
+    flat = paths.flatten(params)
+    for path, weight in weights(config, sites).items():
+        if not any(site.stores for site in weight.readers):
+            continue
+        x = flat[path]
+        runs = _stored_runs(x if x.ndim == 3 else x[None], weight, store)
+        if x.ndim == 2:
+            runs = [jax.tree.map(lambda leaf: leaf[0], runs[0])]
+        flat[path] = runs[0] if len(runs) == 1 else Pieces(tuple(runs))
+    return paths.unflatten(flat)
+
+
+def _stored_runs(x: jax.Array, weight: Weight, store: Store) -> list[Any]:
+    """Runs of a stack that are stored alike, arrays where they stay arrays."""
+    kind = lambda site: site.stores and (site.stores, site.activations, site.compute)
+    runs, first = [], 0
+    for stored, run in itertools.groupby(weight.readers, kind):
+        alike = list(run)
+        part = x[first : first + len(alike)]
+        runs.append(store(tuple(alike), part, weight.axis) if stored else part)
+        first += len(alike)
+    return runs
+
+
 def initial_params(key: jax.Array, config: ModelConfig, sites: Sites) -> Params:
     """Fresh parameters, drawn in f32 and stored in the format that each site's policy names."""
     params = nnx.to_pure_dict(nnx.split(FAMILIES[config.family](key, config))[1])
     stored = param_sites(config, sites)
     store = lambda keys, leaf: stored[paths.path_string(keys)].to_params(leaf)
-    return jax.tree_util.tree_map_with_path(store, params)
+    params = jax.tree_util.tree_map_with_path(store, params)
+    return stored_weights(params, config, sites)
 
 
 def param_sites(config: ModelConfig, sites: Sites) -> dict[str, SitePolicy]:

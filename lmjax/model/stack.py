@@ -23,6 +23,7 @@ from lmjax.model.layout import stack_of
 from lmjax.model.mask import Mask
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import Context, Sites, within
+from lmjax.precision.packed import members
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import rescale_cotangent
 
@@ -83,7 +84,7 @@ def scan_blocks(
         with group["residual"].scope:
             x = group["residual"].to_output(group["residual"].to_compute(x))
         everything = (params, keys, context.factors, context.slots, ratios, branches)
-        layers = jax.tree.map(lambda leaf, f=first, s=last: leaf[f:s], everything)
+        layers = members(everything, first, last)
         x, _ = jax.lax.scan(_rematerialised(body, config), x, layers, unroll=config.unroll)
     return constrain(x, ("batch", "length", "width"))
 

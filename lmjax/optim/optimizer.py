@@ -21,6 +21,7 @@ import optax
 from lmjax.checks import above, at_least, from_to_below, validate
 from lmjax.optim import muon
 from lmjax.optim.loss_scale import LossScaleConfig, with_loss_scale
+from lmjax.optim.pruning import PruningConfig, with_pruning
 from lmjax.optim.storage import ParamSites, with_stored_moments
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
@@ -104,6 +105,7 @@ def make_optimizer(
     stack: Stack | None = None,
     rates: Mapping[str, float] = MappingProxyType({}),
     norm: TreeNorm = tree_root,
+    pruning: PruningConfig = PruningConfig(),  # noqa: B008 - frozen
 ) -> optax.GradientTransformationExtraArgs:
     """The whole chain; its state is a `LossScaleState` with everything else inside.
 
@@ -115,6 +117,7 @@ def make_optimizer(
       stack: the blocks of the model, for Muon and for loss scales of their own.
       rates: what the learning rates of parameters are multiplied by, by path; by default 1.
       norm: of all gradients, by which they are clipped; a step where it is not finite is skipped.
+      pruning: which weights of the blocks become zero, and when.
 
     Returns:
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
@@ -124,6 +127,10 @@ def make_optimizer(
     multiply = [_multiply(rates)] if rates else []
     chain = optax.chain(*clip, _direction(config, steps, stack), *multiply)
     inner = _in_f32(with_stored_moments(chain, sites))
+    if pruning.pattern != "none":
+        if stack is None:
+            raise ValueError("pruning needs `stack`, the blocks of the model")
+        inner = with_pruning(inner, pruning, sites, stack)
     return with_loss_scale(inner, loss_scale, stack, lambda tree: norm(tree).value)
 
 

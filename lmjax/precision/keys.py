@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -62,6 +63,16 @@ def _stored(text: str) -> Storage:
     return Storage(_format(name), update or "nearest")  # type: ignore[arg-type]
 
 
+def _weights(text: str) -> Operand:
+    name = text.removesuffix(".stored")
+    return replace(_operand(name), kept="" if name == text else "stored")
+
+
+def _activations(text: str) -> Operand:
+    name = text.removesuffix(".static")
+    return replace(_operand(name), kept="" if name == text else "static")
+
+
 def _operand(text: str) -> Operand:
     name = re.sub(r"(\.(sr|rht[0-9]*))*\Z", "", text)
     options = text[len(name) :].split(".")[1:]
@@ -71,7 +82,7 @@ def _operand(text: str) -> Operand:
     if 0 in rotations:
         raise ValueError("a rotation of blocks of 0; write .rht, or .rhtN with a power of two")
     rounding: Rounding = "stochastic" if "sr" in options else "nearest_even"
-    return Operand(parse_quantizer(_short(name)), rounding, *rotations)
+    return Operand(parse_quantizer(_short(name)), rounding, rotations[0] if rotations else 0)
 
 
 def _backward(text: str) -> Operand:
@@ -123,8 +134,8 @@ KEYS: Final = {
     "p": Key("params", "parameters as stored and updated", "f32", _stored, Storage, "stored"),
     "c": Key("compute", "everything a site computes with", "p", _format, Format),
     "o": Key("output", "the model's output: its logits", "c", _format, Format),
-    "w": Key("weights", "weights as operands of products", "c", _operand, Operand),
-    "x": Key("activations", "activations as operands of products", "c", _operand, Operand),
+    "w": Key("weights", "weights as operands of products", "c", _weights, Operand),
+    "x": Key("activations", "activations as operands of products", "c", _activations, Operand),
     "g": Key("grads", "cotangents entering the backward products", "c", _operand, Operand),
     "wb": Key("backward_weights", "weights in the backward products", "w", _backward, Operand),
     "xb": Key("backward_activations", "activations in those", "x", _backward, Operand),

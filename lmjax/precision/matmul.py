@@ -44,8 +44,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +52,11 @@ import jax.numpy as jnp
 from lmjax.precision.backend import this_backend
 from lmjax.precision.block_scaled import Blocks, block_scaled_product
 from lmjax.precision.contraction import Roles, axes_of, beside_result, roles_of
+from lmjax.precision.grouping import Axis
 from lmjax.precision.hadamard import random_signs, rotate
-from lmjax.precision.native import is_block_scaled, multiplies_elements, product_dtypes
+from lmjax.precision.native import is_block_scaled, product_dtypes
+from lmjax.precision.operands import Ready, current, ready_operand
+from lmjax.precision.packed import Packed
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import (
     Probe,
@@ -65,15 +67,7 @@ from lmjax.precision.probes import (
     report_cotangent,
     tap_cotangent,
 )
-from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.rounding import Rounding, quantize
-from lmjax.precision.scaling import (
-    Axis,
-    apply_factor,
-    elements,
-    fake_quantize,
-    quantize_with_scale,
-)
+from lmjax.precision.scaling import apply_factor, elements
 from lmjax.precision.settings import Operand
 from lmjax.precision.summation import rounded_sum, sum_of_products
 from lmjax.precision.taps import handed_on
@@ -85,7 +79,7 @@ Factors = Mapping[str, jax.Array]
 def einsum(
     spec: str,
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Packed,
     site: SitePolicy,
     *,
     key: RandomKey = None,
@@ -99,7 +93,8 @@ def einsum(
         must occur in the other operand or in the result, and no operand may repeat an index, so
         that the gradients are products of the same kind.
       x: activations, in any floating-point format; cast to the site's compute format.
-      w: as x.
+      w: as x, or weights as they are stored; their elements are multiplied as they are if the site
+        stores them as such, and else they are made an array first.
       site: the formats, of a site that is declared a product. Its kind tells whether `w` holds
         weights or activations, and so which of its quantizers `w` gets.
       key: random key for stochastic rounding of operands and for the signs of rotations; without
@@ -123,6 +118,8 @@ def einsum(
             f"einsum '{spec}' at {site.path or site.site.name}, which is declared "
             f"{site.site.kind.value}; declare it a product in lmjax/precision/sites.py"
         )
+    if isinstance(w, Packed) and site.stores != w.quantizer:
+        w = w.dense()
     factors, slots = ({}, {}) if probe is None else probe
     plan, of_x, of_w = roles_of(spec), site.activations, site.second
     view = functools.partial(_view, site=site, block=_block(of_x, of_w))
@@ -130,6 +127,8 @@ def einsum(
     view_w = functools.partial(view, operand=of_w, axis=plan.w_summed)
     with site.scope:
         x = _watched(x, site, view_x, factors.get("x"), slots.get("x", {}))
+        if isinstance(w, Packed):
+            return _primal(spec, site, unit, x, w, key, {})
         w = _watched(w, site, view_w, factors.get("w"), slots.get("w", {}))
         gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
         return _einsum(spec, site, unit, x, w, key, factors, gradients)
@@ -182,7 +181,7 @@ def _view(
     if operand is None:
         return Rounded(x, entering, site.to_compute(entering), site.compute)
     scaled, values = elements(
-        site.to_compute(entering), _current(operand.quantizer, factor), axis=axis, scale=factor
+        site.to_compute(entering), current(operand.quantizer, factor), axis=axis, scale=factor
     )
     return Rounded(x, scaled, values, operand.quantizer.format)
 
@@ -211,7 +210,7 @@ def _primal(
     site: SitePolicy,
     unit: bool,
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Packed,
     key: RandomKey,
     factors: Factors,
 ) -> jax.Array:
@@ -268,7 +267,7 @@ def _product(
     spec: str,
     site: SitePolicy,
     unit: bool,
-    pair: tuple[jax.Array, jax.Array],
+    pair: tuple[jax.Array, jax.Array | Packed],
     roles: tuple[tuple[str, Operand | None], tuple[str, Operand | None]],
     key: RandomKey,
     factors: Factors,
@@ -278,12 +277,16 @@ def _product(
     (x_role, of_x), (w_role, of_w) = roles
     lengths = tuple(pair[0].shape[axis] for axis in plan.x_summed)
     block = _block(of_x, of_w)
-    if block and plan.x_summed:
-        pair, factors = _rotated(pair, plan, site, random_signs(block, _fold(key, 2))), {}
+    first, second = pair
+    if isinstance(second, Packed):
+        factors = {} if second.inputs is None else {"x": second.inputs}
+    elif block and plan.x_summed:
+        first, second = _rotated((first, second), plan, site, random_signs(block, _fold(key, 2)))
+        factors = {}
     blocks = is_block_scaled(this_backend(), site, of_x, of_w, lengths)
-    ready = functools.partial(_ready, site=site, blocks=blocks)
-    x = ready(x_role, pair[0], of_x, plan.x_summed, _fold(key, 0), factors.get(x_role))
-    w = ready(w_role, pair[1], of_w, plan.w_summed, _fold(key, 1), factors.get(w_role))
+    ready = functools.partial(ready_operand, site=site, blocks=blocks)
+    x = ready(x_role, first, of_x, plan.x_summed, _fold(key, 0), factors.get(x_role))
+    w = ready(w_role, second, of_w, plan.w_summed, _fold(key, 1), factors.get(w_role))
     product = _sum(spec, x, w, site, of_x, of_w, math.prod(lengths))
     x_axes, w_axes, y_axes = axes_of(spec)
     for operand, axes, summed in ((x, x_axes, plan.x_summed), (w, w_axes, plan.w_summed)):
@@ -298,8 +301,8 @@ def _product(
 
 def _sum(
     spec: str,
-    x: _Ready,
-    w: _Ready,
+    x: Ready,
+    w: Ready,
     site: SitePolicy,
     of_x: Operand | None,
     of_w: Operand | None,
@@ -321,58 +324,6 @@ def _rotated(
     x, w = pair
     rotated = rotate(x, plan.x_summed[-1], signs), rotate(w, plan.w_summed[-1], signs)
     return site.to_compute(rotated[0]), site.to_compute(rotated[1])
-
-
-class _Ready(NamedTuple):
-    """An operand as it is multiplied.
-
-    Attributes:
-      values: of its shape and dtype.
-      late: what the sum is still to be multiplied by, and the quantizer that this is a factor of:
-        f32[], or f32 of the operand's shape, but with length 1 at the summed axes.
-      factors: of the blocks of a block-scaled product.
-    """
-
-    values: jax.Array
-    late: tuple[jax.Array, Quantizer] | None = None
-    factors: jax.Array | None = None
-
-
-def _ready(
-    role: str,
-    x: jax.Array,
-    operand: Operand | None,
-    summed: tuple[int, ...],
-    key: RandomKey,
-    factor: jax.Array | None,
-    *,
-    site: SitePolicy,
-    blocks: bool,
-) -> _Ready:
-    if operand is None:
-        return _Ready(x)
-    stochastic = operand.rounding == "stochastic" and key is not None
-    factor = factor if operand.quantizer.history else None
-    quantizer = _current(operand.quantizer, factor)
-    rounding: Rounding = "stochastic" if stochastic else "nearest_even"
-    key = key if stochastic else None
-    if quantizer.groups == "none":
-        overflow = site.cotangents if role == "g" else "clamp"
-        return _Ready(quantize(x, quantizer.format, rounding, key, overflow))
-    how: dict[str, Any] = {"axis": summed, "rounding": rounding, "key": key, "scale": factor}
-    if not blocks and not multiplies_elements(operand, site.compute):
-        return _Ready(fake_quantize(x, quantizer, **how))
-    quantized = quantize_with_scale(x, quantizer, **how)
-    if blocks:
-        late = None if quantized.tensor_scale is None else (quantized.tensor_scale, quantizer)
-        factors = quantized.scale.astype(quantizer.scale.dtype)
-        return _Ready(quantized.values.astype(quantizer.format.dtype), late, factors)
-    return _Ready(quantized.values.astype(x.dtype), (quantized.factor, quantizer))
-
-
-def _current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
-    """The quantizer; a delayed one without a factor scales by the tensor itself instead."""
-    return quantizer if factor is not None else replace(quantizer, history=0)
 
 
 def _fold(key: RandomKey, index: int) -> RandomKey:

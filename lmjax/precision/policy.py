@@ -133,6 +133,13 @@ class SitePolicy:
         return self.weights if self.site.kind is Kind.WEIGHT_PRODUCT else self.activations
 
     @property
+    def stores(self) -> Quantizer | None:
+        """What its weights are stored as, to be read and not trained; None if they are arrays."""
+        if self.second is None or self.second.kept != "stored":
+            return None
+        return self.second.quantizer
+
+    @property
     def backward_second(self) -> Operand | None:
         """The same in the backward products."""
         weights = self.site.kind is Kind.WEIGHT_PRODUCT
@@ -278,7 +285,15 @@ class Policy:
                 inherited = _inherited(rule.settings, site)
                 inherited.pop("o", None)
                 settings |= inherited
-        return _site_policy(settings, site, path)
+        resolved = _site_policy(settings, site, path)
+        of_x, wrong = resolved.activations, ""
+        if of_x is not None and of_x.kept and resolved.stores is None:
+            wrong = "a static factor is stored with weights, which must be .stored, by quantize"
+        if of_x is not None and of_x.rotation and resolved.stores is not None:
+            wrong = "weights that are stored are not rotated; leave out .rht"
+        if wrong:
+            raise PolicyError(f"{path} has x={of_x}: {wrong}", text=self.text or str(self))
+        return resolved
 
     def resolve_all(
         self, site_paths: Sequence[str], depth: int | None = None

@@ -12,13 +12,12 @@ float32. XLA rewrites some divisions by broadcast values that way and not others
 would round differently from one program to the next. For the same reason a factor is
 `amax * (1 / largest)`.
 
-Knows jax, numpy, `formats`, `bits`, `rounding` and `quantizer`.
+Knows jax, numpy, `formats`, `bits`, `rounding`, `quantizer` and `grouping`.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -27,6 +26,7 @@ import numpy as np
 
 from lmjax.precision.bits import floor_log2, largest_magnitude, widen
 from lmjax.precision.formats import Format, integer
+from lmjax.precision.grouping import Axis, Bounds, Grouping
 from lmjax.precision.quantizer import E4M3, E8M0, Quantizer
 from lmjax.precision.rounding import Rounding, ldexp, quantize
 
@@ -36,9 +36,13 @@ _LARGEST_FACTOR: Final = np.float32(2.0**126)
 # Times the smallest e4m3, 2**-9, this is still normal.
 _SMALLEST_TENSOR_FACTOR: Final = np.float32(2.0**-117)
 
-Axis = int | tuple[int, ...]
-"""What groups run along: an axis, or all those that a product sums over. The terms of one sum are
-then one channel, and blocks run along the last of the axes."""
+
+class Factors(NamedTuple):
+    """What the elements of a tensor are multiplied by, and counted from; see `Quantized`."""
+
+    scale: jax.Array
+    zero_point: jax.Array | None = None
+    tensor_scale: jax.Array | None = None
 
 
 class Quantized(NamedTuple):
@@ -58,6 +62,11 @@ class Quantized(NamedTuple):
     tensor_scale: jax.Array | None = None
 
     @property
+    def factors(self) -> Factors:
+        """All but the elements."""
+        return Factors(*self[1:])
+
+    @property
     def factor(self) -> jax.Array:
         """The factor of a group: `scale` times `tensor_scale`."""
         return _factor(self.scale, self.tensor_scale)
@@ -74,7 +83,7 @@ def elements(
     if quantizer.groups == "none":
         return x, quantize(x, quantizer.format, overflow="clamp")
     quantized = quantize_with_scale(x, quantizer, axis=axis, scale=scale)
-    grouping = _Grouping.of(x, quantizer, axis)
+    grouping = Grouping.of(x, quantizer, axis)
     factor = grouping.spread(quantized.factor)
     scaled = grouping.merge(_divide(grouping.split(widen(x)), factor, quantizer))
     values = quantized.values
@@ -93,6 +102,7 @@ def quantize_with_scale(
     rounding: Rounding = "nearest_even",
     key: jax.Array | None = None,
     scale: jax.Array | None = None,
+    factors: Factors | None = None,
 ) -> Quantized:
     """Finds the factors of `x` and rounds `x / factor` to the element format, saturating.
 
@@ -107,29 +117,63 @@ def quantize_with_scale(
       key: random key for stochastic rounding.
       scale: float32 [], a factor for the whole tensor to be used instead of finding one (delayed
         scaling). Infinities in `x` then become NaN, as saturating would hide them.
+      factors: of all groups, to be used instead of finding them.
 
     Raises:
       ValueError: the quantizer has no factors, or delayed scaling got none.
     """
-    _check_scaled(quantizer, scale)
-    grouping = _Grouping.of(x, quantizer, axis)
+    if factors is None and scale is not None:
+        _check_scaled(quantizer, scale)
+        factors = Factors(scale)
+    elif factors is None:
+        factors = find_factors(x, quantizer, axis=axis)
+    grouping = Grouping.of(x, quantizer, axis)
     groups = grouping.split(widen(x))
-    zero_point = tensor_scale = None
-    if quantizer.tensor_scale:
-        tensor_scale = _tensor_factor(largest_magnitude(x), quantizer)
-    if quantizer.affine:
-        scale, zero_point = _affine_parameters(groups, grouping, quantizer)
-    elif scale is None:
-        amax = grouping.reduce(largest_magnitude, groups)
-        scale = scale_from_maximum(amax, quantizer, tensor_scale)
-
-    scaled = _divide(groups, grouping.spread(_factor(scale, tensor_scale)), quantizer)
+    zero_point = factors.zero_point
+    factor = _factor(factors.scale, factors.tensor_scale)
+    scaled = _divide(groups, grouping.spread(factor), quantizer)
     if zero_point is None:
         values = quantize(scaled, quantizer.format, rounding, key)
     else:
         values = _shift(scaled, grouping.spread(zero_point), quantizer.format, rounding, key)
     values = jnp.where(jnp.isfinite(groups), values, jnp.nan)
-    return Quantized(grouping.merge(values), scale, zero_point, tensor_scale)
+    return Quantized(grouping.merge(values), *factors)
+
+
+def find_factors(
+    x: jax.Array,
+    quantizer: Quantizer,
+    *,
+    axis: Axis = -1,
+    bounds: Bounds | None = None,
+    tensor_scale: jax.Array | None = None,
+) -> Factors:
+    """The factors of `x`: under them, the elements of each group reach its largest numbers.
+
+    Args:
+      x: float array, as for `quantize_with_scale`.
+      quantizer: format and groups; its groups must not be `none`.
+      axis: what groups run along.
+      bounds: what they reach instead, for each group, as a calibration chose it; of a quantizer
+        without zero point the larger of both magnitudes counts.
+      tensor_scale: the factor of the factors, if `x` is part of a tensor that has one.
+
+    Raises:
+      ValueError: the quantizer has no factors, or takes them from past tensors.
+    """
+    _check_scaled(quantizer, None)
+    grouping = Grouping.of(x, quantizer, axis)
+    groups = grouping.split(widen(x))
+    if quantizer.affine:
+        return Factors(*_affine_parameters(bounds or grouping.bounds(groups), quantizer))
+    if bounds is None:
+        amax, largest = grouping.reduce(largest_magnitude, groups), largest_magnitude(x)
+    else:
+        amax = jnp.maximum(jnp.abs(bounds[0]), jnp.abs(bounds[1]))
+        largest = largest_magnitude(amax)
+    if quantizer.tensor_scale and tensor_scale is None:
+        tensor_scale = _tensor_factor(largest, quantizer)
+    return Factors(scale_from_maximum(amax, quantizer, tensor_scale), None, tensor_scale)
 
 
 def dequantize(
@@ -145,7 +189,7 @@ def dequantize(
       axis: the same axis.
       dtype: dtype of the result.
     """
-    grouping = _Grouping.of(quantized.values, quantizer, axis)
+    grouping = Grouping.of(quantized.values, quantizer, axis)
     groups = grouping.split(quantized.values)
     if quantized.zero_point is not None:
         groups = groups - grouping.spread(quantized.zero_point).astype(groups.dtype)
@@ -289,64 +333,6 @@ def update_delayed_scale(
     return DelayedScale(history, jnp.where(largest > 0, scale, state.scale))
 
 
-@dataclass(frozen=True)
-class _Grouping:
-    """The grouping of a tensor of a given shape.
-
-    Attributes:
-      shape: of the tensor.
-      reduced: axes of the elements of a group after `split`; None for all of them.
-      axis: the axis that is cut into blocks; None where there are none.
-      size: elements of a block.
-    """
-
-    shape: tuple[int, ...]
-    reduced: tuple[int, ...] | None
-    axis: int | None = None
-    size: int = 0
-
-    @classmethod
-    def of(cls, x: jax.Array, quantizer: Quantizer, axis: Axis) -> _Grouping:
-        """How a quantizer groups the elements of `x`."""
-        if quantizer.groups == "tensor":
-            return cls(x.shape, None)
-        axes = tuple(range(x.ndim)[a] for a in (axis if isinstance(axis, tuple) else (axis,)))
-        if quantizer.groups == "channel":
-            return cls(x.shape, axes)
-        # The gradient of a scalar product sums over nothing: any axis will do.
-        last = (axes or (x.ndim - 1,))[-1]
-        return cls(x.shape, (last + 1,), last, min(quantizer.block, x.shape[last]))
-
-    def split(self, x: jax.Array) -> jax.Array:
-        """[..., length, ...] -> [..., groups, size, ...], the last group filled up with zeros."""
-        if self.axis is None:
-            return x
-        missing = -self.shape[self.axis] % self.size
-        if missing:
-            padding = [(0, missing if axis == self.axis else 0) for axis in range(x.ndim)]
-            x = jnp.pad(x, padding)
-        return x.reshape(*x.shape[: self.axis], -1, self.size, *x.shape[self.axis + 1 :])
-
-    def merge(self, groups: jax.Array) -> jax.Array:
-        """Undoes `split`."""
-        if self.axis is None:
-            return groups
-        before, after = self.shape[: self.axis], self.shape[self.axis + 1 :]
-        padded = groups.reshape(*before, -1, *after)
-        return jax.lax.slice_in_dim(padded, 0, self.shape[self.axis], axis=self.axis)
-
-    def reduce(self, function: Any, groups: jax.Array) -> jax.Array:
-        """`function(groups, axes)` of the elements of each group: one number a group."""
-        result = function(groups, self.reduced)
-        if self.reduced is None or self.axis is not None:
-            return result
-        return jnp.expand_dims(result, self.reduced)
-
-    def spread(self, factor: jax.Array) -> jax.Array:
-        """Factors, one a group, in a shape that broadcasts against `split`."""
-        return factor if self.axis is None else jnp.expand_dims(factor, self.axis + 1)
-
-
 def _check_scaled(quantizer: Quantizer, scale: jax.Array | None) -> None:
     if quantizer.groups == "none":
         raise ValueError(f"{quantizer} has no factors; use quantize, or add @tensor")
@@ -361,15 +347,10 @@ def _tensor_factor(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
     return jnp.where(jnp.isfinite(amax), factor, np.float32(np.nan))
 
 
-def _affine_parameters(
-    groups: jax.Array, grouping: _Grouping, quantizer: Quantizer
-) -> tuple[jax.Array, jax.Array]:
+def _affine_parameters(bounds: Bounds, quantizer: Quantizer) -> tuple[jax.Array, jax.Array]:
     """Factor and zero point that map [min(x, 0), max(x, 0)] onto the whole range of the integer."""
     first, last = quantizer.format.smallest_finite, quantizer.format.largest_finite
-    low, high = (
-        grouping.reduce(functools.partial(extreme, initial=0.0), groups).astype(jnp.float32)
-        for extreme in (jnp.min, jnp.max)
-    )
+    low, high = bounds
     scale = jnp.clip(
         (high - low) * np.float32(1.0 / (last - first)), _SMALLEST_FACTOR, _LARGEST_FACTOR
     )

@@ -42,13 +42,18 @@ class Operand:
       rounding: how.
       rotation: 0, or the block of a random Hadamard transform (`hadamard.py`) that both operands
         of the product go through first; the longer one where both ask for it.
+      kept: `stored` for weights that are stored as elements and factors (`packed.py`), to be read
+        and not trained; `static` for activations whose factor is a calibrated number, stored with
+        the weights.
     """
 
     quantizer: Quantizer
     rounding: Rounding = "nearest_even"
     rotation: int = 0
+    kept: Literal["", "stored", "static"] = ""
 
     def __post_init__(self) -> None:
+        self._check_kept()
         if not self.rotation:
             return
         hadamard.check_block(self.rotation)
@@ -62,10 +67,21 @@ class Operand:
                 "past maxima are those of the tensor before it is rotated; drop .delayed or .rht"
             )
 
+    def _check_kept(self) -> None:
+        if not self.kept:
+            return
+        if self.quantizer.history or self.rotation or self.rounding != "nearest_even":
+            raise ValueError(f"what is {self.kept} is not .sr, .rht or .delayed; leave that out")
+        if self.quantizer.groups == "none":
+            raise ValueError(f"what is {self.kept} has factors; write FORMAT@tensor.{self.kept}")
+        if self.kept == "static" and (self.quantizer.groups != "tensor" or self.quantizer.affine):
+            raise ValueError("a static factor is one for the tensor; write FORMAT@tensor.static")
+
     def __str__(self) -> str:
         size = "" if self.rotation == hadamard.DEFAULT_BLOCK else str(self.rotation)
         rotation = f".rht{size}" if self.rotation else ""
-        return f"{self.quantizer}{rotation}" + (".sr" if self.rounding == "stochastic" else "")
+        rounding = ".sr" if self.rounding == "stochastic" else ""
+        return f"{self.quantizer}{rotation}{rounding}" + (f".{self.kept}" if self.kept else "")
 
 
 @dataclass(frozen=True)

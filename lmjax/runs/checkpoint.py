@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,8 +29,6 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -42,7 +38,14 @@ from lmjax.files import manifest
 from lmjax.files.filenames import plain
 from lmjax.parallel.agreement import from_first, is_first
 from lmjax.precision import paths
-from lmjax.runs.proof import Proof, described, in_words
+from lmjax.runs.checkpoint_files import (
+    compared,
+    is_unsealed,
+    one_line,
+    read_json,
+    system_error,
+)
+from lmjax.runs.proof import Proof
 from lmjax.runs.state import TrainState
 
 CLOCK_MAY_JUMP = ocp.AsyncOptions(
@@ -155,7 +158,7 @@ class Checkpoints:
         if step in self._checked:
             return
         folder = self._folder(step)
-        if not _is_unsealed(folder):
+        if not is_unsealed(folder):
             manifest.check(folder)
 
     def save(
@@ -231,7 +234,7 @@ class Checkpoints:
             left = "no checkpoint is left" if latest is None else f"that of step {latest} is kept"
             raise CheckpointError(
                 f"the checkpoint of step {step} was written but cannot be restored "
-                f"({_one_line(error)}); it was moved to {aside}, and {left}"
+                f"({one_line(error)}); it was moved to {aside}, and {left}"
             ) from error
 
     @contextlib.contextmanager
@@ -243,7 +246,7 @@ class Checkpoints:
             raise
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            reason = _system_error(error)
+            reason = system_error(error)
             if reason is None:
                 raise
             latest = self.latest()
@@ -267,43 +270,60 @@ class Checkpoints:
             or dtype than the target's. Orbax would cast that silently.
         """
         folder = self._folder(step)
+        with self._reading(step) as arrays:
+            stored = paths.flatten(_stored(self._arrays.metadata(arrays)))
+            casts = compared(step, stored, paths.flatten(target), allow_cast)
+            if casts:
+                self._note(f"checkpoint {step} is cast while it is read: {', '.join(casts)}")
+            state = self._arrays.restore(arrays, target)
+            return Restored(state, read_json(folder, "data"), read_json(folder, "progress"))
+
+    def restore_params(self, step: int, target: Any) -> Any:
+        """Reads the parameters of a checkpoint alone, onto the devices of `target`.
+
+        Args:
+          step: of the checkpoint.
+          target: shapes, dtypes and shardings, as returned by `abstract_params`.
+
+        Raises:
+          CheckpointError: as for `restore`.
+        """
+        with self._reading(step) as arrays:
+            found = _stored(self._arrays.metadata(arrays))["params"]
+            compared(step, paths.flatten(found), paths.flatten(target), allow_cast=False)
+            handler = ocp.PyTreeCheckpointHandler()
+            with ocp.Checkpointer(handler) as reader:
+                args = ocp.args.PyTreeRestore(
+                    {"params": target},
+                    restore_args={"params": ocp.checkpoint_utils.construct_restore_args(target)},
+                    partial_restore=True,
+                )
+                return reader.restore(arrays, args=args)["params"]
+
+    def holds_params_alone(self, step: int) -> bool:
+        """Whether a checkpoint has no state of an optimizer: it was written, not trained."""
+        with self._reading(step) as arrays:
+            return not jax.tree.leaves(_stored(self._arrays.metadata(arrays)).get("opt_state"))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[Path]:
+        """The folder of the arrays of an intact checkpoint; errors of reading are explained."""
+        folder = self._folder(step)
         if not folder.is_dir():
             raise CheckpointError(f"there is no checkpoint of step {step} in {self._directory}")
         try:
             self._check(step)
         except manifest.Damaged as error:
             raise CheckpointError(f"checkpoint {step} is damaged: {error}") from error
-        arrays = plain(self._directory) / str(step) / "state"
         try:
-            stored = paths.flatten(_stored(self._arrays.metadata(arrays)))
-            self._compare(step, stored, paths.flatten(target), allow_cast)
-            state = self._arrays.restore(arrays, target)
-            return Restored(state, _read(folder, "data"), _read(folder, "progress"))
+            yield plain(self._directory) / str(step) / "state"
         except (OSError, ValueError, KeyError, AttributeError) as error:
             unsealed = ", which an earlier version of lmjax wrote without digests,"
             raise CheckpointError(
-                f"checkpoint {step}{unsealed if _is_unsealed(folder) else ' has intact files but'} "
-                f"cannot be read ({_one_line(error)}); move {folder} away to resume from the one "
+                f"checkpoint {step}{unsealed if is_unsealed(folder) else ' has intact files but'} "
+                f"cannot be read ({one_line(error)}); move {folder} away to resume from the one "
                 "before"
             ) from error
-
-    def _compare(self, step: int, stored: Any, wanted: Any, allow_cast: bool) -> None:
-        """Rejects arrays that differ from the target, unless a permitted cast fixes them."""
-        casts = []
-        for path in sorted(stored.keys() | wanted.keys()):
-            old, new = described(stored.get(path)), described(wanted.get(path))
-            if old == new:
-                continue
-            castable = old and new and old[0] == new[0] and _floating(old[1]) and _floating(new[1])
-            if not castable or not allow_cast:
-                advice = "; --restore.allow-cast rounds it" if castable else ""
-                raise CheckpointError(
-                    f"checkpoint {step} stores {path} as {in_words(old)}, but the run needs "
-                    f"{in_words(new)}; nothing is cast without being asked{advice}"
-                )
-            casts.append(f"{path} from {in_words(old)} to {in_words(new)}")
-        if casts:
-            self._note(f"checkpoint {step} is cast while it is read: {', '.join(casts)}")
 
     def wait(self) -> None:
         """Waits until every checkpoint is on disk; raises errors of writing."""
@@ -366,34 +386,8 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
 
-def _system_error(error: BaseException) -> str | None:
-    """The operating system's error, through Python or TensorStore; None if there is none."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.strerror or str(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else None
-
-
-def _is_unsealed(folder: Path) -> bool:
-    """Whether it has the layout of versions without manifests."""
-    return (folder / "data" / "metadata").is_file()
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name / "metadata" if _is_unsealed(folder) else folder / f"{name}.json"
-    return strict_json.read(path)
-
-
-def _floating(dtype: np.dtype) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)
-
-
 def _stored(metadata: Any) -> Any:
     """Orbax's metadata of the arrays in a folder, as a tree."""
     if metadata.item_metadata is None:
         raise ValueError("Orbax finds no arrays in it")
     return metadata.item_metadata.tree
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

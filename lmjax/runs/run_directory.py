@@ -136,7 +136,7 @@ def open_run(workdir: Path, config: Config, *, may_take_over: bool = True) -> No
         if not (workdir / "config.json").exists() or (
             differences(read_config(workdir), config) and _is_untrained(workdir)
         ):
-            _write_config(workdir, config)
+            write_config(workdir, config)
 
 
 def record_changes(workdir: Path, config: Config, step: int) -> None:
@@ -157,10 +157,11 @@ def record_changes(workdir: Path, config: Config, step: int) -> None:
     rows = history.read_text(encoding="utf-8") if history.exists() else ""
     row = strict_json.dumps({"step": step, "changed": fields})
     replace_text(history, f"{rows}{row}\n")
-    _write_config(workdir, config)
+    write_config(workdir, config)
 
 
-def _write_config(workdir: Path, config: Config) -> None:
+def write_config(workdir: Path, config: Config) -> None:
+    """Writes `config.json`."""
     values = {"version": VERSION, **to_json(config)}
     replace_text(workdir / "config.json", strict_json.dumps(values, indent=2) + "\n")
 

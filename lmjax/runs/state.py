@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lmjax.errors import InputError
 from lmjax.model import (
     Params,
     initial_params,
@@ -65,6 +66,7 @@ def optimizer_of(phase: Phase) -> optax.GradientTransformationExtraArgs:
         phase.layout.stack,
         learning_rate_factors(config.model),
         config.reductions.norm,
+        config.pruning,
     )
 
 
@@ -76,6 +78,7 @@ def initial_state(config: Config | Phase, key: jax.Array | None = None) -> Train
       key: by default the key of the config's seed.
     """
     phase = phase_of(config)
+    refuse_stored(phase)
     key = seed_key(phase.config.seed) if key is None else key
     init_key, dropout_key = jax.random.split(key)
     params = initial_params(init_key, phase.config.model, phase.sites)
@@ -89,16 +92,49 @@ def initial_state(config: Config | Phase, key: jax.Array | None = None) -> Train
     )
 
 
-def abstract_state(config: Config | Phase, mesh: Any) -> TrainState:
-    """Shapes, dtypes and shardings of the state on a mesh, which may be abstract."""
+def refuse_stored(phase: Phase) -> None:
+    """Rejects policies whose weights can be read but not trained.
+
+    Raises:
+      InputError: some weights are `.stored`.
+    """
+    for path, site in phase.sites.items():
+        if site.stores:
+            raise InputError(
+                f"{path} has w={site.second}: what is stored as elements can be read, but nothing "
+                f"can be added to it. Train with w={site.stores} and quantize the run afterwards"
+            )
+
+
+def params_alone(params: Params, step: int) -> TrainState:
+    """The state of a run that holds parameters to be read, and nothing to train them with."""
+    zeros = jnp.zeros(2, jnp.uint32)
+    opt_state: Any = ()
+    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state, {}, {}, zeros)
+
+
+def abstract_params(config: Config | Phase, mesh: Any) -> Params:
+    """Shapes, dtypes and shardings of the parameters, as `abstract_state` has them."""
     phase = phase_of(config)
-    shapes = jax.eval_shape(lambda: initial_state(phase))
-    shardings = state_shardings(mesh, structure(phase.config.model)[2], shapes)
+    model = phase.config.model
+    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, phase.sites))
+    shardings = state_shardings(mesh, structure(model)[2], shapes)
+    return _placed(shapes, shardings)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings,
     )
+
+
+def abstract_state(config: Config | Phase, mesh: Any) -> TrainState:
+    """Shapes, dtypes and shardings of the state on a mesh, which may be abstract."""
+    phase = phase_of(config)
+    shapes = jax.eval_shape(lambda: initial_state(phase))
+    return _placed(shapes, state_shardings(mesh, structure(phase.config.model)[2], shapes))
 
 
 def create_state(config: Config | Phase, mesh: Mesh) -> TrainState:

@@ -11,7 +11,7 @@ from lmjax.runs.config import (
 )
 from lmjax.runs.resolved import Phase, Resolved, phase_of, resolve
 from lmjax.runs.run_directory import read_config
-from lmjax.runs.state import TrainState, abstract_state, create_state, seed_key
+from lmjax.runs.state import TrainState, abstract_params, abstract_state, create_state, seed_key
 from lmjax.train.loop import Outcome, train
 from lmjax.train.step import make_eval_step, make_train_step
 
@@ -27,6 +27,7 @@ __all__ = [
     "RestoreConfig",
     "TrainState",
     "TrainingFailed",
+    "abstract_params",
     "abstract_state",
     "create_state",
     "make_eval_step",

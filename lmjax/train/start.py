@@ -23,7 +23,7 @@ from lmjax.runs.config import Config, by_name
 from lmjax.runs.resolved import Resolved, resolve
 from lmjax.runs.run_directory import record_changes, refuse_unusable
 from lmjax.runs.sinks import refuse_missing
-from lmjax.runs.state import TrainState, abstract_state, create_state
+from lmjax.runs.state import TrainState, abstract_state, create_state, refuse_stored
 from lmjax.train.log import Clock
 from lmjax.train.positions import Positions
 
@@ -98,6 +98,8 @@ def _checked_here(
             # Check before tokenizing, which may take hours.
             refuse_unusable(workdir, config)
         _refuse_f64_without_x64(resolved)
+        for phase in resolved.phases:
+            refuse_stored(phase)
         with stages.stage("starting JAX"):
             mesh = sharding.make_mesh(config.mesh)
         sharding.batch_share(mesh)
@@ -163,6 +165,11 @@ def start_run(
         with stages.stage("drawing the initial parameters"):
             state = create_state(resolved.at(0), mesh)
         return run(state, Clock(0.0), Positions(config), [])
+    if checkpoints.holds_params_alone(latest):
+        raise InputError(
+            f"{workdir} holds parameters alone, to be read and not trained further; choose another "
+            "--workdir"
+        )
     with stages.stage(f"restoring the checkpoint of step {latest}"):
         state, position, counters = checkpoints.restore(
             latest,

@@ -40,6 +40,8 @@ OTHER: dict[str, Any] = {
     "data.feature": "body",
     "data.tokenizer": "bpe",
     "optimizer.no_decay": (),
+    "pruning.pattern": "2:4",
+    "pruning.dense": ("blocks/mlp/up/kernel",),
     "loss_scale.kind": "static",
     "loss_scale.initial": 2.0**14,
     "loss_scale.factor": 4.0,

@@ -1,0 +1,97 @@
+"""What compressing a run did: size, loss and speed before and after, and the error of each layer.
+
+Knows loaded models and how they are evaluated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmjax.compression.quantize import Layer
+from lmjax.compression.written import size_on_disk
+from lmjax.console import stages
+from lmjax.data import DataError
+from lmjax.errors import InputError
+from lmjax.inference import TrainedModel, evaluate
+from lmjax.inference.generate import Reader
+
+TOKENS = 32
+"""Tokens over which decoding is timed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model, before or after.
+
+    Attributes:
+      policy: what every tensor has.
+      bytes: of the parameters in memory.
+      disk: bytes of the newest checkpoint, which before holds the optimizer's state too.
+      loss: nats per token of the run's held-out text; None if there is no such text here.
+      perplexity: exp(loss).
+      seconds_per_token: of decoding one token after another, the median of 32.
+    """
+
+    policy: str
+    bytes: int
+    disk: int
+    loss: float | None
+    perplexity: float | None
+    seconds_per_token: float
+
+
+def size_in_memory(params: Any) -> int:
+    """Bytes of parameters."""
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
+
+
+def measured(model: TrainedModel, run: Path | None) -> Measured:
+    """Measures a model; `run` is its directory on this machine, if it has one."""
+    loss = None
+    with contextlib.suppress(DataError, InputError):  # its text need not be on this machine
+        loss = evaluate(model, progress=False).eval_loss
+    return Measured(
+        model.config.precision,
+        size_in_memory(model.params),
+        size_on_disk(run) if run is not None else 0,
+        loss,
+        None if loss is None else math.exp(loss) if loss < 709 else math.inf,
+        _seconds_per_token(model),
+    )
+
+
+def _seconds_per_token(model: TrainedModel) -> float:
+    """The time of one token, once its program is compiled."""
+    count = min(TOKENS, model.config.context - 2)
+    ids = [model.tokenizer.end_of_document]
+    reader = Reader(model, 1)
+    times = []
+    with stages.stage("timing decoding"):
+        for _ in range(max(count, 2)):
+            start = time.perf_counter()
+            token = int(np.argmax(np.asarray(reader.logits(ids), np.float32)))
+            times.append(time.perf_counter() - start)
+            ids.append(token)
+    return float(np.median(times[1:]))
+
+
+def as_json(
+    method: str, observer: str, before: Measured, after: Measured, layers: Sequence[Layer]
+) -> dict[str, Any]:
+    """The content of `quantization.json`."""
+    return {
+        "method": method,
+        "observer": observer,
+        "before": asdict(before),
+        "after": asdict(after),
+        "layers": [asdict(layer) for layer in layers],
+    }

@@ -1,0 +1,79 @@
+"""Writes a run directory that holds parameters to be read, and nothing to train them with.
+
+Knows run directories and checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmjax import strict_json
+from lmjax.console import stages
+from lmjax.data.store import published_directory
+from lmjax.errors import InputError, StorageFailed
+from lmjax.inference import TrainedModel
+from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.metrics import replace_text
+from lmjax.runs.run_directory import environment, write_config
+from lmjax.runs.state import params_alone
+
+
+def refuse_taken(target: Path) -> None:
+    """Rejects a place for a new run directory where there is something already.
+
+    Raises:
+      InputError: there is.
+    """
+    if target.exists():
+        raise InputError(f"{target} exists; name a new directory with --to")
+
+
+def write_run(
+    target: Path,
+    model: TrainedModel,
+    files: Mapping[str, Mapping[str, Any]],
+    draw: Callable[[Path], None],
+) -> None:
+    """Writes a model as a run directory, which appears when it is complete.
+
+    Args:
+      target: where; nothing may be there.
+      model: config, parameters and tokenizer.
+      files: JSON files beside those of every run, by name.
+      draw: draws pictures into the directory that it is given.
+
+    Raises:
+      InputError: the place is taken.
+      StorageFailed: it cannot be written.
+    """
+    refuse_taken(target)
+    try:
+        with stages.stage("writing the run directory"), published_directory(target) as folder:
+            write_config(folder, model.config)
+            _write_json(folder / "environment.json", environment())
+            for name, content in files.items():
+                _write_json(folder / name, content)
+            model.tokenizer.save(folder / "tokenizer.json")
+            params = jax.tree.map(jnp.asarray, model.params)
+            with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+                progress = {"train_seconds": 0.0, "corpus": "", "rewinds": []}
+                checkpoints.save(model.step, params_alone(params, model.step), {}, progress)
+            draw(folder)
+    except OSError as error:
+        raise StorageFailed(
+            f"{error.filename or target}: {error.strerror or error}; nothing was written"
+        ) from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    replace_text(path, strict_json.dumps(content, indent=2) + "\n")
+
+
+def size_on_disk(run: Path) -> int:
+    """Bytes of the checkpoints of a run."""
+    return sum(p.stat().st_size for p in (run / "checkpoints").rglob("*") if p.is_file())
