@@ -73,7 +73,8 @@ def flags() -> Iterator[str]:
     yield from known_flags(TrainFlags)
     for verb in (verbs.generate, verbs.score, verbs.evaluate, verbs.prepare, verbs.sites):
         yield from known_flags(verb)
-    yield from (*known_flags(verbs.twin), *known_flags(verbs.quantize), *known_flags(verbs.prune))
+    for verb in (verbs.twin, verbs.replay, verbs.quantize, verbs.prune):
+        yield from known_flags(verb)
     for verb in (verbs.plan, verbs.report, verbs.reproduce, verbs.formats):
         yield from known_flags(verb)
 

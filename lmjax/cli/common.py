@@ -65,6 +65,9 @@ OWN_FLAGS: Any = tyro.conf.arg(name="")
 RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 """A path or a URL, as a string: `Path` would collapse the two slashes."""
 
+FirstStep = Annotated[int, at_least(1), tyro.conf.arg(name=NAMED["from_"])]
+"""A flag that Python has no name for."""
+
 
 @dataclass(frozen=True)
 class TrainFlags:

@@ -1,4 +1,4 @@
-"""The verbs that look at what precision did to a run: twin.
+"""The verbs that look at what precision did to a run: twin, replay.
 
 Knows `lmjax.diagnosis` and how tables are printed.
 """
@@ -12,10 +12,27 @@ from typing import Annotated, Any
 
 from lmjax import diagnosis
 from lmjax.checks import above, at_least
-from lmjax.cli.common import DONE, RunDirectory, UserPath, bad_input, print_json, written
+from lmjax.cli.common import (
+    DONE,
+    FAILED,
+    FirstStep,
+    RunDirectory,
+    UserPath,
+    bad_input,
+    print_json,
+    written,
+)
 from lmjax.console import stages
 from lmjax.console.tables import Column, print_table
-from lmjax.diagnosis import Difference, Twin
+from lmjax.console.wording import counted
+from lmjax.diagnosis import Difference, Element, Replay, Replayed, Twin
+
+REPLAY = (
+    Column("step", "key"),
+    *(Column(title, "number") for title in ("loss", "gradient norm", "loss scale", "recorded")),
+    Column("same", "setting"),
+    Column("skipped", "setting"),
+)
 
 TWIN = (
     Column("tensor", "key"),
@@ -120,3 +137,77 @@ def _twin_json(made: Twin) -> dict[str, Any]:
             for d in made.differences
         ],
     }
+
+
+def replay(
+    run: RunDirectory,
+    /,
+    from_: FirstStep,
+    to: Annotated[int, at_least(1)] | None = None,
+    precision: str | None = None,
+    json: bool = False,
+) -> int:
+    """Computes steps of a run again, from the nearest checkpoint with the same data.
+
+    Under the run's own policy the steps must be those of the run bit for bit: losses, gradient
+    norms and loss scales are compared with metrics.jsonl, parameters with later checkpoints. Names
+    the first operation that produced an infinity or a NaN; if none did, the largest outlier: the
+    element furthest from the root mean square of its tensor. Exits with 1 if a step differs.
+
+    Args:
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
+      from_: First step to look at, counted from 1.
+      to: Last step; by default the first one.
+      precision: Policy instead of the run's, to which the state is rounded at the checkpoint.
+      json: Print JSON.
+    """
+    opened = diagnosis.open_run(run, before=from_, initial=True)
+    last = from_ if to is None else to
+    made = bad_input(diagnosis.replay, opened, from_, last, precision=precision)
+    if json:
+        print_json(dataclasses.asdict(made) | {"identical": made.identical})
+    else:
+        print_table(REPLAY, [_replay_row(step) for step in made.steps], each="step")
+        print()
+        print("\n".join(_replay_summary(made)))
+    return FAILED if made.own and made.identical is False else DONE
+
+
+def _replay_row(step: Replayed) -> Sequence[str]:
+    numbers = f"{step.loss:.6f}", f"{step.grad_norm:.4g}", f"{step.loss_scale:g}"
+    recorded = "" if step.recorded is None else f"{step.recorded:.6f}"
+    yes = lambda value: "" if value is None else "yes" if value else "no"
+    return str(step.step), *numbers, recorded, yes(step.same), yes(step.skipped)
+
+
+def _replay_summary(made: Replay) -> list[str]:
+    origin = f"the checkpoint of step {made.start}" if made.start else "the initial parameters"
+    lines = [f"from {origin}, under {made.precision}"]
+    if made.own:
+        compared = sum(step.same is not None for step in made.steps)
+        rows = f"{counted(compared, 'row')} of metrics.jsonl"
+        saved = f"{counted(len(made.checkpoints), 'checkpoint')}"
+        words = {None: "nothing to compare with", True: "bit-identical", False: "NOT the same"}
+        lines.append(f"{words[made.identical]}: compared with {rows} and {saved}")
+    if made.non_finite is not None:
+        lines.append(f"first element that is not finite: {_element(made.non_finite)}")
+    elif made.outlier is not None:
+        lines.append(f"all elements are finite; the largest outlier: {_element(made.outlier)}")
+    return lines
+
+
+def _element(found: Element) -> str:
+    """A sentence about an element: where it is, what made it, and from what."""
+    where = ", ".join(map(str, found.index))
+    what = f"{found.site}/{found.tensor}" if found.operation and "/" not in found.tensor else ""
+    text = (
+        f"step {found.step}, {found.direction}, {what or found.tensor}[{where}] = {found.value:g}"
+    )
+    if math.isfinite(found.value):
+        text += f", {found.outlier:.3g} times the root mean square"
+    if found.micro_batch:
+        text += f", in part {found.micro_batch} of the batch"
+    if found.operation:
+        text += f"; {found.operation}"
+    read = ", ".join(f"{name} {largest:.4g}" for name, largest in found.operands.items())
+    return text + (f"; largest magnitudes read: {read}" if read else "")

@@ -56,7 +56,7 @@ ALIASES = {
 """Names of settings elsewhere, and here."""
 
 
-NAMED = {"config_file": "config"}
+NAMED = {"config_file": "config", "from_": "from"}
 """Flags that are not named after their field."""
 
 

@@ -34,7 +34,7 @@ from lmjax.cli.common import (
 )
 from lmjax.cli.compression import prune, quantize
 from lmjax.cli.data import show_prepared
-from lmjax.cli.diagnosis import twin
+from lmjax.cli.diagnosis import replay, twin
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
 from lmjax.cli.inference import evaluate, generate, score
 from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "sites": sites,
         "plan": plan,
         "twin": twin,
+        "replay": replay,
         "formats": formats,
         "report": report,
         "reproduce": reproduce,

@@ -20,7 +20,7 @@ from lmjax.parallel import sharding
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase, Resolved, resolve
-from lmjax.runs.run_directory import read_config
+from lmjax.runs.run_directory import parameters_sha256, read_config
 from lmjax.runs.state import TrainState, abstract_state, create_state
 from lmjax.runs.store.remote import fetched
 
@@ -112,6 +112,19 @@ def _open(workdir: Path, before: int | None, initial: bool) -> OpenRun:
     data = _data(config, corpus)
     data.set_state(position)
     return opened(state, step, data)
+
+
+def checkpoints_after(run: OpenRun, last: int) -> dict[int, str]:
+    """The digests of the parameters in a run's later checkpoints, up to a step."""
+    checkpoints, found = Checkpoints(run.workdir / "checkpoints"), {}
+    try:
+        for step in checkpoints.steps():
+            if run.step < step <= last:
+                target = abstract_state(run.phases.after(step), run.mesh)
+                found[step] = parameters_sha256(checkpoints.restore(step, target).state.params)
+    finally:
+        checkpoints.close()
+    return found
 
 
 def _data(config: Config, corpus: TokenizedCorpus) -> Any:

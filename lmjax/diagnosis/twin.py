@@ -17,9 +17,8 @@ Knows sites, losses and states; no files.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -29,31 +28,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.diagnosis.opened import OpenRun
-from lmjax.model import site_tree
-from lmjax.optim import loss_scale
+from lmjax.diagnosis.tapped import (
+    Outlines,
+    in_order,
+    outline_of,
+    phase_under,
+    step_inputs,
+    tapped,
+)
 from lmjax.parallel.sharding import Mesh
-from lmjax.precision import exact, paths
+from lmjax.precision import exact
 from lmjax.precision.bits import largest_magnitude
-from lmjax.precision.probes import is_slot
 from lmjax.precision.sites import Layout
 from lmjax.precision.squares import scale_for_squares
-from lmjax.precision.taps import Copy, Outline, Swap
-from lmjax.runs.resolved import Phase, phase_of
-from lmjax.telemetry import measure
-from lmjax.train.step import Batch, make_scaled_loss
+from lmjax.precision.taps import Copy, Swap
+from lmjax.runs.resolved import Phase
+from lmjax.train.step import Batch
 
 BOUND = 2.0**-5
 """A relative error that bf16 stays below for many layers, and that a single rounding to e5m2 or a
 product of e4m3 exceeds."""
-
-USER = "twin"
-"""Under which name the twin's slots are asked for."""
-
-Tensors = dict[str, Any]
-"""Arrays by site and role, such as `blocks/mlp/up/dx`; those of a stack have it as leading axis."""
-
-Outlines = dict[str, jax.ShapeDtypeStruct]
-"""Their shapes and dtypes, in the order of computation."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +151,12 @@ def twin(
     part = {
         name: whole[:: run.config.micro_batches][: rows or None] for name, whole in batch.items()
     }
-    params, key, scale, factors = step_inputs(run, phase)
+    params, key, scale, factors = step_inputs(run, phase.layout)
     with _wide_enough(phase, other):
         outlines = outline_of(other, run.mesh, params, part, key, scale)
         program = twin_program(phase, other, run.mesh, outlines)
-        losses, found = jax.device_get(program(params, key, scale, factors, part))
+        own = [factors if p == run.phase else {} for p in (phase, other)]
+        losses, found = jax.device_get(program(params, key, scale, own, part))
     differences = _differences({path: found[path] for path in outlines}, phase.layout)
     loss, reference_loss = map(float, losses)
     return Twin(
@@ -181,36 +176,25 @@ def _wide_enough(*phases: Phase) -> AbstractContextManager[Any]:
     return jax.enable_x64(True) if "f64" in formats else contextlib.nullcontext()
 
 
-def phase_under(phase: Phase, precision: str) -> Phase:
-    """A phase under another policy, with the kind of loss scaling that it has."""
-    return phase_of(dataclasses.replace(phase.config, precision=precision))
-
-
-def step_inputs(run: OpenRun, phase: Phase) -> tuple[Any, ...]:
-    """Parameters, random key, loss scale and factors of delayed scaling of the next step.
-
-    Factors are histories of the run's own policy; other policies scale tensors by themselves.
-    """
-    scale = loss_scale.current(run.state.opt_state)
-    key = jax.random.wrap_key_data(run.state.key)
-    key = jax.random.fold_in(jax.random.fold_in(key, run.state.step), jnp.int32(0))
-    factors = {}
-    if phase.config.precision == run.phase.config.precision:
-        factors = measure.factors(run.state.scaling, scale, phase.layout.stack)
-    return run.state.params, key, scale, factors
-
-
 def twin_program(phase: Phase, reference: Phase, mesh: Mesh, outlines: Outlines) -> Any:
-    """The compiled `(params, key, scale, factors, batch) -> losses, statistics by path`."""
+    """The compiled `(params, key, scale, factors, batch) -> losses, statistics by path`.
+
+    Factors are two trees: for the policy, and for the reference.
+    """
     stack = phase.layout.stack
 
     def program(params: Any, key: Any, scale: Any, factors: Any, batch: Batch) -> Any:
         inputs = batch, key, scale
+
+        def values(under: Phase, slots: dict[str, Any], factors: Any) -> tuple[Any, dict[str, Any]]:
+            _, found, loss = tapped(under, mesh, slots, params, *inputs, factors)
+            return loss, {path: slot.values for path, slot in found.items()}
+
         copies = {path: Copy(jnp.zeros(o.shape, o.dtype)) for path, o in outlines.items()}
-        theirs, expected = _tapped(reference, mesh, copies, params, *inputs, {})
-        ours, actual = _tapped(phase, mesh, copies, params, *inputs, factors)
-        swaps = {path: Swap(values) for path, values in expected.items()}
-        _, alone = _tapped(phase, mesh, swaps, params, *inputs, factors)
+        theirs, expected = values(reference, copies, factors[1])
+        ours, actual = values(phase, copies, factors[0])
+        swaps = {path: Swap(tensor) for path, tensor in expected.items()}
+        _, alone = values(phase, swaps, factors[0])
         statistics = {
             path: _statistics(actual[path], expected[path], alone[path], stack.holds(path))
             for path in outlines
@@ -218,36 +202,6 @@ def twin_program(phase: Phase, reference: Phase, mesh: Mesh, outlines: Outlines)
         return (ours, theirs), statistics
 
     return exact.jit(program)
-
-
-def outline_of(phase: Phase, mesh: Mesh, params: Any, *inputs: Any) -> Outlines:
-    """Shapes and dtypes of all tensors that can be tapped, in the order of computation."""
-    found: dict[str, Any] = {}
-    stack = phase.layout.stack
-    noting = lambda place: {
-        role: {USER: Outline(found, f"{place.path}/{role}")} for role in place.site.taps
-    }
-    slots = site_tree(phase.layout, noting)
-    # Abstractly, so that nothing of it is in the program.
-    gradient = jax.grad(make_scaled_loss(phase, mesh), has_aux=True)
-    jax.eval_shape(gradient, params, *inputs, slots, {})
-    sizes = {path: (stack.size,) * stack.holds(path) for path in found}
-    return {
-        path: jax.ShapeDtypeStruct((*sizes[path], *outline.shape), outline.dtype)
-        for path, outline in found.items()
-    }
-
-
-def _tapped(
-    phase: Phase, mesh: Mesh, slots: Mapping[str, Copy], params: Any, *inputs: Any
-) -> tuple[jax.Array, Tensors]:
-    """The loss under a policy, and every tensor."""
-    *given, factors = inputs
-    nested = paths.unflatten({f"{path}/{USER}": slot for path, slot in slots.items()})
-    gradient = jax.grad(make_scaled_loss(phase, mesh), argnums=4, has_aux=True)
-    measured, loss = gradient(params, *given, nested, factors)
-    flat = paths.flatten(measured, is_slot)
-    return loss, {path.removesuffix(f"/{USER}"): slot.values for path, slot in flat.items()}
 
 
 def _statistics(
@@ -282,35 +236,11 @@ def _statistics(
 def _differences(found: Mapping[str, Any], places: Layout) -> tuple[Difference, ...]:
     """Rows of every tensor in the order of computation, of a stack member by member."""
     rows = []
-    for path, index in _in_order(list(found), places):
+    for path, index in in_order(list(found), places):
         numbers = {name: float(np.asarray(s)[index]) for name, s in found[path].items()}
         member = places.stack.member(index[0], path) if index else path
         rows.append(_difference(member, numbers))
     return tuple(rows)
-
-
-def _in_order(tensors: list[str], places: Layout) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Paths with indices into a stack: its members follow each other, backwards for gradients."""
-    run: list[str] = []
-    for path, following in zip(tensors, [*tensors[1:], ""], strict=True):
-        if not places.stack.holds(path):
-            yield path, ()
-            continue
-        run.append(path)
-        if places.stack.holds(following) and _is_value(path) == _is_value(following):
-            continue
-        members = range(places.stack.size)
-        for index in members if _is_value(path) else reversed(members):
-            yield from ((one, (index,)) for one in run)
-        run = []
-
-
-def _is_value(path: str) -> bool:
-    return path.rpartition("/")[2] not in GRADIENTS
-
-
-GRADIENTS = ("dy", "dx", "dw")
-"""Roles that are computed backwards."""
 
 
 def _difference(path: str, sums: Mapping[str, float]) -> Difference:

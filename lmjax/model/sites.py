@@ -99,9 +99,12 @@ def take(x: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:
     """The input of an elementwise site, in its compute format.
 
     A probe measures `dx`, the cotangent that the site hands back, before it is rounded to the
-    format that the input came in; a tap takes it after that.
+    format that the input came in; a tap takes it after that. Another measures the input, `x`.
     """
-    if probe is None or "dx" not in probe.slots:
+    if probe is None:
+        return site.to_compute(x)
+    x = tap(x, probe.slots, "x", site.compute)
+    if "dx" not in probe.slots:
         return site.to_compute(x)
     slots, taps = probe.slots["dx"], taps_in(probe.slots["dx"])
     counted = {who: slot for who, slot in slots.items() if who not in taps}

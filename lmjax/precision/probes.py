@@ -33,7 +33,7 @@ import numpy as np
 
 from lmjax.precision.bits import largest_magnitude, pattern, split
 from lmjax.precision.formats import Format
-from lmjax.precision.taps import Copy, handed_on
+from lmjax.precision.taps import Copy, Extreme, handed_on
 
 EXPONENTS = 256
 """Length of a histogram of exponents; see `exponent_histogram`."""
@@ -389,7 +389,7 @@ def combine(first: Any, second: Any) -> Any:
 
 def is_slot(node: Any) -> bool:
     """Whether a node of a pytree is a measurement."""
-    return isinstance(node, (Maximum, Spread, Census, Copy))
+    return isinstance(node, (Maximum, Spread, Census, Copy, Extreme))
 
 
 def _maximum(x: jax.Array) -> jax.Array:

@@ -90,6 +90,11 @@ class Site:
         return self.gradients if self.scalar else (*self.inner, "y", "dy", *self.gradients)
 
     @property
+    def operands(self) -> tuple[str, ...]:
+        """The roles of what it computes with, before it is cast."""
+        return ("x", "w", "g") if self.is_product else ("x",)
+
+    @property
     def gradients(self) -> tuple[str, ...]:
         """The roles that are gradients of its inputs, before they are rounded."""
         return tuple(role for role in self.roles if role in ("dx", "dw"))

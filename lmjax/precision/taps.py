@@ -6,6 +6,7 @@ as its site hands it on, after rounding:
     Outline   which tensors there are, their shapes, and the order in which they are computed
     Copy      the tensor
     Swap      the tensor; handed on in its place is the one that the slot holds
+    Extreme   its first element that is not finite, or else its largest
 
 `Copy` and `Swap` keep the compiler from computing across a tap, so that two passes of one program
 with the same formats have the same bits.
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lmjax.precision.exact import at_least_f32
 
@@ -60,9 +63,46 @@ class Swap(Copy):
     """The tensor; `values` of the slot is handed on in its place."""
 
 
+class Extreme(NamedTuple):
+    """The first element of a tensor that is not finite, or else the first of the largest.
+
+    Attributes:
+      non_finite: f32[], number of elements that are not finite.
+      position: f32[2], `position @ (2^20, 1)` is that of the element in row-major order.
+      value: f32[], the element.
+      square: f32[], mean square of the finite elements.
+    """
+
+    non_finite: jax.Array
+    position: jax.Array
+    value: jax.Array
+    square: jax.Array
+
+    @classmethod
+    def empty(cls) -> Extreme:
+        """Nothing seen."""
+        zero = jnp.zeros((), jnp.float32)
+        return cls(zero, jnp.zeros((2,), jnp.float32), zero, zero)
+
+    def of(self, tensor: Any) -> Extreme:
+        """Two passes over the tensor as it is handed on."""
+        flat = tensor.values.astype(jnp.float32).reshape(-1)
+        finite = jnp.isfinite(flat)
+        magnitude = jnp.where(finite, jnp.abs(flat), jnp.inf)
+        index = jnp.argmax(magnitude).astype(jnp.int32)
+        halves = jnp.stack([index >> np.int32(20), index & np.int32(2**20 - 1)])
+        squares = jnp.where(finite, jnp.square(flat), jnp.zeros_like(flat))
+        return Extreme(
+            jnp.sum((~finite).astype(jnp.float32)),
+            halves.astype(jnp.float32),
+            flat[index],
+            jnp.mean(squares),
+        )
+
+
 def taps_in(slots: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the slots that take a tensor as it is handed on."""
-    return {who: slot for who, slot in slots.items() if isinstance(slot, Copy | Outline)}
+    return {who: slot for who, slot in slots.items() if isinstance(slot, Copy | Outline | Extreme)}
 
 
 def handed_on(x: jax.Array, slots: Mapping[str, Any]) -> jax.Array:
