@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -47,12 +46,7 @@ class Display:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Removes the table."""
         if self._is_live:
             self._live.stop()

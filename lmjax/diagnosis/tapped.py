@@ -110,4 +110,5 @@ def in_order(tensors: list[str], places: Layout) -> Iterator[tuple[str, tuple[in
 
 
 def is_value(path: str) -> bool:
+    """Whether a path names a value of the forward pass rather than a gradient."""
     return path.rpartition("/")[2] not in GRADIENTS

@@ -138,30 +138,6 @@ def _emulate_backward(
 emulate.defvjp(_emulate_forward, _emulate_backward)
 
 
-def to_native(
-    x: jax.Array,
-    format: Format | str,
-    rounding: Rounding = "nearest_even",
-    key: jax.Array | None = None,
-    overflow: Overflow = "saturate",
-) -> jax.Array:
-    """`quantize`, held in the format's own dtype: what is stored, or given to a narrow matmul.
-
-    The cast at the end is exact, so it cannot round a second time. NaN becomes what the cast makes
-    of it where the format has none.
-
-    Returns:
-      Array of the shape of `x` and dtype `format.dtype`.
-
-    Raises:
-      ValueError: jax has no dtype for the format; otherwise as `quantize`.
-    """
-    format = as_format(format)
-    if format.dtype is None:
-        raise ValueError(f"{format} has no dtype in jax; keep the result of quantize in float32")
-    return quantize(x, format, rounding, key, overflow).astype(format.dtype)
-
-
 def _check_arguments(
     x: jax.Array, format: Format, rounding: str, key: jax.Array | None, overflow: str
 ) -> None:
