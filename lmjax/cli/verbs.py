@@ -146,7 +146,8 @@ def sites(
     Consecutive blocks that are alike are one row: blocks/0-3/mlp/up is mlp/up of blocks 0 to 3. A
     rule of a policy names one of them as blocks/2/mlp/up and all of them as blocks/*/mlp/up.
     The last column says which products are native on this machine, and how the others are
-    emulated: the product y and its gradients dx and dw.
+    emulated: the product y and its gradients dx and dw. In the row of a softmax it says how
+    attention is computed: blockwise, or with its whole matrix of scores, and what asks for that.
 
     Args:
       experiment: Module, such as experiments.quickstart.
@@ -168,6 +169,7 @@ def sites(
         if len(phases) > 1:
             print(f"from step {phase.start} on: {phase.config.precision}")
         words = {path: in_words(product) for path, product in phase.products().items()}
+        words |= {path: str(form) for path, form in phase.attention_forms().items()}
         rows = {
             path: (*site.rows().values(), words.get(path, "")) for path, site in phase.sites.items()
         }
@@ -177,11 +179,13 @@ def sites(
 
 
 def _sites_json(phase: Phase) -> dict[str, dict[str, Any]]:
-    """The settings of every site, and how each product is computed."""
-    words = {
+    """The settings of every site, and how each product and each attention is computed."""
+    words: dict[str, dict[str, Any]] = {
         path: {"products": {name: str(one) for name, one in product.items()}}
         for path, product in phase.products().items()
     }
+    for path, form in phase.attention_forms().items():
+        words[path] = {"attention": form._asdict()}
     return {path: site.rows() | words.get(path, {}) for path, site in phase.sites.items()}
 
 

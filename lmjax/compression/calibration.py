@@ -21,7 +21,7 @@ from lmjax.console import stages
 from lmjax.data import Tokenizer, tokenized_corpus
 from lmjax.errors import InputError
 from lmjax.inference import TrainedModel
-from lmjax.model import Context, Params, assembled, site_tree, structure, weights
+from lmjax.model import ANYWHERE, Context, Params, assembled, site_tree, structure, weights
 from lmjax.precision import exact, paths
 from lmjax.precision.probes import Rounded
 from lmjax.train import Config, Phase
@@ -134,7 +134,7 @@ def _sum_of_logits(phase: Phase) -> Any:
                 sites=phase.sites,
                 context=context,
                 cotangent_scales=None,
-                constrain=lambda x, axes: x,
+                constrain=ANYWHERE,
             )
             return jnp.sum(model.logits(x, phase.sites, context).astype(jnp.float32))
 

@@ -1,5 +1,6 @@
 """The Transformer: the only room that knows Flax, which it uses to build and name parameters."""
 
+from lmjax.model.attention_form import Form, attention_forms
 from lmjax.model.config import ModelConfig, gpt2, llama_1b
 from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
 from lmjax.model.families import (
@@ -22,17 +23,19 @@ from lmjax.model.families import (
     structure,
     weights,
 )
-from lmjax.model.layers import Constrain
+from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.loss import log_probabilities, token_losses
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Context, Sites
 from lmjax.model.stack import block_groups
 
 __all__ = [
+    "ANYWHERE",
     "QUIET",
     "Cache",
     "Constrain",
     "Context",
+    "Form",
     "ModelConfig",
     "Params",
     "Sites",
@@ -40,6 +43,7 @@ __all__ = [
     "Weight",
     "apply",
     "assembled",
+    "attention_forms",
     "block_groups",
     "decoding_params",
     "extend",

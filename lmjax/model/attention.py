@@ -12,14 +12,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmjax.model import blockwise
+from lmjax.model.attention_form import WHOLE, form_of
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
-from lmjax.model.layers import Dense, Norm, dropout
+from lmjax.model.layers import ANYWHERE, Constrain, Dense, Norm, dropout
 from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
 from lmjax.model.parametrisation import parametrisation_of
+from lmjax.model.sheet import Given, Rules
 from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within_site
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import SitePolicy
+from lmjax.precision.probes import Rounded, report
+
+FEW_QUERIES = 16
+"""Beside a cache, so many queries at most are read with all their scores at once."""
 
 
 @at_site
@@ -97,6 +104,7 @@ class Attention(nnx.Module):
         angles: tuple[jax.Array, jax.Array] | None,
         context: Context,
         mask: Mask,
+        constrain: Constrain = ANYWHERE,
         cache: LayerCache | None = None,
         start: Position = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -108,6 +116,7 @@ class Attention(nnx.Module):
           angles: of the positions of these tokens, for rotary embeddings.
           context: randomness and probes.
           mask: which keys each of these tokens attends to.
+          constrain: where activations live.
           cache: keys and values of the tokens before; None: there are none.
           start: index of the first token; 0 without a cache.
         """
@@ -131,11 +140,71 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.extended(k, v, start, sites)
             k, v = cache.read(sites)
+        # A few queries have few scores; they read a cache as it stands.
+        few = cache is not None and length <= FEW_QUERIES
+        if few or form_of(sites).name == WHOLE:
+            y = self.read_whole(q, k, v, sites, context, mask, start)
+        else:
+            y = self.read_blockwise(q, k, v, sites, context, mask, start, constrain)
+        combine = context.at("combine")
+        y = hand_on(y, sites["combine"], combine.probe)
+        y = y.reshape(batch, length, c.heads * c.head_size)
+        return self.out(y, sites["out"], context.at("out")), cache
+
+    def read_blockwise(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sites: Sites,
+        context: Context,
+        mask: Mask,
+        start: Position = 0,
+        constrain: Constrain = ANYWHERE,
+    ) -> jax.Array:
+        """What queries `[B, T, K, G, H]` read of keys and values `[B, S, K, H]`, in blocks."""
+        scores, combine = sites["scores"], sites["combine"]
+        with scores.scope:
+            q = self.scales.queries(q)
+        entering = (q, "scores", "x"), (k, "scores", "w"), (v, "combine", "w")
+        q, k, v = (_entering(x, sites[name], context.at(name), role) for x, name, role in entering)
+        rules = Rules(
+            scores,
+            sites["softmax"],
+            combine,
+            score_factor=self.scales.score_factor,
+            weight_factor=self.scales.weight_factor(k.shape[1]),
+            unit=self.scales.unit_products,
+            dropout=self.config.dropout,
+            start=start if isinstance(start, int) else None,
+            parts=constrain.parts("length", q.shape[1]),
+        )
+        key = context.at("dropout").key
+        keys = None if key is None else jax.random.split(key, (k.shape[0], k.shape[2]))
+        slots = {
+            name: {role: asked[role] for role in roles if role in asked}
+            for name, roles in blockwise.MEASURED.items()
+            if (asked := (context.at(name).slots or {}))
+        }
+        given = Given(mask, start, keys)
+        return blockwise.attend(rules, q, k, v, given, slots)
+
+    def read_whole(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        sites: Sites,
+        context: Context,
+        mask: Mask,
+        start: Position = 0,
+    ) -> jax.Array:
+        """The same by way of all weights at once."""
         weights = self.weights(q, k, sites, context, mask, start)
         with sites["softmax"].scope:
-            weights = dropout(weights, c.dropout, context.at("dropout").key)
+            weights = dropout(weights, self.config.dropout, context.at("dropout").key)
         combine = context.at("combine")
-        y = einsum(
+        return einsum(
             "bkgts,bskh->btkgh",
             weights,
             v,
@@ -144,9 +213,6 @@ class Attention(nnx.Module):
             probe=combine.probe,
             unit=self.scales.unit_products,
         )
-        y = hand_on(y, sites["combine"], combine.probe)
-        y = y.reshape(batch, length, c.heads * c.head_size)
-        return self.out(y, sites["out"], context.at("out")), cache
 
     def weights(
         self,
@@ -188,10 +254,16 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Attention weights of scores `[B, K, G, T, S]`, over visible keys alone."""
         probe = context.at("softmax").probe
-        scores = self.scales.scores(take(scores, site, probe))
-        # Selected, not added: a large negative number added to a score can overflow f16. Infinite,
-        # not large: should all real scores of a row overflow, it becomes NaN and the step is
-        # skipped, where a finite mask would win and let the row attend to what it must not see.
+        scores = take(scores, site, probe) * self.scales.score_factor
+        # As in `blockwise.py`: no finite number is below all scores of f16.
         scores = jnp.where(visible, scores, -jnp.inf)
-        weights = self.scales.attention_weights(jax.nn.softmax(scores, axis=-1))
+        weights = jax.nn.softmax(scores, axis=-1) * self.scales.weight_factor(scores.shape[-1])
         return give(weights, site, probe)
+
+
+def _entering(x: jax.Array, site: SitePolicy, context: Context, role: str) -> jax.Array:
+    """An operand of a product that is not quantized, in its compute format, measured before."""
+    slots = (context.slots or {}).get(role, {})
+    with site.scope:
+        cast = site.to_compute(x)
+        return report(cast, slots, lambda: Rounded(x, x, cast, site.compute))

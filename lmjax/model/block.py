@@ -16,7 +16,7 @@ from flax import nnx
 from lmjax.model.attention import Attention
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig
-from lmjax.model.layers import Dense, Norm, dropout
+from lmjax.model.layers import ANYWHERE, Constrain, Dense, Norm, dropout
 from lmjax.model.mask import Mask, Position
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import Context, Sites, at_site, give, take, within, within_site
@@ -102,18 +102,21 @@ class Block(nnx.Module):
         context: Context,
         mask: Mask,
         branches: Branches = PlainBranches(),  # noqa: B008 - an empty tuple
+        constrain: Constrain = ANYWHERE,
         cache: LayerCache | None = None,
         start: Position = 0,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`[B, T, D]` to `[B, T, D]`, in the format of the residual stream; see `Attention`.
 
         `branches` says how both branches leave and join the stream; its arrays are f32[2] each.
+        `constrain` says where activations live.
         """
         residual, probe = sites["residual"], context.at("residual").probe
         first, second = (jax.tree.map(lambda w, i=i: w[i], branches) for i in range(2))
 
         def attend(y: jax.Array, own: Context) -> tuple[jax.Array, LayerCache | None]:
-            return self.attention(y, within(sites, "attention"), angles, own, mask, cache, start)
+            inside = within(sites, "attention")
+            return self.attention(y, inside, angles, own, mask, constrain, cache, start)
 
         def transform(y: jax.Array, own: Context) -> tuple[jax.Array, None]:
             return self.mlp(y, within(sites, "mlp"), own), None

@@ -12,7 +12,7 @@ import jax
 from lmjax.model.assembly import Assembly, Batch, Objective
 from lmjax.model.block import Block
 from lmjax.model.config import ModelConfig
-from lmjax.model.layers import Constrain, Dense, Embedding, Norm, dropout
+from lmjax.model.layers import ANYWHERE, Constrain, Dense, Embedding, Norm, dropout
 from lmjax.model.layout import decoder_layout
 from lmjax.model.mask import mask_and_positions
 from lmjax.model.objectives import NextToken
@@ -104,7 +104,7 @@ class Decoder(Assembly):
         positions: jax.Array,
         sites: Sites,
         context: Context,
-        constrain: Constrain = lambda x, axes: x,
+        constrain: Constrain = ANYWHERE,
     ) -> jax.Array:
         """What enters the first block, `[B, T, D]`.
 

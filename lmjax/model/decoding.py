@@ -131,7 +131,7 @@ def extend(
         for index in range(begin, end):
             block = nnx.merge(graphdef, params[BLOCKS][index])
             own = jax.tree.map(lambda weight, i=index: weight[i], branches)
-            x, layer = block(x, group, angles, QUIET, mask, own, cache[index], start)
+            x, layer = block(x, group, angles, QUIET, mask, own, cache=cache[index], start=start)
             assert layer is not None, "a block that was given a cache returns one"
             layers.append(layer)
     return model.logits(x, sites, QUIET), tuple(layers)

@@ -20,7 +20,7 @@ from flax import nnx
 from lmjax.model.assembly import Assembly, Objective
 from lmjax.model.config import ModelConfig
 from lmjax.model.decoder import Decoder
-from lmjax.model.layers import Constrain
+from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.layout import BLOCKS
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Context, Sites
@@ -60,7 +60,7 @@ def apply(
     sites: Sites,
     context: Context = QUIET,
     cotangent_scales: jax.Array | None = None,
-    constrain: Constrain = lambda x, axes: x,
+    constrain: Constrain = ANYWHERE,
     document_starts: jax.Array | None = None,
 ) -> jax.Array:
     """The logits of every next token.

@@ -11,7 +11,7 @@ Shapes: B batch, T positions, D width. Knows Flax, JAX and policies; no mesh, no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Final, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,32 @@ from lmjax.precision.matmul import RandomKey, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.squares import scale_for_squares
 
-Constrain = Callable[[jax.Array, tuple[str, ...]], jax.Array]
+
+class Constrain(Protocol):
+    """Where activations live, by the logical names of their axes."""
+
+    def __call__(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """The activation, placed."""
+        ...
+
+    def parts(self, axis: str, size: int) -> int:
+        """Into how many parts devices divide a logical axis of this size."""
+        ...
+
+
+class Anywhere:
+    """Activations live where they are computed, whole."""
+
+    def __call__(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """The activation as it is."""
+        return x
+
+    def parts(self, axis: str, size: int) -> int:
+        """1."""
+        return 1
+
+
+ANYWHERE: Final = Anywhere()
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float, axes: tuple[str, ...]) -> nnx.Param:

@@ -1,7 +1,7 @@
 """Which keys a query attends to, and which position a token has, as values that layers are given.
 
-A mask is a frozen pytree with one method, `visible`. Attention asks it and knows nothing else about
-causality, documents or padding, so another kind of attention is another class in this file.
+A mask is a frozen pytree. Attention asks it and knows nothing else about causality, documents or
+padding, so another kind of attention is another class in this file.
 
 Tokens are counted in two ways. An *index* says where a token stands among all that attention holds,
 in a window or in a cache. A *position* is what learned tables and rotary embeddings encode. They
@@ -35,6 +35,19 @@ class Mask(Protocol):
         """
         ...
 
+    def may_see(self, queries: range, keys: range) -> bool:
+        """Whether any of these queries sees any of these keys, as far as its arrays are unknown."""
+        ...
+
+    def of(self, rows: jax.Array) -> Mask:
+        """The mask of some of its T queries: those at `rows`, int32, the last one beyond T."""
+        ...
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """The logical axes of its arrays, in their order."""
+        ...
+
 
 class Causal(NamedTuple):
     """Each query sees itself and everything before it."""
@@ -42,6 +55,19 @@ class Causal(NamedTuple):
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """See `Mask`."""
         return queries[:, None] >= keys[None, :]
+
+    def may_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return keys.start < queries.stop
+
+    def of(self, rows: jax.Array) -> Causal:
+        """See `Mask`."""
+        return self
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """See `Mask`."""
+        return ()
 
 
 CAUSAL = Causal()
@@ -62,6 +88,19 @@ class CausalWithinDocuments(NamedTuple):
         own = keys >= self.starts[:, None, None, :, None]
         return own & CAUSAL.visible(queries, keys)
 
+    def may_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return CAUSAL.may_see(queries, keys)
+
+    def of(self, rows: jax.Array) -> CausalWithinDocuments:
+        """See `Mask`."""
+        return CausalWithinDocuments(jnp.take(self.starts, rows, axis=1, mode="clip"))
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """See `Mask`."""
+        return (("batch", "length"),)
+
 
 class Bidirectional(NamedTuple):
     """Each query sees every key."""
@@ -69,6 +108,19 @@ class Bidirectional(NamedTuple):
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """See `Mask`."""
         return jnp.ones((queries.size, keys.size), bool)
+
+    def may_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return True
+
+    def of(self, rows: jax.Array) -> Bidirectional:
+        """See `Mask`."""
+        return self
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """See `Mask`."""
+        return ()
 
 
 class Padded(NamedTuple):
@@ -84,6 +136,19 @@ class Padded(NamedTuple):
         """See `Mask`."""
         own = keys < self.lengths[:, None, None, None, None]
         return own & jnp.ones((queries.size, 1), bool)
+
+    def may_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return True
+
+    def of(self, rows: jax.Array) -> Padded:
+        """See `Mask`."""
+        return self
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """See `Mask`."""
+        return (("batch",),)
 
 
 def indices_from(start: Position, length: int) -> jax.Array:

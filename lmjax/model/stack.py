@@ -78,7 +78,7 @@ def scan_blocks(
             layer_params, *inside, ratio, branches = layer
             x = constrain(x, ("batch", "length", "width"))
             block = nnx.merge(graphdef, layer_params)
-            x, _ = block(x, group, angles, Context(*inside), mask, branches)
+            x, _ = block(x, group, angles, Context(*inside), mask, branches, constrain)
             return x if ratio is None else rescale_cotangent(x, ratio), None
 
         with group["residual"].scope:

@@ -91,17 +91,18 @@ class Standard:
         """
         return q * self._power
 
-    def scores(self, scores: jax.Array) -> jax.Array:
-        """The scores of queries and keys as the softmax reads them."""
-        return scores * (1.0 / (math.sqrt(self.config.head_size) * self._power))
+    @property
+    def score_factor(self) -> float:
+        """What the scores of queries and keys are multiplied by as the softmax reads them."""
+        return 1.0 / (math.sqrt(self.config.head_size) * self._power)
 
     @property
     def _power(self) -> float:
         return 2.0 ** -math.floor(math.log2(self.config.head_size) / 2)
 
-    def attention_weights(self, weights: jax.Array) -> jax.Array:
-        """The result of the softmax, `[..., T, S]`."""
-        return weights
+    def weight_factor(self, keys: int) -> float:
+        """What the result of a softmax over so many keys is multiplied by."""
+        return 1.0
 
     def activated(self, hidden: jax.Array) -> jax.Array:
         """The result of the activation, gated or not."""

@@ -165,12 +165,13 @@ class UnitScaling(Standard):
         """Queries as they are: the product divides by sqrt(H)."""
         return q
 
-    def scores(self, scores: jax.Array) -> jax.Array:
-        """Scores as they are, of unit variance."""
-        return scores
+    @property
+    def score_factor(self) -> float:
+        """1: scores have unit variance."""
+        return 1.0
 
-    def attention_weights(self, weights: jax.Array) -> jax.Array:
-        """Attention weights `[..., T, S]` times one gain, forwards and backwards.
+    def weight_factor(self, keys: int) -> float:
+        """The gain of attention weights, forwards and backwards.
 
         The weights of t scores from N(0, 1) have squares that add up to about e / (t + e - 1):
         exact for t = 1, and E[exp(2z)] / (t E[exp(z)]^2) for many. A mean of t unit values has that
@@ -183,7 +184,7 @@ class UnitScaling(Standard):
         """
         lengths = np.arange(1, self.config.max_positions + 1)
         mean_square = float(np.mean(math.e / (lengths + math.e - 1)))
-        return weights * math.sqrt(weights.shape[-1] / mean_square)
+        return math.sqrt(keys / mean_square)
 
     def activated(self, hidden: jax.Array) -> jax.Array:
         """The activation of unit inputs times its gain, forwards and backwards.

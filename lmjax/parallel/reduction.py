@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.parallel import sharding
+from lmjax.parallel.sharding import HerePlacement, PartPlacement, Placement
 from lmjax.precision import exact, paths, probes
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.policy import F32, NATIVE, SitePolicy, carrier
@@ -34,9 +35,6 @@ from lmjax.precision.squares import Root, tree_root
 
 Gradient = Callable[..., tuple[tuple[Any, Any], jax.Array]]
 """`(params, batch, key, scale, slots, factors) -> (gradients, measured), loss`."""
-
-Pin = Callable[..., jax.Array]
-"""`(mesh, x, axes) -> x`: pins an activation to where it lives; see `sharding.constrain`."""
 
 ParamSites = Mapping[str, SitePolicy]
 
@@ -76,7 +74,7 @@ class Reductions:
         return exact.jit(function, fixed_order=order, **options)
 
     def gradient(
-        self, of_loss: Callable[[Pin], Gradient], sites: ParamSites, mesh: Any
+        self, of_loss: Callable[[Placement], Gradient], sites: ParamSites, mesh: Any
     ) -> Gradient:
         """The gradient of a batch's loss.
 
@@ -86,8 +84,8 @@ class Reductions:
           mesh: where it is computed.
         """
         if not reduces_narrow(sites, mesh):
-            return of_loss(sharding.constrain)
-        return reduced_gradient(of_loss(sharding.constrain_part), sites, mesh)
+            return of_loss(Placement(mesh))
+        return reduced_gradient(of_loss(PartPlacement(mesh)), sites, mesh)
 
     def gathered(self, gradients: Any, mesh: Any) -> Any:
         """Gradients as the optimizer and the norm read them."""
@@ -98,7 +96,7 @@ class Reductions:
         return tree_root(tree, in_order=self.in_order)
 
     def evaluation(
-        self, of_part: Callable[[Pin], Callable[[Any, Any], Any]], mesh: Any
+        self, of_part: Callable[[Placement], Callable[[Any, Any], Any]], mesh: Any
     ) -> Callable[[Any, Any], Any]:
         """`(params, batch) -> sums` over a batch.
 
@@ -106,7 +104,7 @@ class Reductions:
           of_part: makes that of one part, whose activations it pins as told.
           mesh: where it is computed.
         """
-        return of_part(sharding.constrain)
+        return of_part(Placement(mesh))
 
 
 class InOrder(Reductions):
@@ -140,20 +138,20 @@ class InOrder(Reductions):
         return available[: 1 << min(self.parts, len(available)).bit_length() - 1]
 
     def gradient(
-        self, of_loss: Callable[[Pin], Gradient], sites: ParamSites, mesh: Any
+        self, of_loss: Callable[[Placement], Gradient], sites: ParamSites, mesh: Any
     ) -> Gradient:
         """See `ordered_gradient`."""
-        return ordered_gradient(of_loss(sharding.leave), sites, mesh, self.parts)
+        return ordered_gradient(of_loss(HerePlacement(mesh)), sites, mesh, self.parts)
 
     def gathered(self, gradients: Any, mesh: Any) -> Any:
         """Whole on every device, else fsdp would cut the sum of squares of the norm."""
         return sharding.whole(mesh, gradients)
 
     def evaluation(
-        self, of_part: Callable[[Pin], Callable[[Any, Any], Any]], mesh: Any
+        self, of_part: Callable[[Placement], Callable[[Any, Any], Any]], mesh: Any
     ) -> Callable[[Any, Any], Any]:
         """Evaluates the parts apart, and adds their sums in order."""
-        step = of_part(sharding.leave)
+        step = of_part(HerePlacement(mesh))
         indexed = lambda index, rows, params: step(params, rows)
         add = functools.partial(jax.tree.map, jnp.add)
         over_parts = sharding.in_order(mesh, self.parts, indexed, add)
@@ -174,7 +172,7 @@ def reduced_gradient(gradient: Gradient, sites: ParamSites, mesh: Any) -> Gradie
     """Computes the gradient of a whole batch from the gradients of its parts.
 
     Args:
-      gradient: of one part, whose activations are pinned by `sharding.constrain_part`.
+      gradient: of one part, whose activations are pinned by `PartPlacement`.
       sites: the site of each parameter.
       mesh: where the parts live.
 

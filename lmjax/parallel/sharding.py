@@ -184,11 +184,48 @@ def batch_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedShar
     return named_sharding(mesh, ("batch", "length"), shape)
 
 
-def constrain(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Constrains an activation to the sharding of its logical axes."""
-    if mesh.size == 1:
+@dataclass(frozen=True)
+class Placement:
+    """Where the activations of a model live: pins them to the sharding of their logical axes."""
+
+    mesh: Mesh | AbstractMesh
+
+    def __call__(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Constrains an activation."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, x.shape))
+
+    def parts(self, axis: str, size: int) -> int:
+        """The number of parts into which a logical axis of this size is divided."""
+        count = math.prod(self.mesh.shape[name] for name in RULES.get(axis, ()))
+        return count if size % count == 0 else 1
+
+
+@dataclass(frozen=True)
+class PartPlacement(Placement):
+    """`Placement` for one part of a batch, in `each_part`: mesh axes that divide batches do not
+    divide it again.
+    """
+
+    def __call__(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Constrains an activation of one part."""
+        taken = set(RULES["batch"])
+        free = tuple("part" if taken & set(RULES.get(axis, ())) else axis for axis in axes)
+        return super().__call__(x, free)
+
+
+@dataclass(frozen=True)
+class HerePlacement(Placement):
+    """`Placement` inside `in_order`, where every array is already on one device."""
+
+    def __call__(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Leaves an activation where it is."""
         return x
-    return jax.lax.with_sharding_constraint(x, named_sharding(mesh, axes, x.shape))
+
+    def parts(self, axis: str, size: int) -> int:
+        """1: nothing is divided."""
+        return 1
 
 
 def whole(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
@@ -201,11 +238,6 @@ def whole(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.lax.optimization_barrier(pinned)
 
 
-def leave(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`constrain` inside `in_order`, where every array is already on one device."""
-    return x
-
-
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """The number of parts that a batch is divided into, each on its own devices."""
     return math.prod(mesh.shape[name] for name in RULES["batch"])
@@ -216,16 +248,9 @@ def each_part(
 ) -> Callable[..., Any]:
     """`jax.vmap(function, in_axes)` over the parts of a batch, each computed where it lives.
 
-    Inside, pin activations with `constrain_part`, because their batch is no longer divided.
+    Inside, pin activations with `PartPlacement`, because their batch is no longer divided.
     """
     return jax.vmap(function, in_axes, spmd_axis_name=RULES["batch"])
-
-
-def constrain_part(mesh: Mesh | AbstractMesh, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`constrain` for one part of a batch: mesh axes that divide batches do not divide it again."""
-    taken = set(RULES["batch"])
-    free = tuple("part" if taken & set(RULES.get(axis, ())) else axis for axis in axes)
-    return constrain(mesh, x, free)
 
 
 def in_order(

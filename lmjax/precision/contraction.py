@@ -113,10 +113,28 @@ def _sum_of_rows(dot: Any, x: jax.Array, w: jax.Array) -> jax.Array:
     if x.size > w.size:
         # The barrier keeps XLA from folding the transpose into the dot, which then fails to run.
         return jax.lax.optimization_barrier(_sum_of_rows(dot, w, x)).T
-    rows, columns = x.shape
-    # Through pairs of rows: XLA undoes a plain transpose by giving the dot another layout.
-    pairs = x.reshape(rows // 2, 2, columns).transpose(2, 0, 1).reshape(columns, rows)
-    return dot(jax.lax.optimization_barrier(pairs), w, (((1,), (0,)), ((), ())))
+    return dot(_materialised(x, (1, 0)), w, (((1,), (0,)), ((), ())))
+
+
+def relaid(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """`jnp.transpose(x, order)` as an operand of products with shared axes.
+
+    On one CPU it stands in memory as its shape says. XLA would otherwise give the dot another
+    layout, for which it has no bf16 kernel.
+    """
+    one_cpu = this_backend().platform == "cpu" and jax.device_count() == 1
+    if one_cpu and x.shape[order[-1]] % 2 == 0:
+        return _materialised(x, order)
+    return jnp.transpose(x, order)
+
+
+def _materialised(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """A transpose whose last axis is even, through pairs: XLA undoes a plain one."""
+    last = order[-1]
+    pairs = x.reshape(*x.shape[:last], x.shape[last] // 2, 2, *x.shape[last + 1 :])
+    turned = [axis + (axis > last) for axis in order]
+    shape = [x.shape[axis] for axis in order]
+    return jax.lax.optimization_barrier(pairs.transpose(*turned, last + 1).reshape(shape))
 
 
 class Roles(NamedTuple):

@@ -4,11 +4,11 @@ Every matrix product of lmjax goes through `einsum`. It fixes what plain `jnp.ei
 the format of both operands and of the accumulation, forwards and backwards. Under autodiff, a bf16
 product with f32 accumulation would have f32 cotangents and so run its backward products in f32.
 
-    forward    y   = round_c( sum_a( Qx(x) * Qw(w) ) )
+    forward    y   = round_c( sum_a( Qx(x) * Qw(w) ) )       (round_o at sites declared unrounded)
     backward   dx  = round_c( sum_a( Qg(g) * Qwb(w) ) )
                dw  = round_c( sum_a( Qxb(x) * Qg(g) ) )
 
-with c the site's compute format, a its accumulator, g the cotangent of y, which arrives in c, and Q
+with c the site's compute format, a its accumulator, g the cotangent of y, rounded to c, and Q
 the quantizer of each operand; `wb` and `xb` are `w` and `x` unless a policy sets them, and the
 second operand of a product of two activations has the quantizers of the first. Each product
 quantizes its operands separately, because factors of channels and blocks follow its summed axes:
@@ -106,7 +106,7 @@ def einsum(
         turns the gradients into multiples of themselves (see `model/unit_scaling.py`).
 
     Returns:
-      The product, in the site's compute format.
+      The product, in the site's compute format; in its output format if it is declared unrounded.
 
     Raises:
       ValueError: for a specification whose gradient is not a product of two operands, and at a site
@@ -215,7 +215,7 @@ def _primal(
     factors: Factors,
 ) -> jax.Array:
     roles = ("x", site.activations), ("w", site.second)
-    return site.to_compute(_product(spec, site, unit, (x, w), roles, _fold(key, 0), factors))
+    return site.to_result(_product(spec, site, unit, (x, w), roles, _fold(key, 0), factors))
 
 
 def _forward(

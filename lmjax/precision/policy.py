@@ -5,10 +5,12 @@ matching rule wins. `grammar.py` defines how policies are written.
 
 A rule reaches a site in one of two ways. It *names* the site when its pattern matches the site's
 own path; it *contains* the site when the pattern matches a path above it, and then sets what the
-sites within follow by default. The difference matters twice:
+sites within follow by default. The difference matters three times:
 
 - sites that are declared *wide* compute in at least f32: neither the base nor a rule on a container
   narrows them, only a rule that names them (`**/softmax: c=bf16`, or `blocks/0/**: c=bf16`);
+- products that are declared *unrounded* hand on their sums in at least f32, unless a rule that
+  names them sets `c` or `o`;
 - products that are declared *unquantized* keep their operands in the compute format unless a rule
   that names them sets `w`, `x`, `g`, `wb` or `xb`; other products also inherit these keys.
 
@@ -128,6 +130,11 @@ class SitePolicy:
         return jax.named_scope(self.path or self.site.name)
 
     @property
+    def result(self) -> Format:
+        """What its product is rounded to: `compute`, or `output` where the site is `unrounded`."""
+        return self.output if self.site.unrounded else self.compute
+
+    @property
     def second(self) -> Operand | None:
         """Quantization of the second operand of its product: weights or activations."""
         return self.weights if self.site.kind is Kind.WEIGHT_PRODUCT else self.activations
@@ -168,6 +175,10 @@ class SitePolicy:
     def to_output(self, tree: Any) -> Any:
         """Rounds the floating-point leaves of a pytree to the output format, like `to_compute`."""
         return self._emulated(self.jmp.cast_to_output(tree), self.output)
+
+    def to_result(self, x: jax.Array) -> jax.Array:
+        """Rounds the sums of a product to `result`."""
+        return self.to_output(x) if self.site.unrounded else self.to_compute(x)
 
     def to_cotangent(self, g: jax.Array) -> jax.Array:
         """Rounds a cotangent to the compute format."""
@@ -277,14 +288,18 @@ class Policy:
         settings = _inherited(self.base, site)
         if not site.logits:
             settings.pop("o", None)
+        rounded = not site.unrounded
         for rule in self.rules:
             named, contained = _reach(rule.pattern, path, depth)
             if named:
                 settings |= rule.settings
+                rounded |= "c" in rule.settings
             elif contained:
                 inherited = _inherited(rule.settings, site)
                 inherited.pop("o", None)
                 settings |= inherited
+        if not rounded and settings["c"].bits <= 32:
+            settings.setdefault("o", F32)
         resolved = _site_policy(settings, site, path)
         of_x, wrong = resolved.activations, ""
         if of_x is not None and of_x.kept and resolved.stores is None:

@@ -46,6 +46,8 @@ class Site:
       wide: why it computes in at least f32 unless a rule names it; empty where it does not.
       unquantized: why the base's `w`, `x`, `g`, `wb` and `xb` do not reach a product unless a rule
         names it; empty where they do.
+      unrounded: why its result leaves the sum as it is, in at least f32, unless a rule that names
+        it sets `c` or `o`; empty where a result is rounded to the compute format.
       logits: whether its output is the output of the model, which the base's `o` is for.
       scalar: whether its output is a single number, for which a census is meaningless.
       inner: what it hands on besides its output, by role: values that taps see.
@@ -55,6 +57,7 @@ class Site:
     kind: Kind
     wide: str = ""
     unquantized: str = ""
+    unrounded: str = ""
     logits: bool = False
     scalar: bool = False
     inner: tuple[str, ...] = ()
@@ -125,6 +128,7 @@ SITES: Final = _declared(
         "scores",
         Kind.ACTIVATION_PRODUCT,
         unquantized="both operands are activations, and the softmax amplifies their errors",
+        unrounded="the softmax reads sums of f32, as in every fused kernel",
     ),
     Site(
         "softmax",

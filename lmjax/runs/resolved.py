@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Final
 
-from lmjax.model import Sites, layout, param_sites, product_sums
+from lmjax.model import Form, Sites, attention_forms, layout, param_sites, product_sums
 from lmjax.precision.backend import Backend
 from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
@@ -46,6 +46,10 @@ class Phase:
         rows = self.config.batch_size // self.config.micro_batches
         sums = product_sums(self.config.model, rows, self.config.context)
         return products(self.sites, sums, backend)
+
+    def attention_forms(self) -> dict[str, Form]:
+        """How each attention is computed, by the path of its softmax."""
+        return attention_forms(self.layout, self.sites)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lmjax.model import QUIET, Context, assembled, objective_of
+from lmjax.model import QUIET, Constrain, Context, assembled, objective_of
 from lmjax.optim import loss_scale
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.optim.storage import apply_updates, update_census
 from lmjax.parallel import sharding
-from lmjax.parallel.reduction import Gradient, Pin
+from lmjax.parallel.reduction import Gradient
 from lmjax.precision import probes
 from lmjax.precision.exact import at_least_f32
 from lmjax.runs.config import Config
@@ -140,7 +140,7 @@ def slots_of(phase: Phase, telemetry: bool) -> measure.Tree:
 def make_gradient(phase: Phase, mesh: Any) -> Gradient:
     """The gradient of the scaled loss and what its slots measured, together with the loss."""
 
-    def of_loss(constrain: Pin) -> Gradient:
+    def of_loss(constrain: Constrain) -> Gradient:
         scaled_loss = make_scaled_loss(phase, mesh, constrain=constrain)
         return jax.grad(scaled_loss, argnums=(0, 4), has_aux=True)
 
@@ -148,7 +148,7 @@ def make_gradient(phase: Phase, mesh: Any) -> Gradient:
 
 
 def make_scaled_loss(
-    phase: Phase, mesh: Any, *, constrain: Pin = sharding.constrain
+    phase: Phase, mesh: Any, *, constrain: Constrain | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The loss of a micro-batch times the loss scale, together with the loss itself.
 
@@ -174,7 +174,7 @@ def make_scaled_loss(
                 sites=sites,
                 context=context,
                 cotangent_scales=scale if config.loss_scale.per_block else None,
-                constrain=functools.partial(constrain, mesh),
+                constrain=constrain or sharding.Placement(mesh),
             )
             loss = objective.loss(x, model, batch, sites, context, config.loss_multiplier)
             loss = loss.astype(at_least_f32(loss.dtype))
@@ -237,7 +237,7 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
     config, sites = phase.config, phase.sites
     objective = objective_of(config.model)
 
-    def eval_step(constrain: Pin, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def eval_step(constrain: Constrain, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Summed nats and number of what counts."""
         with jax.numpy_dtype_promotion("strict"):
             model = assembled(params, config.model)
@@ -246,7 +246,7 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
                 sites=sites,
                 context=QUIET,
                 cotangent_scales=None,
-                constrain=functools.partial(constrain, mesh),
+                constrain=constrain,
             )
             return objective.evaluate(x, model, batch, sites, QUIET)
 

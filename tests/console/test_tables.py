@@ -177,8 +177,8 @@ blocks/0-3/attention/norm     f32  f32
 blocks/0-3/attention/query    f16  f16  emulated in f32
 blocks/0-3/attention/key      f16  f16  emulated in f32
 blocks/0-3/attention/value    f16  f16  emulated in f32
-blocks/0-3/attention/scores   f16  f16  emulated in f32
-blocks/0-3/attention/softmax  f32  f32
+blocks/0-3/attention/scores   f16  f32  emulated in f32
+blocks/0-3/attention/softmax  f32  f32  blockwise
 blocks/0-3/attention/combine  f16  f16  emulated in f32
 blocks/0-3/attention/out      f16  f16  emulated in f32
 blocks/0-3/mlp/norm           f32  f32

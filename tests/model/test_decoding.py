@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lmjax.model import apply, attention, decoding_params, extend, initial_cache
+from lmjax.model.attention_form import WHOLE, Form
 from lmjax.model.cache import LayerCache
 from lmjax.precision import parse_policy
 from lmjax.precision.paths import flatten
@@ -99,6 +100,7 @@ def test_logits_are_those_of_rounded_keys_and_values(
 
     with monkeypatch.context() as patched:
         patched.setattr(attention, "einsum", rounding)
+        patched.setattr(attention, "form_of", lambda sites: Form(WHOLE))
         expected = whole.__wrapped__(plain)
     assert np.abs(expected - unrounded).max() > 1e-2
     found = pieces(tiny(f"f32; **/scores: kv={keys}; **/combine: kv={values}", family))

@@ -70,11 +70,13 @@ def test_scores_that_overflow_give_nan_and_not_a_look_into_the_future():
     config = ModelConfig(width=16, heads=1, max_positions=6)
     attention = Attention(jax.random.key(0), config)
     q = jnp.full((1, 6, 1, 1, 16), 200.0, jnp.float16)
-    sites = attention_sites("f16")
+    sites = attention_sites("f16; **/scores: c=f16")
     weights = attention.weights(q, -q[:, :, 0], sites, QUIET)  # every real score is -inf
     assert np.isnan(weights[0, 0, 0]).all(axis=-1).any(), "so that the step is skipped"
     later = np.triu(np.ones((6, 6), bool), k=1)
     assert not np.any(np.asarray(weights[0, 0, 0])[later] > 0)
+    sums = attention.weights(q, -q[:, :, 0], attention_sites("f16"), QUIET)
+    assert np.isfinite(sums).all(), "sums of f32 have room for them"
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])

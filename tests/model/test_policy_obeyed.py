@@ -58,8 +58,9 @@ def test_compute_every_product_forward_and_backward(
 ):
     compute = phase_of(tiny(policy)).sites["embed"].compute.dtype
     dots = equations(gradient_jaxpr(policy, family), "dot_general")
-    # Eight products in a block (nine with a gate) and the head, each with two gradients.
-    assert len(dots) == {"gpt2": 27, "llama": 30}[family]
+    # Eight products in a block (nine with a gate) and the head, each with two gradients; scores are
+    # computed twice.
+    assert len(dots) == {"gpt2": 28, "llama": 31}[family]
     for dot in dots:
         assert {operand.aval.dtype for operand in dot.invars} == {compute}
         assert dot.params["preferred_element_type"] == np.float32
@@ -75,7 +76,7 @@ def test_autocast_multiplies_in_16_bits_and_keeps_the_residual_stream_in_f32(
 ):
     jaxpr = gradient_jaxpr(policy, family)
     dots = equations(jaxpr, "dot_general")
-    assert len(dots) == {"gpt2": 27, "llama": 30}[family]
+    assert len(dots) == {"gpt2": 28, "llama": 31}[family]
     assert {operand.aval.dtype.name for dot in dots for operand in dot.invars} == {narrow}
     config = tiny(policy, family)
     stream = (config.batch_size, config.context, config.model.width)
@@ -143,7 +144,7 @@ def test_output_is_the_format_of_the_logits(policy, family, tiny, draw_params, d
 
 @pytest.mark.parametrize("policy", ["mixed_bf16", "pure_f16"])
 def test_named_sites_compute_in_f32(policy, formats_of):
-    assert formats_of(policy, "exp", ndim=5) == {"float32"}, "softmax"
+    assert formats_of(policy, "exp", ndim=4) == {"float32"}, "softmax"
     assert formats_of(policy, "exp", ndim=3) == {"float32"}, "loss"
     assert formats_of(policy, "log") == {"float32"}, "loss"
     assert formats_of(policy, "rsqrt") == {"float32"}, "norm"
@@ -157,7 +158,7 @@ def test_named_sites_compute_in_f32(policy, formats_of):
     ("rule", "family", "primitive", "ndim"),
     [
         ("**/softmax: c=bf16", "gpt2", "exp", 5),
-        ("loss: c=bf16", "gpt2", "log", None),
+        ("loss: c=bf16", "gpt2", "log", 2),
         ("**/norm: c=bf16", "gpt2", "rsqrt", None),
         ("**/activation: c=bf16", "gpt2", "tanh", None),
         ("**/activation: c=bf16", "llama", "logistic", None),

@@ -68,7 +68,8 @@ def test_the_arithmetic_of_a_step_belongs_to_sites_and_named_parts(
         if place.site.is_product:
             dots = flops(forward, "dot")
             assert dots > 0, place
-            assert flops(backward, "dot") == PRODUCTS_BACKWARD * dots, place
+            again = place.site.name == "scores"  # the backward pass computes them again
+            assert flops(backward, "dot") == (PRODUCTS_BACKWARD + again) * dots, place
     assert flops(found[Scope("optimizer")]) > 0
 
 

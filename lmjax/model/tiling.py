@@ -1,0 +1,167 @@
+"""How attention is cut into blocks of queries and keys, and which blocks meet.
+
+Shapes: B batch, T queries, S keys, K key/value heads, G query heads of each, H width of a head; N
+blocks of queries, R rows of one (all G heads of its queries), M blocks of keys, C keys of one.
+Where devices divide the T queries into parts, a block has as many queries of each part, one part
+after another. Knows JAX and masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmjax.model.mask import Mask, Position
+from lmjax.precision.contraction import relaid
+
+Index = int | jax.Array
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of one attention.
+
+    Attributes:
+      queries, keys, groups: T, S and G.
+      parts: of the queries, each on devices of its own.
+      start: index of the first query; None if only arrays say.
+      query_blocks, key_blocks: N and M.
+    """
+
+    queries: int
+    keys: int
+    groups: int
+    parts: int
+    start: int | None
+    query_blocks: int
+    key_blocks: int
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, *, block: int, parts: int, start: int | None) -> Tiling:
+        """Blocks of at most `block` queries and keys, for `[B, T, K, G, H]` and `[B, S, K, H]`."""
+        queries, keys, groups = q.shape[1], k.shape[1], q.shape[3]
+        own = queries // parts
+        return cls(queries, keys, groups, parts, start, _blocks(own, block), _blocks(keys, block))
+
+    @property
+    def query_size(self) -> int:
+        """Queries of a part in a block."""
+        return -(-(self.queries // self.parts) // self.query_blocks)
+
+    @property
+    def key_size(self) -> int:
+        """Keys of a block, C."""
+        return -(-self.keys // self.key_blocks)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block of queries, R."""
+        return self.parts * self.groups * self.query_size
+
+    def split_queries(self, x: jax.Array) -> jax.Array:
+        """`[B, T, K, G, H]` to `[N, B, K, R, H]`."""
+        batch, _, heads, groups, width = x.shape
+        size, own = self.query_size, self.queries // self.parts
+        x = x.reshape(batch, self.parts, own, heads, groups, width)
+        x = _padded(x, self.query_blocks * size, axis=2)
+        x = x.reshape(batch, self.parts, self.query_blocks, size, heads, groups, width)
+        x = relaid(x, (2, 0, 4, 1, 5, 3, 6))
+        return x.reshape(self.query_blocks, batch, heads, self.rows, width)
+
+    def join_queries(self, x: jax.Array) -> jax.Array:
+        """`[N, B, K, H, R]` to `[B, T, K, G, H]`."""
+        _, batch, heads, width, _ = x.shape
+        size, own = self.query_size, self.queries // self.parts
+        x = x.reshape(self.query_blocks, batch, heads, width, self.parts, self.groups, size)
+        x = jnp.transpose(x, (1, 4, 0, 6, 2, 5, 3))
+        x = x.reshape(batch, self.parts, self.query_blocks * size, heads, self.groups, width)
+        return x[:, :, :own].reshape(batch, self.queries, heads, self.groups, width)
+
+    def split_keys(self, x: jax.Array, *, turned: bool = False) -> jax.Array:
+        """`[B, S, K, H]` to `[M, B, K, C, H]`, or turned to `[M, B, K, H, C]`."""
+        batch, _, heads, width = x.shape
+        x = _padded(x, self.key_blocks * self.key_size, axis=1)
+        x = x.reshape(batch, self.key_blocks, self.key_size, heads, width)
+        return relaid(x, (1, 0, 3, 4, 2) if turned else (1, 0, 3, 2, 4))
+
+    def join_keys(self, x: jax.Array) -> jax.Array:
+        """`[M, B, K, C, H]` to `[B, S, K, H]`."""
+        _, batch, heads, _, width = x.shape
+        x = jnp.transpose(x, (1, 0, 3, 2, 4))
+        return x.reshape(batch, -1, heads, width)[:, : self.keys]
+
+    def visible(self, mask: Mask, start: Position, i: Index, j: Index) -> jax.Array:
+        """What the rows of block i see of the keys of block j: bool, `[C, R]` or `[B, 1, C, R]`."""
+        own = np.arange(self.parts, dtype=np.int32)[:, None, None] * (self.queries // self.parts)
+        within = np.arange(self.query_size, dtype=np.int32)
+        shape = self.parts, self.groups, self.query_size
+        places = np.broadcast_to(np.int32(own) + within, shape).reshape(-1)
+        rows = places + i * np.int32(self.query_size)
+        keys = np.arange(self.key_size, dtype=np.int32) + j * np.int32(self.key_size)
+        seen = mask.of(jnp.asarray(rows)).visible(jnp.asarray(rows + start), jnp.asarray(keys))
+        if self.key_blocks * self.key_size > self.keys:
+            seen = seen & jnp.asarray(keys < self.keys)
+        seen = jnp.swapaxes(seen, -1, -2)
+        return seen if seen.ndim == 2 else jnp.squeeze(seen, 2)
+
+    def pairs(self, mask: Mask, *, all_of_them: bool = False) -> list[tuple[int, int]]:
+        """The blocks (i, j) in which a query may see a key, by i."""
+        return [
+            (i, j)
+            for i in range(self.query_blocks)
+            for j in range(self.key_blocks)
+            if all_of_them or self.start is None or self._may_see(mask, i, j)
+        ]
+
+    def _may_see(self, mask: Mask, i: int, j: int) -> bool:
+        assert self.start is not None
+        keys = range(j * self.key_size, (j + 1) * self.key_size)
+        own = self.queries // self.parts
+        firsts = (self.start + part * own + i * self.query_size for part in range(self.parts))
+        return any(mask.may_see(range(first, first + self.query_size), keys) for first in firsts)
+
+
+def visit(
+    pairs: list[tuple[int, int]], step: Callable[[Any, Index, Index], Any], carry: Any
+) -> Any:
+    """`carry = step(carry, i, j)` for each pair, one after another."""
+    if len(pairs) == 1:
+        return step(carry, *pairs[0])
+    indices = jnp.asarray(np.asarray(pairs, np.int32))
+    return jax.lax.scan(lambda total, pair: (step(total, *pair), None), carry, indices)[0]
+
+
+def taken(tree: Any, index: Index) -> Any:
+    """Block `index` of every array of a tree."""
+    take = lambda x: x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, index, 0, False)
+    return jax.tree.map(take, tree)
+
+
+def put(tree: Any, blocks: Any, index: Index) -> Any:
+    """The tree with `blocks` in the place of block `index`."""
+
+    def one(x: jax.Array, block: jax.Array) -> jax.Array:
+        if x.shape[0] == 1:
+            return block[None]
+        return jax.lax.dynamic_update_index_in_dim(x, block, index, 0)
+
+    return jax.tree.map(one, tree, blocks)
+
+
+def _blocks(length: int, block: int) -> int:
+    """How many blocks a length is cut into: without padding, unless they would be very small."""
+    fewest = -(-length // block)
+    even = (n for n in range(fewest, 2 * fewest + 1) if length % n == 0)
+    return next(even, fewest)
+
+
+def _padded(x: jax.Array, size: int, axis: int) -> jax.Array:
+    if x.shape[axis] == size:
+        return x
+    widths = [(0, size - x.shape[axis] if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths)

@@ -1,0 +1,235 @@
+"""Attention in blocks computes what the plain form does, whatever the blocks, and skips what no
+query sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmjax.model import attention_forms, blockwise, layout
+from lmjax.model.attention import Attention
+from lmjax.model.mask import CAUSAL, Bidirectional, CausalWithinDocuments, Padded, indices_from
+from lmjax.model.sheet import Given, Rules
+from lmjax.model.sites import Context, within
+from lmjax.precision.grammar import parse_policy
+from lmjax.precision.probes import FullCensus
+from lmjax.train import phase_of
+
+SITES = "scores", "softmax", "combine"
+STARTS = np.stack([np.repeat([0, 5], [5, 19]), np.repeat([0, 3, 21], [3, 18, 3])]).astype(np.int32)
+MASKS = {
+    "causal": CAUSAL,
+    "documents": CausalWithinDocuments(STARTS),
+    "padded": Padded(np.int32([5, 20])),
+    "bidirectional": Bidirectional(),
+}
+
+
+def rules_of(policy: str, **changes: Any) -> Rules:
+    parsed = parse_policy(policy)
+    sites = (parsed.resolve(f"blocks/0/attention/{name}") for name in SITES)
+    return Rules(*sites, **{"score_factor": 0.3} | changes)
+
+
+def drawn(dtype: Any, queries: int = 24, keys: int = 24) -> list[Any]:
+    """q, k, v and a cotangent: two rows, two key/value heads of two queries each, heads 4 wide."""
+    generator = np.random.default_rng(0)
+    shapes = [(2, queries, 2, 2, 4), *[(2, keys, 2, 4)] * 2, (2, queries, 2, 2, 4)]
+    return [jnp.asarray(generator.normal(size=shape), dtype) for shape in shapes]
+
+
+def plain(q: Any, k: Any, v: Any, mask: Any, start: int) -> Any:
+    visible = mask.visible(indices_from(start, q.shape[1]), indices_from(0, k.shape[1]))
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, precision="highest") * 0.3
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v, precision="highest")
+
+
+def gradients(function: Any, arrays: Any, compile_fast: Any) -> list[np.ndarray]:
+    """The result and the three gradients, in f64."""
+
+    def both(q: Any, k: Any, v: Any, g: Any) -> Any:
+        y, back = jax.vjp(function, q, k, v)
+        return y, *back(g)
+
+    return [np.asarray(x, np.float64) for x in compile_fast(both)(*arrays)]
+
+
+def worst(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    return max(np.abs(a - b).max() / np.abs(b).max() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def x64() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("block", [8, 7, 512], ids=lambda n: f"blocks of {n}")
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_and_the_plain_form_agree_in_f64(mask, block, x64, compile_fast):
+    arrays, chosen = drawn(jnp.float64), MASKS[mask]
+    rules, given = rules_of("f64", block=block), Given(chosen, 0, None)
+    found = gradients(
+        lambda q, k, v: blockwise.attend(rules, q, k, v, given, {}), arrays, compile_fast
+    )
+    expected = gradients(lambda q, k, v: plain(q, k, v, chosen, 0), arrays, compile_fast)
+    assert worst(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize(("known", "parts"), [(True, 1), (False, 1), (True, 2)])
+def test_queries_may_start_anywhere_and_be_divided(known, parts, x64, compile_fast):
+    arrays = drawn(jnp.float64, queries=10)
+    rules = rules_of("f64", block=4, start=14 if known else None, parts=parts)
+
+    def at(q: Any, k: Any, v: Any) -> Any:
+        given = Given(CAUSAL, 14 if known else jnp.int32(14), None)
+        return blockwise.attend(rules, q, k, v, given, {})
+
+    expected = gradients(lambda q, k, v: plain(q, k, v, CAUSAL, 14), arrays, compile_fast)
+    assert worst(gradients(at, arrays, compile_fast), expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("policy", "dtype", "epsilon"),
+    [("mixed_bf16", "bfloat16", 2.0**-8), ("mixed_f16", "float16", 2.0**-11)],
+)
+def test_blocks_round_like_the_plain_form(policy, dtype, epsilon, compile_fast):
+    arrays = drawn(dtype)
+    given = Given(CAUSAL, 0, None)
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected = gradients(lambda q, k, v: plain(q, k, v, CAUSAL, 0), wide, compile_fast)
+    for block in (512, 8):
+        rules = rules_of(policy, block=block)
+        run = lambda q, k, v, r=rules: blockwise.attend(r, q, k, v, given, {})
+        assert worst(gradients(run, arrays, compile_fast), expected) < 4 * epsilon
+
+
+def test_masked_blocks_are_not_visited(equations):
+    """Statically where a mask alone says so, at run time where its arrays do."""
+    arrays = drawn(jnp.float32)[:3]
+
+    def scanned(mask: Any) -> tuple[int, int]:
+        rules, given = rules_of("f32", block=8), Given(mask, 0, None)
+        jaxpr = jax.make_jaxpr(lambda *x: blockwise.attend(rules, *x, given, {}))(*arrays)
+        (scan,) = equations(jaxpr, "scan")
+        return scan.params["length"], len(equations(jaxpr, "cond"))
+
+    assert scanned(MASKS["causal"]) == (6, 0)
+    assert scanned(MASKS["documents"]) == (6, 1)
+    assert scanned(MASKS["bidirectional"]) == (9, 0)
+    assert scanned(MASKS["padded"]) == (9, 1)
+
+
+def test_what_is_not_visited_has_no_effect(compile_fast):
+    """Infinite keys of another document: skipped blocks do not even see them."""
+    q, k, v, g = drawn(jnp.float32)
+    starts = np.full((2, 24), 8, np.int32)
+    rules = rules_of("f32", block=8, start=8)
+    given = Given(CausalWithinDocuments(starts[:, 8:]), 8, None)
+    run = lambda q, k, v: blockwise.attend(rules, q, k, v, given, {})
+    found = gradients(run, (q[:, 8:], k.at[:, :8].set(jnp.inf), v, g[:, 8:]), compile_fast)
+    assert all(np.isfinite(x).all() for x in found)
+    assert not found[2][:, :8].any()
+
+
+def test_memory_grows_with_the_length(compile_fast):
+    """Of forward and backward pass together, in blocks of 64."""
+    rules, given = rules_of("f32", block=64), Given(CAUSAL, 0, None)
+
+    def temporaries(length: int) -> int:
+        q, k = (1, length, 1, 1, 8), (1, length, 1, 8)
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (q, k, k)]
+        total = lambda q, k, v: jnp.sum(blockwise.attend(rules, q, k, v, given, {}))
+        compiled = compile_fast(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2048) < 2.2 * temporaries(1024) < 1024 * 1024 * 4
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents"])
+def test_measurements_are_those_of_one_block(mask, compile_fast):
+    """The census of weights and cotangents, added up over blocks, the skipped ones as zeros."""
+    arrays = drawn(jnp.bfloat16)
+    given = Given(MASKS[mask], 0, None)
+    slots = {
+        site: {role: {"test": FullCensus.empty()} for role in roles}
+        for site, roles in blockwise.MEASURED.items()
+    }
+
+    def measured(block: int) -> Any:
+        rules = rules_of("mixed_bf16", block=block)
+
+        def loss(slots: Any) -> Any:
+            y = blockwise.attend(rules, *arrays[:3], given, slots)
+            return jnp.sum((y * arrays[3]).astype(jnp.float32))
+
+        return compile_fast(jax.grad(loss))(slots)
+
+    one, many = measured(512), measured(8)
+    for site, roles in blockwise.MEASURED.items():
+        for role in roles:
+            first, second = one[site][role]["test"], many[site][role]["test"]
+            assert first.size == second.size == first.table.sum()
+            np.testing.assert_allclose(first.maximum, second.maximum, rtol=2e-2)
+            moved = np.abs(first.histogram - second.histogram).sum() / first.size
+            assert moved < 0.03, (site, role)
+    assert one["softmax"]["y"]["test"].size == 2 * 4 * 24 * 24
+
+
+def test_dropout_drops_the_same_weights_in_both_passes(compile_fast):
+    """The function is linear in v: its value is the gradient's product with v."""
+    q, k, v, g = drawn(jnp.float32)
+    keys = jax.random.split(jax.random.key(1), (2, 2))
+    for block in (512, 8):
+        rules = rules_of("f32", block=block, dropout=0.4)
+        run = lambda q, k, v, r=rules: blockwise.attend(r, q, k, v, Given(CAUSAL, 0, keys), {})
+        y, *_, dv = gradients(run, (q, k, v, g), compile_fast)
+        assert np.sum(y * np.asarray(g)) == pytest.approx(np.sum(dv * np.asarray(v)), rel=1e-4)
+        ones = np.asarray(compile_fast(run)(q, k, jnp.ones_like(v)))
+        assert 0.85 < ones[:, 8:].mean() < 1.15
+        assert np.ptp(ones) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [
+        ("mixed_bf16", ""),
+        ("fp8", ""),
+        ("pure_f16; **/combine: c=e5m2", ""),
+        ("mixed_bf16; **/softmax: c=bf16", "softmax has c=bf16"),
+        ("mixed_bf16; **/scores: c=bf16", "scores are rounded to bf16"),
+        ("mixed_bf16; **/combine: x=e4m3@tensor", "combine has x=e4m3@tensor"),
+        ("f32,a=bf16@block16", "scores has a=bf16@block16"),
+    ],
+)
+def test_the_form_is_what_the_policy_allows(policy, why, tiny):
+    config = tiny(policy)
+    forms = attention_forms(layout(config.model), phase_of(config).sites)
+    assert list(forms) == [f"blocks/{i}/attention/softmax" for i in range(2)]
+    assert {form.why for form in forms.values()} == {why}
+
+
+@pytest.mark.parametrize(
+    "policy", ["f32", "mixed_bf16,w=int8@channel", "p=f32,c=e6m7", "mixed_f16"]
+)
+@pytest.mark.parametrize("parametrisation", ["standard", "unit"])
+def test_the_whole_matrix_gives_the_same(policy, parametrisation, tiny, compile_fast):
+    """The two forms of one attention, to the rounding of the compute format."""
+    config = tiny(policy, "llama", model={"parametrisation": parametrisation})
+    part = Attention(jax.random.key(0), dataclasses.replace(config.model, kv_heads=2, heads=4))
+    sites = within(phase_of(config).sites, "blocks/0/attention")
+    q, k, v, g = drawn(sites["scores"].compute.dtype or jnp.float32, 16, 16)
+
+    def run(form: Any) -> list[np.ndarray]:
+        read = lambda q, k, v: form(q, k, v, sites, Context(), CAUSAL)
+        return gradients(read, (q, k, v, g), compile_fast)
+
+    epsilon = 2.0 ** -sites["scores"].compute.mantissa_bits
+    assert worst(run(part.read_blockwise), run(part.read_whole)) < 8 * epsilon
