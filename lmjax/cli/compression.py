@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from lmjax.cli.common import DONE, OWN_FLAGS, RunDirectory, UserPath, bad_input, print_json
 from lmjax.compression import PruneConfig, QuantizeConfig
@@ -14,7 +14,7 @@ from lmjax.compression import prune as prune_model
 from lmjax.compression import quantize as quantize_model
 from lmjax.compression.report import Measured, as_json, measured
 from lmjax.compression.report_page import write_page
-from lmjax.compression.written import refuse_taken, size_on_disk, write_run
+from lmjax.compression.written import refuse_taken, size_on_disk, write_json, write_run
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
 from lmjax.inference import load_model
@@ -62,21 +62,21 @@ def quantize(
         made = bad_input(quantize_model, model, config)
         before = measured(model, folder)
     after = measured(made.model, None)
-    content = as_json(config.method, config.observer, before, after, made.layers)
+    runs = {run: before, str(to): after}
 
-    def draw(folder: Path) -> None:
+    def finish(folder: Path) -> None:
         from lmjax.compression.report_plot import draw_quantization
 
-        draw_quantization(folder / "quantization.png", made)
-        title = f"{run} in {config.policy}, {config.method}"
-        named = {run: before, str(to): after}
+        runs[str(to)] = dataclasses.replace(after, disk=size_on_disk(folder))
         picture = folder / "quantization.png"
-        write_page(folder / "quantization.html", picture, title, named, made.layers)
+        draw_quantization(picture, made)
+        title = f"{run} in {config.policy}, {config.method}"
+        write_page(folder / "quantization.html", picture, title, runs, made.layers)
+        write_json(folder / "quantization.json", as_json(config, runs, made.layers))
 
-    write_run(to, made.model, {"quantization.json": content}, draw)
-    after = dataclasses.replace(after, disk=size_on_disk(to))
+    write_run(to, made.model, finish)
     if json:
-        print_json(content)
+        print_json(as_json(config, runs, made.layers))
         return DONE
     layers = (
         (
@@ -90,7 +90,7 @@ def quantize(
     )
     print_table(LAYERS, layers, each="product")
     print()
-    show_runs({run: before, str(to): after})
+    show_runs(runs)
     return DONE
 
 
@@ -127,13 +127,16 @@ def prune(
         first = bad_input(quantize_model, model, request).model
         runs["pruned, then quantized"] = measured(then, None)
         runs["quantized, then pruned"] = measured(bad_input(prune_model, first, config).model, None)
-    content = {
-        "pattern": config.pattern,
-        "method": config.method,
-        "sparsity": dict(made.sparsity),
-        "runs": {name: dataclasses.asdict(one) for name, one in runs.items()},
-    }
-    write_run(to, made.model, {"pruning.json": content}, lambda folder: None)
+    content: dict[str, Any] = {}
+
+    def finish(folder: Path) -> None:
+        runs[str(to)] = dataclasses.replace(runs[str(to)], disk=size_on_disk(folder))
+        content["pattern"], content["method"] = config.pattern, config.method
+        content["sparsity"] = dict(made.sparsity)
+        content["runs"] = {name: dataclasses.asdict(one) for name, one in runs.items()}
+        write_json(folder / "pruning.json", content)
+
+    write_run(to, made.model, finish)
     if json:
         print_json(content)
         return DONE

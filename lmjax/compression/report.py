@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from lmjax.compression.quantize import Layer
+from lmjax.compression.request import QuantizeConfig
 from lmjax.compression.written import size_on_disk
 from lmjax.console import stages
 from lmjax.data import DataError
@@ -85,12 +86,13 @@ def _seconds_per_token(model: TrainedModel) -> float:
 
 
 def as_json(
-    method: str, observer: str, before: Measured, after: Measured, layers: Sequence[Layer]
+    config: QuantizeConfig, runs: Mapping[str, Measured], layers: Sequence[Layer]
 ) -> dict[str, Any]:
-    """The content of `quantization.json`."""
+    """The content of `quantization.json`; the first run is that before, the second that after."""
+    before, after = runs.values()
     return {
-        "method": method,
-        "observer": observer,
+        "method": config.method,
+        "observer": config.observer,
         "before": asdict(before),
         "after": asdict(after),
         "layers": [asdict(layer) for layer in layers],

@@ -23,7 +23,8 @@ td,th{border-color:#333a40}}"""
 
 _EXPLAINED = """Signal-to-noise ratios are in decibels: 10 log10 of the sum of squares of the exact
 numbers over that of the errors, so that 6 dB are a bit. The second column is about weights, the
-third about what the product makes of the calibration text. In the picture, each vertical line is
+third about what the product makes of the calibration text; the last one says by how much the loss
+on that text rises if this product alone is quantized. In the picture, each vertical line is
 the error of a weight: from the weight to the number of the grid that it became."""
 
 
@@ -70,5 +71,5 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return "" if value == float("inf") else f"{value:.4g}"
+        return "" if value == float("inf") else f"{value:.6g}"
     return "" if value is None else str(value)

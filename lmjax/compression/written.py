@@ -34,18 +34,14 @@ def refuse_taken(target: Path) -> None:
 
 
 def write_run(
-    target: Path,
-    model: TrainedModel,
-    files: Mapping[str, Mapping[str, Any]],
-    draw: Callable[[Path], None],
+    target: Path, model: TrainedModel, finish: Callable[[Path], None] = lambda folder: None
 ) -> None:
     """Writes a model as a run directory, which appears when it is complete.
 
     Args:
       target: where; nothing may be there.
       model: config, parameters and tokenizer.
-      files: JSON files beside those of every run, by name.
-      draw: draws pictures into the directory that it is given.
+      finish: writes what else belongs into the directory that it is given.
 
     Raises:
       InputError: the place is taken.
@@ -55,22 +51,21 @@ def write_run(
     try:
         with stages.stage("writing the run directory"), published_directory(target) as folder:
             write_config(folder, model.config)
-            _write_json(folder / "environment.json", environment())
-            for name, content in files.items():
-                _write_json(folder / name, content)
+            write_json(folder / "environment.json", environment())
             model.tokenizer.save(folder / "tokenizer.json")
             params = jax.tree.map(jnp.asarray, model.params)
             with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
                 progress = {"train_seconds": 0.0, "corpus": "", "rewinds": []}
                 checkpoints.save(model.step, params_alone(params, model.step), {}, progress)
-            draw(folder)
+            finish(folder)
     except OSError as error:
         raise StorageFailed(
             f"{error.filename or target}: {error.strerror or error}; nothing was written"
         ) from error
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes one JSON file."""
     replace_text(path, strict_json.dumps(content, indent=2) + "\n")
 
 

@@ -53,7 +53,7 @@ def model(home: Path) -> TrainedModel:
 def run(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory of the model."""
     target = tmp_path_factory.mktemp("runs") / "run"
-    write_run(target, model, {}, lambda folder: None)
+    write_run(target, model)
     return target
 
 
@@ -123,7 +123,13 @@ def test_weights_that_are_not_finite_are_refused(model: TrainedModel) -> None:
         quantize(broken, QuantizeConfig("w=int8@channel"))
 
 
-@pytest.mark.parametrize("name", ["int4@block8", "int4@channel.affine", "nvfp4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4@block8.affine",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("int4@channel", "nvfp4")),
+    ],
+)
 def test_gptq_with_an_identity_is_rounding_to_nearest(name: str) -> None:
     quantizer = parse_quantizer(name)
     w = jnp.asarray(np.random.default_rng(0).normal(size=(20, 6)), jnp.float32)
