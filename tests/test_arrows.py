@@ -28,8 +28,8 @@ ARROWS = {
     },
     "plan": {"chips", "console", "hlo", "model", "parallel", "precision", "runs", "train"},
     "diagnosis": {
-        "console", "data", "files", "model", "optim", "parallel", "precision", "runs", "telemetry",
-        "train",
+        "chips", "console", "data", "files", "model", "optim", "parallel", "precision", "runs",
+        "telemetry", "train",
     },
     "inference": {"console", "data", "model", "parallel", "precision", "runs", "train"},
     "ablation": {"console", "data", "files", "runs", "train"},

@@ -73,7 +73,14 @@ def flags() -> Iterator[str]:
     yield from known_flags(TrainFlags)
     for verb in (verbs.generate, verbs.score, verbs.evaluate, verbs.prepare, verbs.sites):
         yield from known_flags(verb)
-    for verb in (verbs.twin, verbs.replay, verbs.quantize, verbs.prune):
+    for verb in (
+        verbs.twin,
+        verbs.replay,
+        verbs.attribute,
+        verbs.advise,
+        verbs.quantize,
+        verbs.prune,
+    ):
         yield from known_flags(verb)
     for verb in (verbs.plan, verbs.report, verbs.reproduce, verbs.formats):
         yield from known_flags(verb)

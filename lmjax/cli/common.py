@@ -10,6 +10,7 @@ exit code:
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -64,6 +65,9 @@ OWN_FLAGS: Any = tyro.conf.arg(name="")
 
 RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 """A path or a URL, as a string: `Path` would collapse the two slashes."""
+
+ExperimentName = tyro.conf.Positional[str]
+"""A module, such as experiments.quickstart."""
 
 FirstStep = Annotated[int, at_least(1), tyro.conf.arg(name=NAMED["from_"])]
 """A flag that Python has no name for."""
@@ -284,3 +288,20 @@ def written(path: Path) -> Iterator[None]:
             raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def load_experiment(name: str) -> Config:
+    """The config of an experiment module.
+
+    Raises:
+      InputError: there is no such module, or it defines no `config`.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
+        ) from error
+    if not callable(getattr(module, "config", None)):
+        raise InputError(f"{name} is not an experiment: it does not define config()")
+    return module.config()

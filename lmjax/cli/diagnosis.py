@@ -1,4 +1,4 @@
-"""The verbs that look at what precision did to a run: twin, replay.
+"""The verbs that look at what precision does to a run: twin, replay, attribute, advise.
 
 Knows `lmjax.diagnosis` and how tables are printed.
 """
@@ -7,25 +7,48 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from lmjax import diagnosis
-from lmjax.checks import above, at_least
+from lmjax.checks import above, at_least, between
 from lmjax.cli.common import (
     DONE,
     FAILED,
+    ExperimentName,
     FirstStep,
     RunDirectory,
     UserPath,
     bad_input,
+    load_experiment,
     print_json,
     written,
 )
 from lmjax.console import stages
-from lmjax.console.tables import Column, print_table
+from lmjax.console.tables import Column, print_table, table_lines, terminal_width
 from lmjax.console.wording import counted
-from lmjax.diagnosis import Difference, Element, Replay, Replayed, Twin
+from lmjax.diagnosis import (
+    Advice,
+    Attribution,
+    Cost,
+    Difference,
+    Element,
+    Replay,
+    Replayed,
+    Trial,
+    Twin,
+)
+
+LOST = (
+    Column("tensor", "key"),
+    Column("format", "setting"),
+    *(Column(title, "number") for title in ("underflow", "predicted", "overflow", "predicted ")),
+)
+
+COSTS = (
+    Column("switched to the policy", "key"),
+    *(Column(title, "number") for title in ("nats", "95% interval", "rms", "share")),
+)
 
 REPLAY = (
     Column("step", "key"),
@@ -211,3 +234,165 @@ def _element(found: Element) -> str:
         text += f"; {found.operation}"
     read = ", ".join(f"{name} {largest:.4g}" for name, largest in found.operands.items())
     return text + (f"; largest magnitudes read: {read}" if read else "")
+
+
+def attribute(
+    run: RunDirectory,
+    /,
+    precision: str | None = None,
+    reference: str = "f32",
+    batches: Annotated[int, at_least(2)] = 8,
+    steps: Annotated[int, at_least(0)] = 0,
+    evaluations: Annotated[int, at_least(2)] = 48,
+    json: bool = False,
+) -> int:
+    """Attributes the difference in loss between two policies to sites and tensors.
+
+    Bisects over modules: switches groups of sites from the reference to the policy and compares
+    the loss on the run's next batches. Costs are mean changes of the loss in nats per token with
+    their 95% interval over batches, their root mean square, and that as a share of the whole.
+
+    Args:
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
+      precision: Policy, if not the run's own.
+      reference: Policy to compare with.
+      batches: Batches to compare the loss on.
+      steps: Train so many steps under each mixture first; without any, cotangents have no effect.
+      evaluations: Mixtures to try in the search for sites.
+      json: Print JSON.
+    """
+    opened = diagnosis.open_run(run)
+    with stages.stage("trying mixtures of the two policies"):
+        made = bad_input(
+            diagnosis.attribute,
+            opened,
+            precision=precision,
+            reference=reference,
+            batches=batches,
+            steps=steps,
+            evaluations=evaluations,
+        )
+    if json:
+        print_json(dataclasses.asdict(made))
+        return DONE
+    _print_attribution(made)
+    return DONE
+
+
+def _print_attribution(made: Attribution) -> None:
+    print(
+        f"step {made.step}, {made.batches} batches: {made.precision} has loss "
+        f"{made.loss:.6f}, {made.reference} has {made.reference_loss:.6f}"
+    )
+    if not made.sites:
+        print("nothing to attribute: no site changes the loss")
+        return
+    parts = {
+        "Sites, each alone": made.sites,
+        "Tensors of these sites, each alone": made.tensors,
+        "Kinds of tensors, at all sites": made.classes,
+        "Interactions: beyond the sum of both": made.interactions,
+    }
+    for title, costs in parts.items():
+        if costs:
+            print(f"\n{title}")
+            print_table(COSTS, [_cost_row(cost, made.total) for cost in costs])
+    print()
+    rest = [made.total] + ([] if made.remaining is None else [made.remaining])
+    print_table(COSTS, [_cost_row(cost, made.total) for cost in rest])
+    if made.remaining is not None:
+        print("what remains is the difference with the sites above switched back")
+
+
+def _cost_row(cost: Cost, total: Cost) -> Sequence[str]:
+    share = cost.change / total.change if total.change else math.nan
+    interval = f"{cost.low:+.2e} {cost.high:+.2e}"
+    return cost.where, f"{cost.difference:+.2e}", interval, f"{cost.change:.2e}", f"{share:.1%}"
+
+
+def advise(
+    experiment: ExperimentName,
+    /,
+    target: str = "",
+    steps: Annotated[int, at_least(4)] = 60,
+    seeds: Annotated[int, at_least(1)] = 1,
+    budget: Annotated[float, between(0, 1)] = 0.01,
+    tolerance: Annotated[float, above(0)] = 0.01,
+    json: bool = False,
+) -> int:
+    """Advises on the formats of an experiment: what tensors have room for, and whether it trains.
+
+    Counts the exponents of every tensor in a short run in f32. Each gets the narrowest format that
+    few enough elements underflow or overflow; that policy is tried, and what telemetry then counts
+    stands beside what was predicted. If its held-out loss is too far from that of f32, wider
+    formats are tried. Prints the policy last.
+
+    Args:
+      experiment: Module, such as experiments.quickstart.
+      target: A chip, such as h100: only formats that it multiplies faster are advised.
+      steps: Length of each trial.
+      seeds: How often each trial is repeated, with other seeds.
+      budget: Share of a tensor that may underflow, or overflow.
+      tolerance: Largest gap to f32 in held-out loss, in nats per token.
+      json: Print JSON.
+    """
+    made = bad_input(
+        diagnosis.advise,
+        load_experiment(experiment),
+        target=target,
+        steps=steps,
+        seeds=seeds,
+        budget=budget,
+        tolerance=tolerance,
+    )
+    if json:
+        print_json(_advice_json(made))
+    else:
+        print("\n".join(_advice_lines(made)))
+    return DONE
+
+
+def _advice_json(made: Advice) -> dict[str, Any]:
+    lost = lambda found: {path: loss._asdict() for path, loss in found.items()}
+    trials = [
+        dataclasses.asdict(one) | {"predicted": lost(one.predicted), "measured": lost(one.measured)}
+        for one in made.trials
+    ]
+    return dataclasses.asdict(made) | {"trials": trials}
+
+
+def _advice_lines(made: Advice) -> Iterator[str]:
+    for number, trial in enumerate(made.trials, 1):
+        yield f"Trial {number}: {trial.precision}"
+        rows = [_lost_row(trial, path) for path in trial.measured if _loses(trial, path)]
+        if rows:
+            yield from table_lines(LOST, rows, each="tensor", width=terminal_width())
+        else:
+            yield "no tensor was predicted or found to lose 0.01% of its elements"
+        interval = f" +- {trial.half_width:.4f}" if math.isfinite(trial.half_width) else ""
+        yield (
+            f"held-out loss {sum(trial.losses) / len(trial.losses):.4f}, f32 "
+            f"{sum(made.f32) / len(made.f32):.4f}: gap {trial.gap:+.4f}{interval} nats, accepted "
+            f"up to {made.tolerance:g}"
+        )
+        yield ""
+    if made.loss_scale is None:
+        yield "f16 would need no loss scale"
+    elif made.loss_scale <= made.largest_loss_scale:
+        yield f"f16 would need a loss scale of {made.loss_scale:g} to {made.largest_loss_scale:g}"
+    else:
+        yield (
+            f"no loss scale is right for f16: below {made.loss_scale:g} gradients underflow, above "
+            f"{made.largest_loss_scale:g} others overflow"
+        )
+    yield f"advised: --precision '{made.precision}'"
+
+
+def _loses(trial: Trial, path: str) -> bool:
+    return max(trial.measured[path].worst, trial.predicted[path].worst) >= 1e-4
+
+
+def _lost_row(trial: Trial, path: str) -> Sequence[str]:
+    found, expected = trial.measured[path], trial.predicted[path]
+    pairs = (found.underflow, expected.underflow, found.overflow, expected.overflow)
+    return path, trial.formats[path], *(f"{share:.2%}" for share in pairs)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import math
 import sys
@@ -28,13 +27,14 @@ from lmjax.cli.common import (
     UserPath,
     bad_input,
     guarded,
+    load_experiment,
     print_json,
     resume_run,
     written,
 )
 from lmjax.cli.compression import prune, quantize
 from lmjax.cli.data import show_prepared
-from lmjax.cli.diagnosis import replay, twin
+from lmjax.cli.diagnosis import advise, attribute, replay, twin
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
 from lmjax.cli.inference import evaluate, generate, score
 from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
@@ -47,7 +47,7 @@ from lmjax.precision.keys import KEYS
 from lmjax.precision.native import in_words
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import fetched
-from lmjax.train import Config, InputError, Phase, resolve
+from lmjax.train import InputError, Phase, resolve
 
 Count = Annotated[int, at_least(1)]
 
@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "plan": plan,
         "twin": twin,
         "replay": replay,
+        "attribute": attribute,
+        "advise": advise,
         "formats": formats,
         "report": report,
         "reproduce": reproduce,
@@ -336,20 +338,3 @@ def _cell(value: object) -> str:
         mantissa, exponent = math.frexp(value)
         return f"2^{exponent - 1}" if mantissa == 0.5 and abs(value) < 1 else f"{value:.5g}"
     return "" if value is None else str(value)
-
-
-def load_experiment(name: str) -> Config:
-    """The config of an experiment module.
-
-    Raises:
-      InputError: there is no such module, or it defines no `config`.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
-        ) from error
-    if not callable(getattr(module, "config", None)):
-        raise InputError(f"{name} is not an experiment: it does not define config()")
-    return module.config()

@@ -36,6 +36,7 @@ class OpenRun:
       state: after `step` steps.
       step: the number of steps done.
       data: the iterator of training batches; the next batch is that of step `step + 1`.
+      corpus: the text.
     """
 
     workdir: Path
@@ -44,6 +45,7 @@ class OpenRun:
     state: TrainState
     step: int
     data: Any
+    corpus: Any
 
     @property
     def config(self) -> Config:
@@ -83,12 +85,7 @@ def _open(workdir: Path, before: int | None, initial: bool) -> OpenRun:
     config = phases.config
     if jax.process_count() > 1:
         raise InputError("a run is looked at by one process; start a single one")
-    try:
-        mesh = sharding.make_mesh(config.mesh)
-        with stages.stage("reading the text"):
-            corpus = tokenized_corpus(config.data, window=config.context + 1, progress=False)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    mesh, corpus = _mesh_and_corpus(config)
     opened = partial(OpenRun, workdir, phases, mesh)
     folder = workdir / "checkpoints"
     checkpoints = Checkpoints(folder, note=say)
@@ -98,7 +95,7 @@ def _open(workdir: Path, before: int | None, initial: bool) -> OpenRun:
             if not initial:
                 raise InputError(f"{workdir} has no complete checkpoint yet; train it first")
             state = create_state(phases.at(0), mesh)
-            return opened(state, 0, _data(config, corpus))
+            return opened(state, 0, _data(config, corpus), corpus)
         with stages.stage(f"restoring the checkpoint of step {step}"):
             target = abstract_state(phases.after(step), mesh)
             state, position, counters = checkpoints.restore(step, target)
@@ -111,7 +108,28 @@ def _open(workdir: Path, before: int | None, initial: bool) -> OpenRun:
         )
     data = _data(config, corpus)
     data.set_state(position)
-    return opened(state, step, data)
+    return opened(state, step, data, corpus)
+
+
+def fresh_run(config: Config) -> OpenRun:
+    """A run at step 0 without a directory, to be trained in memory.
+
+    Raises:
+      InputError: the text or the devices do not fit the config.
+    """
+    phases = resolve(config)
+    mesh, corpus = _mesh_and_corpus(phases.config)
+    state = create_state(phases.at(0), mesh)
+    return OpenRun(Path(), phases, mesh, state, 0, _data(phases.config, corpus), corpus)
+
+
+def _mesh_and_corpus(config: Config) -> tuple[sharding.Mesh, TokenizedCorpus]:
+    try:
+        mesh = sharding.make_mesh(config.mesh)
+        with stages.stage("reading the text"):
+            return mesh, tokenized_corpus(config.data, window=config.context + 1, progress=False)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def checkpoints_after(run: OpenRun, last: int) -> dict[int, str]:

@@ -24,6 +24,7 @@ from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Rounded, report
+from lmjax.precision.taps import taps_in
 
 FEW_QUERIES = 16
 """Beside a cache, so many queries at most are read with all their scores at once."""
@@ -142,7 +143,7 @@ class Attention(nnx.Module):
             k, v = cache.read(sites)
         # A few queries have few scores; they read a cache as it stands.
         few = cache is not None and length <= FEW_QUERIES
-        if few or form_of(sites).name == WHOLE:
+        if few or form_of(sites).name == WHOLE or _is_tapped(context):
             y = self.read_whole(q, k, v, sites, context, mask, start)
         else:
             y = self.read_blockwise(q, k, v, sites, context, mask, start, constrain)
@@ -259,6 +260,12 @@ class Attention(nnx.Module):
         scores = jnp.where(visible, scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1) * self.scales.weight_factor(scores.shape[-1])
         return give(weights, site, probe)
+
+
+def _is_tapped(context: Context) -> bool:
+    """Whether a tap takes a tensor of which blocks never hold more than a part."""
+    slots = (context.at(name).slots or {} for name in blockwise.MEASURED)
+    return any(taps_in(asked) for roles in slots for asked in roles.values())
 
 
 def _entering(x: jax.Array, site: SitePolicy, context: Context, role: str) -> jax.Array:

@@ -34,7 +34,7 @@ from lmjax.runs.run_directory import hold_run
 from lmjax.runs.state import change_phase
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import local_path, staged
-from lmjax.train.advice import warnings
+from lmjax.train.cautions import warnings
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog

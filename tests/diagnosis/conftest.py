@@ -34,6 +34,6 @@ def opened(draw_state: Callable[..., Any]) -> Callable[..., Any]:
     def open_at_zero(config: Any, seed: int = 0) -> OpenRun:
         phases = resolve(config)
         mesh = sharding.make_mesh(phases.config.mesh, jax.devices()[:1])
-        return OpenRun(Path(), phases, mesh, draw_state(config, std=0.1, seed=seed), 0, None)
+        return OpenRun(Path(), phases, mesh, draw_state(config, std=0.1, seed=seed), 0, None, None)
 
     return open_at_zero

@@ -29,7 +29,7 @@ from lmjax.precision.probes import Census, Fate
 from lmjax.runs.resolved import phase_of, resolve
 from lmjax.runs.state import optimizer_of
 from lmjax.train import abstract_state, make_train_step
-from lmjax.train.advice import warnings
+from lmjax.train.cautions import warnings
 
 UNIT = {"parametrisation": "unit"}
 WIDE = UNIT | {"vocab_size": 256, "max_positions": 64, "heads": 4}

@@ -11,7 +11,7 @@ import pytest
 from lmjax.precision import parse_format
 from lmjax.precision.rounding import quantize
 from lmjax.train import resolve
-from lmjax.train.advice import half_ulp, warnings
+from lmjax.train.cautions import half_ulp, warnings
 
 
 @pytest.mark.parametrize("policy", ["f32", "mixed_bf16", "mixed_f16", "fp8", "nvfp4"])

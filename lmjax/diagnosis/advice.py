@@ -1,0 +1,374 @@
+"""Advice: which formats the tensors of an experiment have room for, and whether it trains in them.
+
+A short run in f32 counts the exponents of every tensor. They say what a format would do to it: the
+share that becomes 0 and the share beyond the largest number, also if the tensor is divided by a
+factor that brings its maximum to that number. Of a ladder of formats, each tensor gets the first
+for which both shares stay below a budget; that is a policy. It is then tried: the run is repeated
+under it, what telemetry counts stands beside what was predicted, and the held-out losses beside
+each other. If the policy loses more than is tolerated, a wider ladder is tried.
+
+A ladder's operands are what a chip multiplies faster than what follows; without a target, what
+takes fewer bits.
+
+Knows runs, telemetry and peak rates of chips.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy import stats
+
+from lmjax.chips import DEVICES
+from lmjax.console import stages
+from lmjax.diagnosis.opened import fresh_run
+from lmjax.precision.formats import parse_format
+from lmjax.precision.probes import Census
+from lmjax.precision.quantizer import parse_quantizer
+from lmjax.runs.config import Config
+from lmjax.runs.resolved import Phase
+from lmjax.telemetry.rows import TelemetryConfig, telemetry_row, tensor_format
+from lmjax.train.evaluate import held_out_loss
+from lmjax.train.step import make_eval_step, make_train_step
+
+WATCHED = 4
+"""Steps of a trial whose tensors are counted, spread evenly over it."""
+
+KEY_OF = {"w": "w", "x": "x", "g": "g", "y": "c", "dx": "c", "dw": "c"}
+"""The key of a policy that sets the format of each role."""
+
+
+class Exponents(NamedTuple):
+    """The tensors of one role at one site, over some steps.
+
+    Attributes:
+      size: number of elements.
+      maximum: largest magnitude.
+      counts: by exponent e, how many have a magnitude in [2^e, 2^(e + 1)).
+    """
+
+    size: float
+    maximum: float
+    counts: dict[int, float]
+
+    def share(self, low: float, high: float) -> float:
+        """Share of elements with magnitudes from `low` to `high`; uniform within an exponent."""
+        inside = 0.0
+        for exponent, count in self.counts.items():
+            start = math.ldexp(1.0, exponent)
+            part = min(high, 2 * start) - max(low, start)
+            inside += count * min(max(part / start, 0.0), 1.0)
+        return inside / self.size if self.size else 0.0
+
+
+class Loss(NamedTuple):
+    """Shares of a tensor: `underflow` becomes 0, `overflow` is beyond the largest number."""
+
+    underflow: float
+    overflow: float
+
+    @property
+    def worst(self) -> float:
+        """The larger share."""
+        return max(self)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A policy that was tried.
+
+    Attributes:
+      precision: the policy.
+      losses: held-out nats per token, by seed.
+      gap: mean over seeds of what it loses to f32.
+      half_width: of the 95% confidence interval of the gap; infinite with one seed.
+      formats: that each tensor is rounded to.
+      predicted: what it was expected to lose of each tensor.
+      measured: what telemetry counted.
+    """
+
+    precision: str
+    losses: tuple[float, ...]
+    gap: float
+    half_width: float
+    formats: dict[str, str]
+    predicted: dict[str, Loss]
+    measured: dict[str, Loss]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What formats an experiment has room for.
+
+    Attributes:
+      budget: the share of a tensor that may underflow, or overflow.
+      tolerance: the largest gap to f32 that is accepted, in nats.
+      target: chip whose rates count; empty: bits count.
+      precision: the advised policy: the first tried that is within the tolerance; else f32.
+      f32: held-out losses of the run in f32, by seed.
+      formats: by site and role, the first format of the narrowest ladder within the budget.
+      loss_scale: the smallest power of two at which f16 loses less than the budget of every
+        gradient; None if f16 needs none.
+      largest_loss_scale: the largest at which no gradient comes within a factor of 2 of overflow.
+      trials: the policies that were tried, in that order.
+    """
+
+    budget: float
+    tolerance: float
+    target: str
+    precision: str
+    f32: tuple[float, ...]
+    formats: dict[str, str]
+    loss_scale: float | None
+    largest_loss_scale: float
+    trials: tuple[Trial, ...]
+
+
+def advise(
+    config: Config,
+    *,
+    target: str = "",
+    steps: int = 60,
+    seeds: int = 1,
+    budget: float = 1e-2,
+    tolerance: float = 1e-2,
+) -> Advice:
+    """Advises on the formats of an experiment, and tries the advice.
+
+    Args:
+      config: the experiment; its own policy does not matter.
+      target: name of a chip, such as `h100`.
+      steps: length of each trial, the first steps of the experiment.
+      seeds: how often each is repeated, with other seeds.
+      budget: share of a tensor that may become 0, or be beyond the largest number.
+      tolerance: largest gap to f32 in held-out loss, in nats per token.
+
+    Raises:
+      ValueError: the chip is unknown.
+    """
+    ladders = _ladders(target)
+    wide = [_trained(config, "f32", steps, seed) for seed in range(seeds)]
+    exponents = wide[0].exponents
+    trials: list[Trial] = []
+    advised = "f32"
+    formats: dict[str, str] = {}
+    for ladder in ladders:
+        policy, chosen = _policy(wide[0].phase, ladder, exponents, budget)
+        formats = formats or chosen
+        ran = [_trained(config, policy, steps, seed) for seed in range(seeds)]
+        gaps = np.array([one.loss - other.loss for one, other in zip(ran, wide, strict=True)])
+        trials.append(
+            Trial(
+                policy,
+                tuple(one.loss for one in ran),
+                float(np.mean(gaps)),
+                _half_width(gaps),
+                ran[0].formats,
+                {path: predicted(exponents[path], text) for path, text in ran[0].formats.items()},
+                ran[0].lost,
+            )
+        )
+        if trials[-1].gap <= tolerance:
+            advised = policy
+            break
+    smallest, largest = f16_loss_scales(exponents, budget)
+    losses = tuple(one.loss for one in wide)
+    return Advice(
+        budget, tolerance, target, advised, losses, formats, smallest, largest, tuple(trials)
+    )
+
+
+def predicted(tensor: Exponents, text: str) -> Loss:
+    """What a format would do to a tensor.
+
+    Args:
+      tensor: its exponents in f32.
+      text: the format, such as `e4m3@tensor`. The factor of one that is scaled by channels or
+        blocks is taken to be that of the tensor, which is the worst case.
+    """
+    quantizer = parse_quantizer(text)
+    number_format, factor = quantizer.format, 1.0
+    if quantizer.groups != "none" and tensor.maximum > 0:
+        factor = tensor.maximum / number_format.largest_finite
+    # To nearest: what is at most half of the smallest number becomes 0.
+    smallest = number_format.smallest_subnormal / 2
+    return Loss(
+        tensor.share(0.0, smallest * factor),
+        tensor.share(number_format.largest_finite * factor, math.inf) if factor == 1 else 0.0,
+    )
+
+
+def f16_loss_scales(
+    exponents: Mapping[str, Exponents], budget: float
+) -> tuple[float | None, float]:
+    """The smallest loss scale at which gradients survive f16, and the largest without overflow.
+
+    Returns:
+      Powers of two; None for the first if 1 is enough.
+    """
+    f16 = parse_format("f16")
+    gradients = [e for path, e in exponents.items() if path.endswith(("/dx", "/dw", "/g"))]
+    highest = max((e.maximum for e in gradients), default=0.0) or 1.0
+    largest = 2.0 ** math.floor(math.log2(f16.largest_finite / 2 / highest))
+    scale = 1.0
+    threshold = f16.smallest_subnormal / 2
+    while scale < 2.0**100 and any(e.share(0, threshold / scale) > budget for e in gradients):
+        scale *= 2
+    return (None if scale == 1 else scale), largest
+
+
+class Ladder(NamedTuple):
+    """Formats of the operands of products, narrowest first, and of everything else."""
+
+    operands: tuple[str, ...]
+    cotangents: tuple[str, ...]
+    compute: tuple[str, ...]
+
+
+def _ladders(target: str) -> list[Ladder]:
+    """The ladders to try, narrowest first."""
+    eight = Ladder(("e4m3@tensor", "e5m2@tensor"), ("e5m2@tensor",), ("bf16", "f32"))
+    sixteen = Ladder((), (), ("bf16", "f32"))
+    if not target:
+        return [eight, sixteen]
+    rates = _rates(target)
+    faster = lambda name, than: rates.get(name, 0.0) > rates.get(than, 0.0)
+    half = next((name for name in ("bf16", "f16") if faster(name, "f32")), None)
+    if half is None:
+        return []
+    compute = (half, "f32")
+    ladders = [Ladder((), (), compute)]
+    if faster("fp8", half):
+        ladders.insert(0, eight._replace(compute=compute))
+    return ladders
+
+
+def _rates(target: str) -> dict[str, float]:
+    plain = lambda name: re.sub(r"[^a-z0-9]", "", name.lower())
+    for _, chip, flops in DEVICES:
+        if plain(chip).removeprefix("tpu").startswith(plain(target).removeprefix("tpu")):
+            return flops
+    known = ", ".join(chip for _, chip, _ in DEVICES)
+    raise ValueError(f"no chip is called {target!r}; there are {known}")
+
+
+def _policy(
+    phase: Phase, ladder: Ladder, exponents: Mapping[str, Exponents], budget: float
+) -> tuple[str, dict[str, str]]:
+    """A policy with the first format of a ladder that each tensor has room for.
+
+    Returns:
+      The policy, and the format of every tensor by site and role.
+    """
+    chosen: dict[str, str] = {}
+    rules: dict[str, dict[str, str]] = {}
+    first = ladder.compute[0]
+    base = {"p": "f32", "c": first, "o": "f32"}
+    for key, steps in (("w", ladder.operands), ("x", ladder.operands), ("g", ladder.cotangents)):
+        base |= {key: steps[0]} if steps else {}
+    for path, site in phase.sites.items():
+        roles = [role for role in site.site.roles if f"{path}/{role}" in exponents]
+        fits = lambda role, text, p=path: predicted(exponents[f"{p}/{role}"], text).worst <= budget
+        wide = site.site.wide
+        narrowed = "f32" if wide else next(
+            (c for c in ladder.compute if all(fits(r, c) for r in roles)), ladder.compute[-1]
+        )  # fmt: skip
+        if not wide and narrowed != first:
+            rules.setdefault(path, {})["c"] = narrowed
+        for role in roles:
+            steps = ladder.cotangents if role == "g" else ladder.operands
+            if KEY_OF[role] == "c" or not site.site.takes_operands or not steps:
+                chosen[f"{path}/{role}"] = narrowed
+                continue
+            text = next((one for one in steps if fits(role, one)), narrowed)
+            chosen[f"{path}/{role}"] = text
+            if text != base[role]:
+                rules.setdefault(path, {})[role] = text
+    written = lambda settings: ",".join(f"{key}={value}" for key, value in settings.items())
+    merged = _merged(phase, {path: written(settings) for path, settings in rules.items()})
+    return "; ".join([written(base), *(f"{path}: {text}" for path, text in merged)]), chosen
+
+
+def _merged(phase: Phase, rules: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    """Rules by path; one for all members of a stack where they are alike."""
+    for place in phase.layout.places:
+        texts = [rules.get(path, "") for path in place.paths]
+        if texts[0] and len(set(texts)) == 1:
+            yield str(place), texts[0]
+        else:
+            yield from ((path, text) for path, text in zip(place.paths, texts, strict=True) if text)
+
+
+class _Trained(NamedTuple):
+    phase: Phase
+    loss: float
+    exponents: dict[str, Exponents]
+    formats: dict[str, str]
+    lost: dict[str, Loss]
+
+
+def _trained(config: Config, precision: str, steps: int, seed: int) -> _Trained:
+    """The first steps of an experiment under a policy, some of them watched."""
+    scale = dataclasses.replace(config.loss_scale, kind="auto", format="auto")
+    run = fresh_run(
+        dataclasses.replace(
+            config,
+            precision=precision,
+            seed=config.seed + seed,
+            loss_scale=scale,
+            telemetry=TelemetryConfig(every=1),
+        )
+    )
+    phase = run.phase
+    watched = {round(steps * part / WATCHED) for part in range(1, WATCHED + 1)}
+    rows: list[dict[str, Any]] = []
+    with stages.stage(f"training {steps} steps with {precision}, seed {run.config.seed}"):
+        step, counting = (
+            make_train_step(phase, run.mesh, telemetry=telemetry) for telemetry in (False, True)
+        )
+        for number in range(1, steps + 1):
+            program = counting if number in watched and not seed else step
+            run.state, metrics = program(run.state, run.next_batch())
+            if "telemetry" in metrics:
+                tensors: dict[str, Census] = jax.device_get(metrics["telemetry"])
+                updates = jax.device_get(metrics["updates"])
+                rows.append(telemetry_row(number, tensors, updates, phase.sites, phase.layout))
+        evaluate = make_eval_step(phase, run.mesh)
+        loss = held_out_loss(
+            evaluate, run.state.params, run.corpus, run.config, run.mesh, batches=32
+        )
+    seen = list(rows[0]["tensors"]) if rows else []
+    return _Trained(
+        phase,
+        loss,
+        {path: _exponents([row["tensors"][path] for row in rows]) for path in seen},
+        {path: tensor_format(path, phase.sites, phase.layout) for path in seen},
+        {path: _lost([row["tensors"][path] for row in rows]) for path in seen},
+    )
+
+
+def _exponents(rows: Sequence[Mapping[str, Any]]) -> Exponents:
+    counts: dict[int, float] = {}
+    for row in rows:
+        for exponent, count in row["exponents"].items():
+            counts[int(exponent)] = counts.get(int(exponent), 0) + count
+    return Exponents(sum(row["size"] for row in rows), max(r["maximum"] for r in rows), counts)
+
+
+def _lost(rows: Sequence[Mapping[str, Any]]) -> Loss:
+    mean = lambda name: float(np.mean([row[name] for row in rows]))
+    return Loss(mean("underflow"), mean("overflow"))
+
+
+def _half_width(gaps: np.ndarray) -> float:
+    if len(gaps) < 2:
+        return math.inf
+    spread = np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+    return float(stats.t.ppf(0.975, len(gaps) - 1) * spread)
