@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lmjax import plan
 from lmjax.checks import validate
@@ -60,20 +60,23 @@ class MeshSizes:
         return {name: size for name, size in dataclasses.asdict(self).items() if size is not None}
 
 
-def changed(
-    config: Config,
-    precision: str | None,
-    mesh: MeshSizes,
-    batch_size: int | None,
-    micro_batches: int | None,
-) -> Config:
-    """A config with the changes of the flags."""
-    changes: dict[str, Any] = {
-        "precision": precision,
-        "batch_size": batch_size,
-        "micro_batches": micro_batches,
-    }
+@dataclass(frozen=True)
+class ModelChanges:
+    """What differs from the experiment's own model."""
+
+    remat: Literal["none", "dots", "full"] | None = None
+    """What the backward pass recomputes."""
+
+    def __post_init__(self) -> None:
+        """Rejects values that are not listed."""
+        validate(self, "model")
+
+
+def changed(config: Config, model: ModelChanges, mesh: MeshSizes, **changes: Any) -> Config:
+    """A config with the changes of the flags, of which None leaves the experiment's own."""
     given = {name: value for name, value in changes.items() if value is not None}
+    if model.remat is not None:
+        given["model"] = dataclasses.replace(config.model, remat=model.remat)
     sizes = dataclasses.replace(config.mesh, **mesh.given())
     return dataclasses.replace(config, mesh=sizes, **given)
 
@@ -135,8 +138,8 @@ def _print_arrays(arrays: Iterable[plan.Cut]) -> None:
     for cut in arrays:
         total += cut.bytes
         shape = " x ".join(map(str, cut.shape))
-        rows.append((cut.path, shape, cut.dtype, " ".join(cut.spec), _size(cut.bytes)))
-    rows.append(("in all", "", "", "", _size(total)))
+        rows.append((cut.path, shape, cut.dtype, " ".join(cut.spec), size_in_words(cut.bytes)))
+    rows.append(("in all", "", "", "", size_in_words(total)))
     columns = Column("array", "key"), Column("shape"), Column("dtype"), Column("divided by")
     print_table((*columns, Column("per device", "number")), rows)
 
@@ -146,7 +149,7 @@ def _print_traffic(made: Plan) -> None:
     sent = sum(row.sent for row in made.rows)
     expected = sum(row.expected for row in made.rows)
     ratio = f"{sent / expected:.4f}" if expected else ""
-    rows.append(("in all", "", "", "", "", _size(sent), _size(expected), ratio))
+    rows.append(("in all", "", "", "", "", size_in_words(sent), size_in_words(expected), ratio))
     named = Column("for", "key"), Column("collective"), Column("dtype"), Column("along")
     numbers = (Column(title, "number") for title in ("count", "sent", "arithmetic", "ratio"))
     print_table((*named, *numbers), rows)
@@ -156,21 +159,22 @@ def _print_traffic(made: Plan) -> None:
 def _traffic_row(row: plan.TrafficRow) -> tuple[str, ...]:
     ratio = "" if row.ratio is None else f"{row.ratio:.4f}"
     along = " x ".join(row.axes)
-    expected = _size(row.expected) if row.expected else ""
+    expected = size_in_words(row.expected) if row.expected else ""
     return (
-        row.purpose, row.kind, row.dtype, along, str(row.count), _size(row.sent), expected, ratio
+        row.purpose, row.kind, row.dtype, along, str(row.count), size_in_words(row.sent), expected,
+        ratio,
     )  # fmt: skip
 
 
 def _print_memory(made: Plan) -> None:
     parts = made.memory
     total, peak = sum(parts.values()), made.program.memory.peak
-    rows = [(name, _size(size)) for name, size in parts.items()]
+    rows = [(name, size_in_words(size)) for name, size in parts.items()]
     rows += [
-        ("sum", _size(total)),
-        ("compiled, on CPU", _size(peak)),
+        ("sum", size_in_words(total)),
+        ("compiled, on CPU", size_in_words(peak)),
         ("compiled / sum", f"{peak / total:.4f}"),
-        ("elsewhere, by the sum", _size(total - parts[plan.CPU_ONLY])),
+        ("elsewhere, by the sum", size_in_words(total - parts[plan.CPU_ONLY])),
     ]
     print_table((Column("peak memory", "key"), Column("per device", "number")), rows)
 
@@ -184,7 +188,7 @@ def _roofline_row(made: Plan, line: Roofline, memory: float) -> tuple[str, ...]:
         line.chip, str(line.devices), mesh or "1", str(made.config.batch_size),
         *(f"{1000 * time:.1f}" for time in times), line.bound,
         f"{1000 * line.least:.1f}", f"{1000 * line.most:.1f}", f"{speed:,.0f}",
-        f"{needs / memory:.0%} of {_size(memory)}",
+        f"{needs / memory:.0%} of {size_in_words(memory)}",
     )  # fmt: skip
 
 
@@ -200,7 +204,7 @@ def _plan_json(made: Plan, arrays: list[plan.Cut]) -> dict[str, Any]:
     }
 
 
-def _size(size: float) -> str:
+def size_in_words(size: float) -> str:
     """Bytes in decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5 or unit == "GB":

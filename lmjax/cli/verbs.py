@@ -19,6 +19,7 @@ import tyro
 
 from lmjax import checks
 from lmjax.checks import at_least
+from lmjax.cli.chips import show_chip_plan
 from lmjax.cli.common import (
     DONE,
     FAILED,
@@ -37,11 +38,12 @@ from lmjax.cli.data import show_prepared
 from lmjax.cli.diagnosis import advise, attribute, replay, twin
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
 from lmjax.cli.inference import evaluate, generate, score
-from lmjax.cli.plan import MeshSizes, changed, show_plan, show_rooflines
+from lmjax.cli.plan import MeshSizes, ModelChanges, changed, show_plan, show_rooflines
 from lmjax.console.tables import Column, print_table
 from lmjax.data import DataConfig
 from lmjax.data import prepare as prepare_data
-from lmjax.precision.backend import this_backend
+from lmjax.plan import parse_target
+from lmjax.precision.backend import planned_for, this_backend
 from lmjax.precision.formats import format_table
 from lmjax.precision.keys import KEYS
 from lmjax.precision.native import in_words
@@ -141,31 +143,42 @@ def prepare(data: Annotated[DataConfig, tyro.conf.arg(name="data")], json: bool 
 
 
 def sites(
-    experiment: tyro.conf.Positional[str], /, precision: str | None = None, json: bool = False
+    experiment: tyro.conf.Positional[str],
+    /,
+    precision: str | None = None,
+    target: str | None = None,
+    json: bool = False,
 ) -> int:
     """Shows the resolved format of each tensor at each site of an experiment's model, by phase.
 
     Consecutive blocks that are alike are one row: blocks/0-3/mlp/up is mlp/up of blocks 0 to 3. A
     rule of a policy names one of them as blocks/2/mlp/up and all of them as blocks/*/mlp/up.
-    The last column says which products are native on this machine, and how the others are
-    emulated: the product y and its gradients dx and dw. In the row of a softmax it says how
-    attention is computed: blockwise, or with its whole matrix of scores, and what asks for that.
+    The last column says which products are native on this machine or on the target, and how the
+    others are emulated: the product y and its gradients dx and dw. In the row of a softmax it says
+    how attention is computed: blockwise, or with its whole matrix of scores, and what asks for it.
 
     Args:
       experiment: Module, such as experiments.quickstart.
       precision: Policy, if not the experiment's own.
+      target: Chips, such as h100 or tpu-v5p, if not those of this machine.
       json: Print JSON.
     """
     config = load_experiment(experiment)
+    backend = this_backend() if target is None else bad_input(parse_target, target).backend
     if precision is not None:
         config = bad_input(dataclasses.replace, config, precision=precision)
-    phases = resolve(config).phases
+    with planned_for(backend):
+        _show_sites(resolve(config).phases, target or backend.platform, json=json)
+    return DONE
+
+
+def _show_sites(phases: Sequence[Phase], devices: str, *, json: bool) -> None:
     if json:
         found = {phase.start: _sites_json(phase) for phase in phases}
         print_json(found if len(found) > 1 else found[0])
-        return DONE
+        return
     settings = (Column(key, "setting") for key in KEYS)
-    native = Column(f"products on {this_backend().platform}", "text")
+    native = Column(f"products on {devices}", "text")
     columns = (Column("site", "key"), *settings, native)
     for phase in phases:
         if len(phases) > 1:
@@ -177,7 +190,6 @@ def sites(
         }
         merged = phase.layout.merged(rows)
         print_table(columns, [(path, *row) for path, row in merged.items()], each="site")
-    return DONE
 
 
 def _sites_json(phase: Phase) -> dict[str, dict[str, Any]]:
@@ -194,9 +206,12 @@ def _sites_json(phase: Phase) -> dict[str, dict[str, Any]]:
 def plan(
     experiment: tyro.conf.Positional[str],
     /,
+    target: str | None = None,
+    devices: Count | None = None,
     mesh: MeshSizes = MeshSizes(),  # noqa: B008
-    devices: Count = 8,
+    model: ModelChanges = ModelChanges(),  # noqa: B008
     precision: str | None = None,
+    context: Count | None = None,
     batch_size: Count | None = None,
     micro_batches: Count | None = None,
     roofline: bool = False,
@@ -204,13 +219,19 @@ def plan(
 ) -> int:
     """How an experiment is divided over devices, which need not exist, and what a step sends.
 
-    A separate process compiles the step for that many CPU devices; nothing is allocated.
+    A separate process compiles the step for that many CPU devices, or with --target with the
+    compiler of the chips; nothing is allocated.
 
     Args:
       experiment: Module, such as experiments.llama_1b.
+      target: Chips, such as h100:8, b200:8, tpu-v5p:4x4x4 or tpu-v6e:16x16. Prints what their own
+        compiler makes of the step: memory, kernels, products, collectives; and if it does not fit,
+        the smallest change with which it does. Needs lmjax[aot-cuda] or lmjax[aot-tpu].
+      devices: Number of devices without a target; 8 by default.
       mesh: Sizes of the device mesh, if not the experiment's own; -1 takes the rest.
-      devices: Number of devices.
+      model: What differs from the experiment's own model.
       precision: Policy, if not the experiment's own.
+      context: Context length in tokens, if not the experiment's own.
       batch_size: Sequences in a step, if not the experiment's own.
       micro_batches: Parts of a batch, if not the experiment's own.
       roofline: Print instead how long a step takes at least on two kinds of chips, for 8, 64 and
@@ -218,8 +239,15 @@ def plan(
       json: Print JSON.
     """
     config = load_experiment(experiment)
-    config = bad_input(changed, config, precision, mesh, batch_size, micro_batches)
-    bad_input(show_rooflines if roofline else show_plan, config, devices, json=json)
+    sizes = {"context": context, "batch_size": batch_size, "micro_batches": micro_batches}
+    config = bad_input(changed, config, model, mesh, precision=precision, **sizes)
+    if target is not None:
+        if devices is not None or roofline:
+            flag = "--roofline" if roofline else "--devices"
+            raise InputError(f"--target already names the chips; leave out {flag}")
+        bad_input(show_chip_plan, config, bad_input(parse_target, target), json=json)
+        return DONE
+    bad_input(show_rooflines if roofline else show_plan, config, devices or 8, json=json)
     return DONE
 
 

@@ -2,7 +2,9 @@
 
 from lmjax.chips import CHIPS, Chip
 from lmjax.hlo.collectives import Collective, collectives
+from lmjax.hlo.kernels import Product
 from lmjax.plan.arithmetic import Traffic, expected_traffic
+from lmjax.plan.fitting import TRIES, ChipPlan, Suggestion, plan_for_chips, suggestion
 from lmjax.plan.memory import CPU_ONLY, expected_memory
 from lmjax.plan.plan import Cut, Plan, cuts, make_plan, scaled
 from lmjax.plan.program import Compiled, DoesNotFit, PlanError, Program, compiled_for, partitioned
@@ -14,15 +16,19 @@ __all__ = [
     "ASSUMPTIONS",
     "CHIPS",
     "CPU_ONLY",
+    "TRIES",
     "Chip",
+    "ChipPlan",
     "Collective",
     "Compiled",
     "Cut",
     "DoesNotFit",
     "Plan",
     "PlanError",
+    "Product",
     "Program",
     "Roofline",
+    "Suggestion",
     "Target",
     "Traffic",
     "TrafficRow",
@@ -35,6 +41,8 @@ __all__ = [
     "make_plan",
     "parse_target",
     "partitioned",
+    "plan_for_chips",
     "roofline",
     "scaled",
+    "suggestion",
 ]
