@@ -1,7 +1,7 @@
 """The Transformer: the only room that knows Flax, which it uses to build and name parameters."""
 
 from lmjax.model.attention_form import Form, attention_forms
-from lmjax.model.config import ModelConfig, gpt2, llama_1b
+from lmjax.model.config import ModelConfig, RopeScaling, gpt2, llama_1b
 from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
 from lmjax.model.families import (
     Params,
@@ -38,6 +38,7 @@ __all__ = [
     "Form",
     "ModelConfig",
     "Params",
+    "RopeScaling",
     "Sites",
     "Store",
     "Weight",

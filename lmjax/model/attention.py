@@ -7,6 +7,7 @@ key/value head, H head width. Knows Flax, JAX and policies; no mesh, no optimize
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from lmjax.model import blockwise
 from lmjax.model.attention_form import WHOLE, form_of
 from lmjax.model.cache import LayerCache
-from lmjax.model.config import ModelConfig
+from lmjax.model.config import ModelConfig, RopeScaling
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Norm, dropout
 from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
 from lmjax.model.parametrisation import parametrisation_of
@@ -46,10 +47,27 @@ def rotary_angles(
     """
     half = config.head_size // 2
     exponents = jnp.arange(half, dtype=jnp.float32) / half
-    frequencies = site.to_compute(jnp.float32(config.rope_base) ** -exponents)
+    frequencies = _lowered(jnp.float32(config.rope_base) ** -exponents, config.rope_scaling)
+    frequencies = site.to_compute(frequencies)
     turns = site.to_compute(positions.astype(jnp.float32))
     angles = turns[..., None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _lowered(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
+    """Frequencies f32[H/2] in radians per position, as a longer context needs them.
+
+    With `llama3`, the share that stays grows from 0 to 1 between two numbers of turns in the
+    original context (Meta 2024, `apply_scaling` of llama-models).
+    """
+    if scaling.kind == "none":
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = frequencies * (scaling.original_positions / (2 * math.pi))
+    span = scaling.high_frequency - scaling.low_frequency
+    stays = jnp.clip((turns - scaling.low_frequency) / span, 0.0, 1.0)
+    return (1.0 - stays) * (frequencies / scaling.factor) + stays * frequencies
 
 
 @at_site
@@ -78,7 +96,7 @@ class Attention(nnx.Module):
             fan_in=c.width,
             axes=("embed", "heads"),
             std=scales.weight_std,
-            bias=c.bias,
+            bias=c.qkv_bias,
             scales=scales,
         )
         self.config, self.scales = config, scales
@@ -91,7 +109,7 @@ class Attention(nnx.Module):
             queries,
             c.width,
             axes=("heads", "embed"),
-            bias=c.bias,
+            bias=c.out_bias,
             std=scales.last_weight_std,
             scales=scales,
         )

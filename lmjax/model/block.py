@@ -7,8 +7,8 @@ optimizer, no data.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Literal, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, TypeVar
 
 import jax
 from flax import nnx
@@ -31,8 +31,17 @@ NormPosition = Literal["before", "after"]
 """
 
 
+ACTIVATIONS: Final[Mapping[str, Callable[[jax.Array], jax.Array]]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+"""Activations without a gate, by `model.activation`."""
+
+
 class Mlp(nnx.Module):
-    """Two linear layers around a GELU, or three around a gated SiLU.
+    """Two linear layers around an activation, or three around a gated SiLU.
 
     `norm` is the norm of its half of the block, which calls it where it stands.
     """
@@ -61,6 +70,7 @@ class Mlp(nnx.Module):
             scales=scales,
         )
         self.scales = scales
+        self.activation = c.activation
         gated = c.activation == "swiglu"
         self.gate = inward(next(keys)) if gated else None
 
@@ -75,10 +85,10 @@ class Mlp(nnx.Module):
     def activated(
         self, hidden: jax.Array, gate: jax.Array | None, site: SitePolicy, context: Context
     ) -> jax.Array:
-        """GELU of `hidden [B, T, M]`, or `hidden` times SiLU of a gate of that shape."""
+        """The activation of `hidden [B, T, M]`, or `hidden` times SiLU of a gate of that shape."""
         hidden = take(hidden, site, context.probe)
         if gate is None:
-            hidden = jax.nn.gelu(hidden, approximate=True)
+            hidden = ACTIVATIONS[self.activation](hidden)
         else:
             hidden = jax.nn.silu(site.to_compute(gate)) * hidden
         return give(self.scales.activated(hidden), site, context.probe)

@@ -20,6 +20,32 @@ DEEPEST = 1024
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered for contexts longer than those first trained on."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """none; linear, all frequencies divided by the factor (Chen et al. 2023); llama3, only those
+    that turn slowly (Llama 3.1, Meta 2024)."""
+    factor: Annotated[float, at_least(1)] = 1.0
+    """What slow frequencies are divided by."""
+    low_frequency: Annotated[float, above(0)] = 1.0
+    """llama3: frequencies of at most this many turns in the original context are divided."""
+    high_frequency: Annotated[float, above(0)] = 4.0
+    """llama3: frequencies of at least this many turns in the original context stay."""
+    original_positions: Size = 8192
+    """llama3: the original context."""
+
+    def __post_init__(self) -> None:
+        """Refuses bounds in the wrong order."""
+        validate(self, "model.rope_scaling")
+        if self.low_frequency >= self.high_frequency:
+            raise ValueError(
+                f"model.rope_scaling.high_frequency is {self.high_frequency}; it must be above "
+                f"model.rope_scaling.low_frequency, which is {self.low_frequency}"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer. One code path; the fields tell GPT-2 from Llama."""
 
@@ -46,14 +72,19 @@ class ModelConfig:
     """Learned absolute positions, or rotary embeddings (Su et al. 2021)."""
     rope_base: Annotated[float, at_least(1)] = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling = RopeScaling()
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019)."""
     norm_epsilon: Annotated[float, above(0)] = 1e-5
     """Added to the variance before the square root."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """GELU, tanh form (Hendrycks and Gimpel 2016), or a SiLU-gated MLP (Shazeer 2020)."""
+    activation: Literal["gelu", "gelu_erf", "relu", "silu", "swiglu"] = "gelu"
+    """GELU (Hendrycks and Gimpel 2016), its tanh form or exact; ReLU; SiLU; or a SiLU-gated MLP
+    (Shazeer 2020)."""
     bias: bool = True
     """Biases in the linear layers and the LayerNorms."""
+    attention_bias: Literal["same", "none", "qkv", "qkvo"] = "same"
+    """Biases of attention's linear layers: as `bias` says; none; those of queries, keys and values
+    (Qwen 2); or all four."""
     tied: bool = True
     """The head reuses the embedding table."""
     qk_norm: bool = False
@@ -92,6 +123,11 @@ class ModelConfig:
                 f"rotary positions turn pairs, but a head is {self.head_size} wide; make "
                 "model.head-width even"
             )
+        if self.parametrisation == "unit" and self.activation not in ("gelu", "swiglu"):
+            raise ValueError(
+                f"unit scaling has no gain for the activation {self.activation}; choose gelu or "
+                "swiglu"
+            )
 
     # The fields that 0 leaves open are derived here and not filled in, so that
     # `dataclasses.replace(config, width=...)` keeps deriving them.
@@ -105,6 +141,16 @@ class ModelConfig:
     def kv_head_count(self) -> int:
         """Number of key and value heads."""
         return self.kv_heads or self.heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.attention_bias == "same" else self.attention_bias != "none"
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether what leaves attention has a bias."""
+        return self.bias if self.attention_bias == "same" else self.attention_bias == "qkvo"
 
     @property
     def mlp_size(self) -> int:
@@ -135,8 +181,8 @@ def gpt2(**changes: Any) -> ModelConfig:
 def llama_1b(**changes: Any) -> ModelConfig:
     """Llama 3.2 1B (Meta 2024): 1,235,814,400 parameters.
 
-    Without the rescaling of rotary frequencies that the release uses to reach 128k tokens of
-    context.
+    Without the rescaling of rotary frequencies (`rope_scaling`) that the release uses to reach 128k
+    tokens of context.
     """
     one_billion = ModelConfig(
         vocab_size=128256,
