@@ -22,9 +22,12 @@ ARROWS = {
     "parallel": {"console", "precision"},
     "telemetry": {"files", "model", "optim", "precision"},
     "runs": {"console", "data", "files", "model", "optim", "parallel", "precision", "telemetry"},
+    "interop": {
+        "console", "data", "files", "model", "optim", "parallel", "precision", "runs",
+    },
     "train": {
-        "chips", "console", "data", "files", "model", "optim", "parallel", "precision", "runs",
-        "telemetry",
+        "chips", "console", "data", "files", "interop", "model", "optim", "parallel", "precision",
+        "runs", "telemetry",
     },
     "plan": {"chips", "console", "hlo", "model", "parallel", "precision", "runs", "train"},
     "diagnosis": {
@@ -34,12 +37,12 @@ ARROWS = {
     "inference": {"console", "data", "model", "parallel", "precision", "runs", "train"},
     "ablation": {"console", "data", "files", "runs", "train"},
     "compression": {
-        "console", "data", "inference", "model", "optim", "parallel", "precision", "runs", "train",
+        "console", "data", "files", "inference", "model", "optim", "parallel", "precision", "runs",
+        "train",
     },
     "cli": {
-        "ablation", "compression", "console", "data", "diagnosis", "files", "inference", "parallel",
-        "plan",
-        "precision", "runs", "telemetry", "train",
+        "ablation", "compression", "console", "data", "diagnosis", "files", "inference", "interop",
+        "parallel", "plan", "precision", "runs", "telemetry", "train",
     },
     "chips": set(),
     "__init__": {"console"},
@@ -57,7 +60,8 @@ CONFINED = {
     "tensorflow_datasets": ("data/",),
     "array_record": ("data/",),
     "tokenizers": ("data/",),
-    "tyro": ("cli/common.py", "cli/flags.py", "cli/verbs.py", "cli/ablation.py"),
+    "tyro": ("cli/",),
+    "safetensors": ("interop/tensors.py",),
     "fsspec": ("runs/store/object_store.py",),
     "submitit": ("ablation/pools.py",),
     "tensorboardX": ("runs/metrics.py",),

@@ -10,6 +10,7 @@ exit code:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import os
 import signal
@@ -39,6 +40,8 @@ from lmjax.parallel import distributed
 from lmjax.parallel.agreement import is_first
 from lmjax.parallel.distributed import DistributedConfig
 from lmjax.plan.program import PlanError
+from lmjax.runs.config import Extension, extended, unextended
+from lmjax.runs.run_directory import finished_result
 from lmjax.runs.store.remote import fetched
 from lmjax.train import Config, InputError, TrainingFailed, read_config, train
 from lmjax.train.exhaustion import explained, is_exhaustion
@@ -86,6 +89,12 @@ class TrainFlags:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     stop_after: Annotated[int, at_least(1)] | None = None
     """Stop with a checkpoint after this many steps of this launch; the schedule is unchanged."""
+    extend_steps: Annotated[int, at_least(1)] | None = None
+    """Prolong the finished run in the run directory by this many steps; on record in config.json
+    and history.jsonl."""
+    extend_schedule: Extension = "constant"
+    """How: at the learning rate where the schedule ended, or rewarm: up to the peak in another
+    warm-up, then down again as before."""
     sample: Annotated[int, at_least(0)] = 200
     """Tokens of sample text generated when a single-process run is done; 0: none."""
 
@@ -114,7 +123,15 @@ def _run_experiment(
 ) -> int:
     default = TrainFlags(config=config(), workdir=str(Path("runs", module.rpartition(".")[2])))
     command = command or f"python -m {module}"
-    return _launched(parsed(TrainFlags, with_file(arguments), default=default, command=command))
+    helped = {"-h", "--help"} & set(arguments)
+    arguments = with_file(arguments, "" if helped else default.config.init_from)
+    launch = parsed(TrainFlags, arguments, default=default, command=command)
+    if launch.extend_steps is not None:
+        with fetched(launch.workdir, checkpoint=False) as folder:
+            read_config(folder)  # raises if there is no run to prolong
+        longer = extended(launch.config, launch.extend_steps, launch.extend_schedule)
+        launch = dataclasses.replace(launch, config=longer)
+    return _launched(launch)
 
 
 def resume_run(arguments: Sequence[str]) -> int:
@@ -129,21 +146,41 @@ def resume_run(arguments: Sequence[str]) -> int:
             parsed(TrainFlags, arguments, default=TrainFlags(Config(), "RUN"), command=RESUME)
         raise InputError(f"name the run directory first: {RESUME}")
     with fetched(run, checkpoint=False) as folder:
-        recorded, path = read_config(folder), folder / "result.json"
-        result = strict_json.read(path) if path.exists() else None
+        recorded = read_config(folder)
+        result = finished_result(folder, recorded)
     default = TrainFlags(config=reopened(recorded), workdir=run)
     launch = parsed(TrainFlags, with_file(arguments[1:]), default=default, command=RESUME)
     if launch.workdir != run:
         raise InputError(f"{RESUME} resumes in RUN itself; leave out --workdir")
+    if launch.extend_steps is not None:
+        return _launched(_prolonged(launch, recorded, result is not None))
     if result is not None:
         print(
             f"{run} is finished: held-out loss {float(result['eval_loss']):.4f} nats per token "
-            f"after {result['steps']} steps. For a longer run, start another one: an experiment "
-            f"with --config {run}/config.json, --steps and --workdir"
+            f"after {result['steps']} steps. --extend-steps N prolongs it; for a longer "
+            f"schedule start another run: an experiment with --config {run}/config.json, --steps "
+            "and --workdir"
         )
         return DONE
     keep_freed_memory()
     return _launched(launch)
+
+
+def _prolonged(launch: TrainFlags, recorded: Config, finished: bool) -> TrainFlags:
+    """A launch of a recorded run with its extension, unless the run is in the middle of it.
+
+    Raises:
+      InputError: it is in the middle of something else.
+    """
+    longer = lambda config: extended(config, launch.extend_steps or 0, launch.extend_schedule)
+    if finished:
+        return dataclasses.replace(launch, config=longer(launch.config))
+    if recorded.optimizer.extensions and longer(unextended(recorded)) == recorded:
+        return launch
+    raise InputError(
+        f"{launch.workdir} is not finished, so it cannot be prolonged; resume it without "
+        "--extend-steps first"
+    )
 
 
 RESUME = "python -m lmjax resume RUN [FLAGS]"

@@ -1,6 +1,6 @@
 """Flags: their names, suggestions for mistyped ones, and the sources of their values.
 
-    experiment's defaults  <  --config FILE  <  flags
+    experiment's defaults  <  model of --init-from  <  --config FILE  <  flags
 
 A file of settings becomes flags that precede those of the command line, so one mechanism parses
 both, and only the result is validated as a whole. An error becomes one line.
@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import inspect
 import io
-import itertools
 import re
 import shutil
 import sys
@@ -27,6 +26,7 @@ import tyro
 
 from lmjax import checks, strict_json
 from lmjax.console import stages
+from lmjax.interop import settings_of
 from lmjax.runs.config import from_json, to_json
 from lmjax.train import Config, InputError
 
@@ -202,11 +202,29 @@ def _nearest_place(places: Sequence[str], part: str) -> str:
 # --- Files of settings
 
 
-def with_file(arguments: Sequence[str]) -> list[str]:
-    """The arguments, preceded by those from the file of the last `--config FILE`."""
-    paths = [after for flag, after in itertools.pairwise(arguments) if flag == "--config"]
-    paths += [argument[9:] for argument in arguments if argument.startswith("--config=")]
-    return [*(flags_of_file(paths[-1]) if paths else ()), *arguments]
+def with_file(arguments: Sequence[str], origin: str = "") -> list[str]:
+    """The arguments, preceded by those from where a run starts and from a file of settings.
+
+    Args:
+      arguments: from the command line; the last `--config FILE` and `--init-from ORIGIN` count.
+      origin: where the run starts if no argument says so.
+    """
+    path = _last("--config", arguments)
+    settings = flags_of_file(path) if path else []
+    given = _last("--init-from", [*settings, *arguments])
+    origin = origin if given is None else given
+    start = list(_as_flags(settings_of(origin), "")) if origin else []
+    return [*start, *settings, *arguments]
+
+
+def _last(flag: str, arguments: Sequence[str]) -> str | None:
+    """The last value that arguments give a flag."""
+    found = None
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else next(iter(arguments[index + 1 :]), "")
+    return found
 
 
 def flags_of_file(name: str) -> list[str]:

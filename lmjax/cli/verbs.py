@@ -38,6 +38,7 @@ from lmjax.cli.data import show_prepared
 from lmjax.cli.diagnosis import advise, attribute, replay, twin
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
 from lmjax.cli.inference import evaluate, generate, score
+from lmjax.cli.interop import export, import_model
 from lmjax.cli.plan import MeshSizes, ModelChanges, changed, show_plan, show_rooflines
 from lmjax.console.tables import Column, print_table
 from lmjax.data import DataConfig
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "evaluate": evaluate,
         "quantize": quantize,
         "prune": prune,
+        "import": import_model,
+        "export": export,
         "prepare": prepare,
         "sites": sites,
         "plan": plan,

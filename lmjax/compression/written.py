@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from lmjax import strict_json
 from lmjax.console import stages
-from lmjax.data.store import published_directory
 from lmjax.errors import InputError, StorageFailed
+from lmjax.files.publishing import published_directory
 from lmjax.inference import TrainedModel
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.metrics import replace_text

@@ -11,9 +11,11 @@ from lmjax.data.config import DataConfig
 from lmjax.data.corpus import TokenizedCorpus, prepare, tokenized_corpus
 from lmjax.data.errors import CacheFailed, DataError
 from lmjax.data.pipeline import document_starts, train_iterator, validation_batches
-from lmjax.data.tokenizers import Tokenizer, load_tokenizer
+from lmjax.data.tokenizer_files import load_tokenizer, read_tokenizer
+from lmjax.data.tokenizers import ByteTokenizer, Tokenizer
 
 __all__ = [
+    "ByteTokenizer",
     "CacheFailed",
     "DataConfig",
     "DataError",
@@ -22,6 +24,7 @@ __all__ = [
     "document_starts",
     "load_tokenizer",
     "prepare",
+    "read_tokenizer",
     "tokenized_corpus",
     "train_iterator",
     "validation_batches",

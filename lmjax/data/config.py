@@ -53,7 +53,11 @@ class DataConfig:
     feature: str = "text"
     """The text feature of a tfds: dataset."""
     tokenizer: str = "bytes"
-    """bytes | bpe (byte-level, trained on this corpus' training documents) | gpt2."""
+    """bytes | bpe (byte-level, trained on this corpus' training documents) | gpt2 | FILE_OR_DIR: a
+    tokenizer.json, or a folder that holds one, of a model on Hugging Face or of a run."""
+    end_of_document: str = ""
+    """The token of a tokenizer.json that follows each document, such as </s>; empty: the one that
+    settings beside the file name."""
     vocab_size: Annotated[int, at_least(_SMALLEST_BPE)] = 8192
     """Largest vocabulary of the trained bpe; a small corpus may yield fewer tokens."""
     tokenizer_files: str = ""
@@ -80,10 +84,29 @@ class DataConfig:
             raise DataError(
                 f"files are read only by --data.dataset text_files, not by {self.dataset!r}"
             )
-        if self.tokenizer not in _TOKENIZERS:
+        if self.tokenizer not in _TOKENIZERS and not self.tokenizer_path:
             raise DataError(
-                f"unknown tokenizer {self.tokenizer!r}: choose {', '.join(_TOKENIZERS)}"
+                f"unknown tokenizer {self.tokenizer!r}: choose {', '.join(_TOKENIZERS)}, or name a "
+                "tokenizer.json or a folder that holds one"
             )
+        if self.end_of_document and not self.tokenizer_path:
+            raise DataError(
+                f"data.end_of_document is {self.end_of_document!r}, but the tokenizer "
+                f"{self.tokenizer} has its own; it is for a tokenizer.json"
+            )
+
+    @property
+    def tokenizer_path(self) -> bool:
+        """Whether the tokenizer is a file or a folder."""
+        name = self.tokenizer
+        if name in _TOKENIZERS:
+            return False
+        return "/" in name or name.endswith(".json") or (bool(name) and expanded(name).exists())
+
+    @property
+    def tokenizer_label(self) -> str:
+        """The tokenizer in one word, as part of a name."""
+        return "file" if self.tokenizer_path else self.tokenizer
 
     @property
     def tfds_name(self) -> TfdsName | None:

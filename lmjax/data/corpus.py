@@ -33,23 +33,16 @@ from lmjax.data.documents import (
 )
 from lmjax.data.errors import DataError
 from lmjax.data.sources import TextSource, find_source
-from lmjax.data.store import (
-    discard,
-    json_sha256,
-    published_directory,
-    seal,
-    sealed_content,
-    sole_builder,
-    storage_explained,
-)
+from lmjax.data.store import json_sha256, seal, sealed_content, storage_explained
+from lmjax.data.tokenizer_files import load_tokenizer, read_tokenizer
 from lmjax.data.tokenizers import (
     ByteTokenizer,
     Tokenizer,
     gpt2_files,
     load_gpt2,
-    load_tokenizer,
     train_bpe,
 )
+from lmjax.files.publishing import discard, published_directory, sole_builder
 
 # Part of every key: increment it when the meaning of a cache entry changes.
 FORMAT_VERSION = 1
@@ -177,7 +170,7 @@ def _key(config: DataConfig, content: str) -> str:
         "validation_fraction": config.validation_fraction,
     }
     name = config.tfds_name.name if config.tfds_name else config.dataset
-    return f"{name}-{config.tokenizer}-{json_sha256(parts)[:32]}"
+    return f"{name}-{config.tokenizer_label}-{json_sha256(parts)[:32]}"
 
 
 def _tokenizer_spec(config: DataConfig) -> list[Any]:
@@ -186,6 +179,8 @@ def _tokenizer_spec(config: DataConfig) -> list[Any]:
     if config.tokenizer == "gpt2":
         files = gpt2_files(config.tokenizer_files)
         return ["gpt2", *(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)]
+    if config.tokenizer_path:
+        return [*read_tokenizer(config.tokenizer, config.end_of_document).identity]
     return [config.tokenizer]
 
 
@@ -195,6 +190,8 @@ def _make_tokenizer(config: DataConfig, train: Collection[str]) -> Tokenizer:
             return train_bpe(train, config.vocab_size)
     if config.tokenizer == "gpt2":
         return load_gpt2(config.tokenizer_files)
+    if config.tokenizer_path:
+        return read_tokenizer(config.tokenizer, config.end_of_document)
     return ByteTokenizer()
 
 
@@ -218,7 +215,7 @@ def _build(
     dtype = token_dtype(tokenizer.vocab_size)
     tokenizer.save(directory / "tokenizer.json")
     total = len(texts.train) + len(texts.validation)
-    label = f"tokenising {config.dataset} ({config.tokenizer}, {counted(total, 'document')})"
+    label = f"tokenising {config.dataset} ({config.tokenizer_label}, {counted(total, 'document')})"
     with progress_over(label, total, enabled=progress) as advance:
         train = _write(tokenizer, texts.train, directory / "train.bin", dtype, advance)
         held_out = _write(tokenizer, texts.validation, directory / "validation.bin", dtype, advance)
@@ -247,17 +244,19 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 def _write(
     tokenizer: Tokenizer, texts: Collection[str], path: Path, dtype: np.dtype[Any], advance: Any
 ) -> _Written:
-    """Writes the ids of `texts`, each text followed by the end-of-document token."""
+    """Writes the ids of `texts`, each between its start, if there is one, and its end."""
     tokens = documents = text_bytes = 0
     digest = hashlib.sha256()
     end = np.asarray([tokenizer.end_of_document], dtype=dtype)
+    start = np.asarray([tokenizer.start_of_document], dtype=dtype)
+    start = start[: int(tokenizer.has_start)]
     with path.open("wb") as file:
         for batch in _batches(texts):
             for ids in tokenizer.encode_batch(batch):
-                block = np.concatenate([ids.astype(dtype), end]).tobytes()
-                file.write(block)
-                digest.update(block)
-                tokens += ids.size + 1
+                block = np.concatenate([start, ids.astype(dtype), end])
+                file.write(block.tobytes())
+                digest.update(block.tobytes())
+                tokens += block.size
             documents += len(batch)
             text_bytes += sum(len(text.encode("utf-8")) for text in batch)
             advance(len(batch))

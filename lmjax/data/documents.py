@@ -22,15 +22,9 @@ from lmjax.data.config import DataConfig, TfdsName
 from lmjax.data.errors import DataError
 from lmjax.data.network import refuse_unreachable
 from lmjax.data.sources import Document, TextSource
-from lmjax.data.store import (
-    discard,
-    published_directory,
-    remove_leftovers,
-    seal,
-    sealed_content,
-    storage_explained,
-)
+from lmjax.data.store import seal, sealed_content, storage_explained
 from lmjax.files.filenames import expanded, plain, printable
+from lmjax.files.publishing import discard, published_directory, remove_leftovers
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _VALIDATION_SPLITS = ("validation", "test")

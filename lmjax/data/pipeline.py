@@ -55,7 +55,7 @@ def train_iterator(
       DataError: the batch does not divide among the hosts, or the split has no whole window.
     """
     rows = _host_rows(batch_size, process_index, process_count)
-    end = corpus.tokenizer.end_of_document if document_mask else None
+    end = corpus.tokenizer.start_of_document if document_mask else None
     windows = (corpus.train.size - 1) // length
     if windows < 1:
         raise DataError(
@@ -121,7 +121,7 @@ def validation_batches(
     windows = -(-(corpus.validation.size - 1) // length)
     limit = max_batches * batch_size if max_batches else windows
     chosen = np.arange(min(limit, windows), dtype=np.int64) * windows // min(limit, windows)
-    end = corpus.tokenizer.end_of_document if document_mask else None
+    end = corpus.tokenizer.start_of_document if document_mask else None
     # A row past the end starts where no token remains to predict: all padding.
     beyond = -(-corpus.validation.size // length)
     filler = np.full(-chosen.size % batch_size, beyond, dtype=np.int64)
@@ -130,7 +130,7 @@ def validation_batches(
 
 
 def document_starts(
-    tokens: npt.NDArray[np.integer[Any]], end_of_document: int
+    tokens: npt.NDArray[np.integer[Any]], start_of_document: int
 ) -> npt.NDArray[np.int32]:
     """Where the document of each token starts, for a document mask.
 
@@ -141,13 +141,13 @@ def document_starts(
 
     Args:
       tokens: windows of a stream of documents, `[B, T]`.
-      end_of_document: the token after each document.
+      start_of_document: the token before each document, if it has one, or else that after each.
 
     Returns:
       `int32[B, T]`: index in its row of the end-of-document token before each token, or of that
       token itself; 0 if the window starts in the middle of a document.
     """
-    starts = np.where(tokens == end_of_document, np.arange(tokens.shape[1], dtype=np.int32), 0)
+    starts = np.where(tokens == start_of_document, np.arange(tokens.shape[1], dtype=np.int32), 0)
     return np.maximum.accumulate(starts, axis=1, dtype=np.int32)
 
 

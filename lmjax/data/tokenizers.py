@@ -1,21 +1,21 @@
-"""Text to token ids and back. The only file that knows the `tokenizers` library.
+"""Text to token ids and back.
 
-Every tokenizer here works on bytes, so every text can be encoded and no text has unknown tokens.
-A saved tokenizer is one JSON file that carries its own checksum. May import the room's
-errors and store.
+The tokenizers here work on bytes, so every text can be encoded and no text has unknown tokens.
+A saved tokenizer is one JSON file that carries its own checksum; `tokenizer_files.py` reads it. May
+import the room's errors and store.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +50,24 @@ class Tokenizer(ABC):
 
     name: str
     vocab_size: int
+    _cut: ClassVar[re.Pattern[str]] = _CUT
     end_of_document: int
     """The id that follows each document; no text encodes to it, and it decodes to nothing."""
+
+    @cached_property
+    def start_of_document(self) -> int:
+        """The id before each document: the end of the one before, unless there is one for it."""
+        return self.end_of_document
+
+    @property
+    def has_start(self) -> bool:
+        """Whether a document begins with a token of its own."""
+        return self.start_of_document != self.end_of_document
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Its name and a digest of what `save` writes: equal tokenizers have equal ones."""
+        return self.name, json_sha256(self._content())
 
     def encode(self, text: str) -> Ids:
         """The ids of `text`, int32[tokens], without an end-of-document token.
@@ -65,7 +81,7 @@ class Tokenizer(ABC):
         """The ids of each text, encoded in parallel if the tokenizer can."""
         for text in texts:
             _refuse_surrogates(text)
-        chunks = [_chunks(text) for text in texts]
+        chunks = [self._chunks(text) for text in texts]
         encoded = iter(self._encode([chunk for of_text in chunks for chunk in of_text]))
         return [_concatenate(list(islice(encoded, len(of_text)))) for of_text in chunks]
 
@@ -82,16 +98,53 @@ class Tokenizer(ABC):
         An invalid id stands for U+FFFD, and the end of a document for nothing.
         """
         flat = np.asarray(ids, dtype=np.int64).reshape(-1)
-        flat = flat[flat != self.end_of_document]
+        flat = flat[(flat != self.end_of_document) & (flat != self.start_of_document)]
         unknown = np.flatnonzero((flat < 0) | (flat >= self.vocab_size))
         first, *others = np.split(flat, unknown)
         return _UNKNOWN.join([self._bytes(first), *(self._bytes(part[1:]) for part in others)])
 
     def save(self, path: Path) -> None:
-        """Writes one JSON file that `load_tokenizer` reads back."""
+        """Writes one JSON file that `load_tokenizer` (tokenizer_files.py) reads back."""
         content = {"name": self.name, "tokenizer": self._content()}
         document = {"sha256": json_sha256(content), **content}
         path.write_text(strict_json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+    def _chunks(self, text: str) -> list[str]:
+        """The parts of a text that can be encoded apart."""
+        chunks = []
+        start = 0
+        while len(text) - start > _CHUNK:
+            cut = self._cut.search(text, start + _CHUNK)
+            end = cut.start() if cut else len(text)
+            chunks.append(text[start:end])
+            start = end
+        if start < len(text):
+            chunks.append(text[start:])
+        return chunks
+
+    def exported(self, positions: int) -> dict[str, str]:
+        """The files by which Hugging Face's transformers read it, by name.
+
+        Args:
+          positions: the longest context of the model.
+        """
+        file = self._exported()
+        names = {token["id"]: token["content"] for token in file.get("added_tokens", ())}
+        ends = {"eos_token": self.end_of_document, "bos_token": self.start_of_document}
+        settings = {name: names[token] for name, token in ends.items() if token in names} | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": positions,
+        }
+        texts = {"tokenizer.json": file, "tokenizer_config.json": settings}
+        return {
+            name: strict_json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+            for name, value in texts.items()
+        }
+
+    @abstractmethod
+    def _exported(self) -> Any:
+        """Its `tokenizer.json`."""
 
     @abstractmethod
     def _encode(self, chunks: Sequence[str]) -> Iterator[Ids]:
@@ -127,6 +180,12 @@ class ByteTokenizer(Tokenizer):
     def _content(self) -> Any:
         return None
 
+    def _exported(self) -> Any:
+        """A byte-level BPE without merges, whose ids are bytes."""
+        model = models.BPE(vocab=dict(_BYTES), merges=[])
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return strict_json.loads(byte_level(model, pieces).to_str())
+
 
 class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding (Radford et al. 2019, section 2.2), ours or GPT-2's."""
@@ -153,12 +212,14 @@ class BPETokenizer(Tokenizer):
     def _bytes(self, ids: npt.NDArray[np.int64]) -> bytes:
         return b"".join(map(self._bytes_by_id.__getitem__, ids.tolist()))
 
-    @functools.cached_property
+    @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
-        return {token: _unspelled(text) for text, token in self._backend.get_vocab().items()}
+        return {token: unspelled(text) for text, token in self._backend.get_vocab().items()}
 
     def _content(self) -> Any:
         return strict_json.loads(self._backend.to_str())
+
+    _exported = _content
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -177,25 +238,12 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
-def _unspelled(token: str) -> bytes:
+def unspelled(token: str) -> bytes:
     """The bytes that a byte-level BPE token spells; any other token encodes as itself."""
     try:
         return bytes(map(_BYTES.__getitem__, token))
     except KeyError:
         return token.encode()
-
-
-def _chunks(text: str) -> list[str]:
-    chunks = []
-    start = 0
-    while len(text) - start > _CHUNK:
-        cut = _CUT.search(text, start + _CHUNK)
-        end = cut.start() if cut else len(text)
-        chunks.append(text[start:end])
-        start = end
-    if start < len(text):
-        chunks.append(text[start:])
-    return chunks
 
 
 def _concatenate(parts: list[Ids]) -> Ids:
@@ -213,7 +261,7 @@ def _refuse_surrogates(text: str) -> None:
         ) from None
 
 
-def _byte_level(model: models.BPE, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Backend:
+def byte_level(model: models.BPE, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Backend:
     backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
@@ -236,7 +284,7 @@ def _bounded_pieces() -> pre_tokenizers.PreTokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """A byte-level BPE of at most `vocab_size` tokens, learnt from `texts` in linear time."""
-    backend = _byte_level(models.BPE(), _bounded_pieces())
+    backend = byte_level(models.BPE(), _bounded_pieces())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[_END_OF_DOCUMENT],
@@ -284,39 +332,14 @@ def load_gpt2(folder: str) -> BPETokenizer:
     try:
         folder = os.fspath(plain(vocab.parent))
         model = models.BPE.from_file(f"{folder}/{vocab.name}", f"{folder}/{merges.name}")
-        backend = _byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
+        backend = byte_level(model, pre_tokenizers.ByteLevel(add_prefix_space=False))
     # The library raises bare Exceptions.
     except Exception as error:
         raise DataError(
-            f"tokenizer gpt2: cannot read {vocab} and {merges.name}: {_one_line(error)}"
+            f"tokenizer gpt2: cannot read {vocab} and {merges.name}: {one_line(error)}"
         ) from error
     return BPETokenizer("gpt2", backend)
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a file written by `Tokenizer.save`.
-
-    Raises:
-      DataError: the file is missing or differs from what was written.
-    """
-    try:
-        document = strict_json.loads(Path(path).read_text(encoding="utf-8"))
-        content = {"name": document["name"], "tokenizer": document["tokenizer"]}
-        intact = document["sha256"] == json_sha256(content)
-    except OSError as error:
-        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path) from error
-    if not intact:
-        raise _damaged(path)
-    if content["name"] == ByteTokenizer.name:
-        return ByteTokenizer()
-    return BPETokenizer(content["name"], Backend.from_str(strict_json.dumps(content["tokenizer"])))
-
-
-def _damaged(path: Path) -> DataError:
-    return DataError(f"the tokenizer file {path} is damaged: restore it, or prepare its data again")
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())

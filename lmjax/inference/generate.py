@@ -74,7 +74,7 @@ def stream(
     """
     refuse_no_count("tokens", tokens)
     sampler = Sampler(model.tokenizer.vocab_size, temperature, top_k, seed)
-    ids = [model.tokenizer.end_of_document, *map(int, model.tokenizer.encode(prompt))]
+    ids = [model.tokenizer.start_of_document, *map(int, model.tokenizer.encode(prompt))]
     return Continuation(model, ids, sampler, tokens)
 
 
@@ -137,7 +137,7 @@ class Reader:
         self._programs = _programs(model.phase)
         self._params = self._programs.prepare(model.params)
         self._step = _step_width(model.sites)
-        self._end = model.tokenizer.end_of_document
+        self._start = model.tokenizer.start_of_document
         self._document_mask = model.config.data.document_mask
         self.first = max(tokens - self._context, 0)
         self._forget()
@@ -163,12 +163,12 @@ class Reader:
         # Fewer are read together with those before them: once more, which changes nothing.
         start = self.length if unread >= width else max(len(window) - width, 0)
         part = window[start : start + width]
-        tokens = np.full((1, width), self._end, np.int32)  # overwritten before it can be seen
+        tokens = np.full((1, width), self._start, np.int32)  # overwritten before it can be seen
         tokens[0, : len(part)] = part
         starts = None
         if self._document_mask:
             starts = np.zeros((1, width), np.int32)
-            read = document_starts(np.asarray([window]), self._end)
+            read = document_starts(np.asarray([window]), self._start)
             starts[:, : len(part)] = read[:, start : start + len(part)]
         self.length = start + len(part)
         last = np.int32(len(part) - 1)

@@ -16,6 +16,7 @@ from lmjax.model import Params, Sites, apply
 from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.runs.checkpoint import Checkpoints
+from lmjax.runs.run_directory import own_data
 from lmjax.runs.store.remote import fetched
 from lmjax.train import Config, InputError, Phase, abstract_params, read_config, resolve
 
@@ -80,6 +81,7 @@ def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedM
 
 def _load_model(workdir: Path, precision: str | None) -> TrainedModel:
     config = read_config(workdir)
+    config = dataclasses.replace(config, data=own_data(workdir, config.data))
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{workdir} has no checkpoint yet; train it first")

@@ -92,7 +92,7 @@ def score(model: TrainedModel, text: str) -> Score:
     ids = model.tokenizer.encode(text)
     if not len(ids):
         raise ValueError("there is no text to score")
-    stream = np.concatenate([[model.tokenizer.end_of_document], ids]).astype(np.int32)
+    stream = np.concatenate([[model.tokenizer.start_of_document], ids]).astype(np.int32)
     context = model.config.context
     window_scores = _window_scores(model.phase)
     scores: list[float] = []

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,8 @@ class OptimizerConfig:
     """Where the decay of cosine and wsd ends after the last step, as a share of the peak."""
     decay_fraction: Annotated[float, at_least(0, 1)] = 0.2
     """Share of all steps that wsd spends decaying."""
+    extensions: tuple[str, ...] = ()
+    """Where --extend-steps prolonged a finished run, and how: STEPS:constant or STEPS:rewarm."""
     b1: Annotated[float, from_to_below(0, 1)] = 0.9
     """Decay of the first moment; momentum of muon."""
     b2: Annotated[float, from_to_below(0, 1)] = 0.99
@@ -67,6 +69,35 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         """Refuses values outside the range where the formulas mean anything."""
         validate(self, "optimizer")
+        starts = [start for start, _ in extensions(self)]
+        if starts != sorted({*starts}) or 0 in starts:
+            raise ValueError(
+                f"optimizer.extensions is {', '.join(self.extensions)}; each must start later than "
+                "the one before"
+            )
+
+
+Extension = Literal["constant", "rewarm"]
+"""How a finished run is prolonged: at the learning rate where its schedule ended, or by another
+warm-up, from there to the peak, and another decay (Ibrahim et al. 2024, section 4)."""
+
+
+def extensions(config: OptimizerConfig) -> list[tuple[int, Extension]]:
+    """The step at which each extension starts, and its kind.
+
+    Raises:
+      ValueError: one is not written as STEPS:constant or STEPS:rewarm.
+    """
+    found: list[tuple[int, Extension]] = []
+    for text in config.extensions:
+        start, _, kind = text.partition(":")
+        if not start.isdecimal() or kind not in get_args(Extension):
+            raise ValueError(
+                f"optimizer.extensions has {text!r}; write STEPS:constant or STEPS:rewarm, or "
+                "leave it to --extend-steps"
+            )
+        found.append((int(start), cast(Extension, kind)))
+    return found
 
 
 def learning_rate_schedule(
@@ -76,15 +107,31 @@ def learning_rate_schedule(
 
     Args:
       config: shape of the schedule.
-      steps: planned length of the run.
+      steps: planned length of the run, its extensions included.
       peak: learning rate after the warm-up; by default `config.learning_rate`.
     """
     peak = config.learning_rate if peak is None else peak
+    starts = [start for start, _ in extensions(config)]
+    if not starts:
+        return _planned(config, steps, peak)
+    last = peak if config.schedule == "constant" else peak * config.final_fraction
+    parts, ends = [_planned(config, starts[0], peak)], [*starts[1:], steps]
+    for (start, kind), end in zip(extensions(config), ends, strict=True):
+        rewarmed = _planned(config, end - start, peak, first=last)
+        parts.append(optax.constant_schedule(last) if kind == "constant" else rewarmed)
+    return optax.join_schedules(parts, starts)
+
+
+def _planned(
+    config: OptimizerConfig, steps: int, peak: float, first: float = 0.0
+) -> optax.Schedule:
+    """The schedule of so many steps without extensions, which starts to rise at `first`."""
     warmup = min(config.warmup_steps, steps)
     final = peak * config.final_fraction
     rest = max(steps - warmup, 1)
     # The first step already moves: the ramp is (step + 1) / warmup, not step / warmup.
-    ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    start = first + (peak - first) / max(warmup, 1)
+    ramp = optax.linear_schedule(start, peak, max(warmup - 1, 1))
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
     elif config.schedule == "wsd":

@@ -25,7 +25,7 @@ from lmjax.model import (
     structure,
 )
 from lmjax.optim.loss_scale import LossScaleConfig, ScaleKind, narrowest, resolve_kind
-from lmjax.optim.optimizer import OptimizerConfig
+from lmjax.optim.optimizer import Extension, OptimizerConfig, extensions
 from lmjax.optim.pruning import PruningConfig, refuse_uneven
 from lmjax.parallel.reduction import Reductions, reductions
 from lmjax.parallel.sharding import MeshConfig
@@ -141,6 +141,10 @@ class Config:
     """Factor of the gradients that is not divided out again: 2^-k stands in for a batch or a
     vocabulary 2^k times as large. Logged losses exclude it, as do the gradients of a unit-scaled
     model, whose constants cancel it along with the size of batch and vocabulary."""
+    init_from: str = ""
+    """Start from the parameters of another run, or of a model that Hugging Face's transformers
+    saved: RUN or DIR. Unless flags say otherwise, the model and its tokenizer are those of the
+    origin too. Empty: fresh parameters, drawn from the seed."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -185,6 +189,11 @@ class Config:
             raise ValueError(
                 f"profile.steps is {self.profile.steps}, but the run ends after step {self.steps}; "
                 "choose earlier steps or raise --steps"
+            )
+        if starts := [start for start, _ in extensions(self.optimizer) if start >= self.steps]:
+            raise ValueError(
+                f"optimizer.extensions prolongs a run of {starts[0]} steps, but steps is "
+                f"{self.steps}; leave both to --extend-steps"
             )
         self._refuse_disorder()
         self._refuse_uneven_pruning()
@@ -291,6 +300,26 @@ class Config:
         }
         open_ = {name: value for name, value in derived.items() if value != getattr(self, name)}
         return dataclasses.replace(self, **open_) if open_ else self
+
+
+def extended(config: Config, steps: int, how: Extension) -> Config:
+    """A run prolonged by so many steps; what it computed before stays what it was."""
+    own = config.optimizer
+    own = dataclasses.replace(own, extensions=(*own.extensions, f"{config.steps}:{how}"))
+    return dataclasses.replace(config, steps=config.steps + steps, optimizer=own)
+
+
+def unextended(config: Config) -> Config:
+    """The run before its last extension.
+
+    Raises:
+      ValueError: it has none.
+    """
+    *before, (steps, _) = extensions(config.optimizer)
+    own = dataclasses.replace(
+        config.optimizer, extensions=config.optimizer.extensions[: len(before)]
+    )
+    return dataclasses.replace(config, steps=steps, optimizer=own)
 
 
 HOUSEKEEPING = checks.housekeeping_fields(Config)

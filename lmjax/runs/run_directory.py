@@ -15,6 +15,7 @@ rewound/          see rewind.py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import importlib.metadata
@@ -29,6 +30,7 @@ import jax
 import numpy as np
 
 from lmjax import strict_json
+from lmjax.data import DataConfig
 from lmjax.errors import InputError
 from lmjax.files.filenames import plain
 from lmjax.files.locks import LocksUnavailable, holder, lock
@@ -36,13 +38,22 @@ from lmjax.parallel.agreement import failing_together, is_first, whole
 from lmjax.precision import paths
 from lmjax.precision.exact import COMPILER_OPTIONS
 from lmjax.precision.native import summary
-from lmjax.runs.config import VERSION, Config, all_differences, differences, from_json, to_json
+from lmjax.runs.config import (
+    VERSION,
+    Config,
+    all_differences,
+    differences,
+    from_json,
+    to_json,
+    unextended,
+)
 from lmjax.runs.metrics import partial, replace_text
 from lmjax.runs.resolved import Resolved
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy", "lmjax")
 LOCK = ".lock"
 HISTORY = "history.jsonl"
+RESULT = "result.json"
 
 CASTABLE = ("precision", "loss_scale.kind", "loss_scale.format")
 """Fields in which a run may differ from its directory if casting is allowed: the policy, and what
@@ -134,7 +145,7 @@ def open_run(workdir: Path, config: Config, *, may_take_over: bool = True) -> No
         _refuse_unfit(workdir, config, may_take_over=may_take_over)
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / "config.json").exists() or (
-            differences(read_config(workdir), config) and _is_untrained(workdir)
+            differences(read_config(workdir), config) and is_untrained(workdir)
         ):
             write_config(workdir, config)
 
@@ -152,6 +163,8 @@ def record_changes(workdir: Path, config: Config, step: int) -> None:
         return
     if differences(old, config):
         replace_text(workdir / f"config.until-{step}.json", path.read_text(encoding="utf-8"))
+    if finished_result(workdir, old) is not None:
+        (workdir / RESULT).rename(workdir / f"result.until-{step}.json")
     fields = {name: {"was": was, "is": now} for name, (was, now) in changed.items()}
     history = workdir / HISTORY
     rows = history.read_text(encoding="utf-8") if history.exists() else ""
@@ -194,7 +207,14 @@ def read_config(workdir: Path) -> Config:
         raise InputError(f"{path} is damaged or of another version: {error}") from error
 
 
-def _is_untrained(workdir: Path) -> bool:
+def finished_result(workdir: Path, config: Config) -> dict[str, Any] | None:
+    """The result of a run; None if it is not finished, or was prolonged since."""
+    path = workdir / RESULT
+    result = strict_json.read(path) if path.exists() else None
+    return result if result is not None and result["steps"] == config.steps else None
+
+
+def is_untrained(workdir: Path) -> bool:
     """Whether a run directory has no output of a step: no checkpoint and no row."""
     checkpoints, metrics = workdir / "checkpoints", workdir / "metrics.jsonl"
     kept = checkpoints.is_dir() and any(not p.name.startswith(".") for p in checkpoints.iterdir())
@@ -205,7 +225,7 @@ def _refuse_unfit(workdir: Path, config: Config, *, may_take_over: bool = True) 
     """Rejects a directory that holds something other than this run; writes nothing."""
     path = workdir / "config.json"
     if path.exists():
-        if may_take_over and _is_untrained(workdir):
+        if may_take_over and is_untrained(workdir):
             read_config(workdir)  # raises if damaged
             return
         _refuse_another_run(workdir, read_config(workdir), config)
@@ -217,6 +237,13 @@ def _refuse_unfit(workdir: Path, config: Config, *, may_take_over: bool = True) 
 
 def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
     changed = differences(old, new)
+    if new.optimizer.extensions and not differences(old, unextended(new)):
+        if finished_result(workdir, old) is None:
+            raise InputError(
+                f"{workdir} is not finished, so it cannot be prolonged; resume it without "
+                "--extend-steps first"
+            )
+        return
     castable = bool(changed) and set(changed) <= set(CASTABLE)
     if castable and new.restore.allow_cast:
         return
@@ -229,6 +256,16 @@ def _refuse_another_run(workdir: Path, old: Config, new: Config) -> None:
             f"{workdir} holds another run ({fields}); choose another --workdir, repeat the old "
             f"values to resume that run{advice}, or delete the directory"
         )
+
+
+def own_data(workdir: Path, data: DataConfig) -> DataConfig:
+    """Settings of data that name a run's own copy of its tokenizer instead of the file it is from.
+
+    Those that name a tokenizer by word, or a run without a copy, stay as they are.
+    """
+    own = workdir / "tokenizer.json"
+    use = data.tokenizer_path and own.is_file()
+    return dataclasses.replace(data, tokenizer=str(own), end_of_document="") if use else data
 
 
 def record_environment(workdir: Path, run: Resolved) -> None:

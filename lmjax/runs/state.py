@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ from lmjax.model import (
 )
 from lmjax.optim.loss_scale import LossScaleState
 from lmjax.optim.optimizer import make_optimizer
-from lmjax.optim.storage import convert_moments, convert_params, initial_residuals
+from lmjax.optim.storage import ParamSites, convert_moments, convert_params, initial_residuals
 from lmjax.parallel.sharding import Mesh, state_shardings
 from lmjax.precision import exact
 from lmjax.runs.config import Config
@@ -153,6 +155,36 @@ def create_state(config: Config | Phase, mesh: Mesh) -> TrainState:
     return exact.jit(init, out_shardings=shardings)(seed)
 
 
+def adopt(params: Params, stored: ParamSites, phase: Phase, mesh: Mesh) -> TrainState:
+    """A fresh state around parameters that exist already, which it donates.
+
+    Args:
+      params: on the devices of the mesh, where the state has them.
+      stored: how they are stored; they are converted to the formats of the phase.
+      phase: the first one.
+      mesh: where the state lives.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(phase, mesh))
+
+    def init(params: Params, data: jax.Array) -> TrainState:
+        fresh = initial_state(phase, jax.random.wrap_key_data(data, impl=KEY_KIND))
+        own, residuals = convert_params(params, {}, stored, phase.param_sites)
+        optimizer = optimizer_of(phase).init(own)
+        return fresh._replace(params=own, residuals=residuals, opt_state=optimizer)
+
+    seed = np.asarray(jax.random.key_data(seed_key(phase.config.seed)))
+    with _donation_refused():
+        return exact.jit(init, donate_argnums=0, out_shardings=shardings)(params, seed)
+
+
+@contextlib.contextmanager
+def _donation_refused() -> Iterator[None]:
+    """Donated memory of an array whose format changes cannot be reused; suppresses the warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        yield
+
+
 def carry_over(state: TrainState, old: Phase, new: Phase) -> TrainState:
     """Converts the state of one phase of a policy for the next phase; a pure function.
 
@@ -180,9 +212,7 @@ def change_phase(state: TrainState, old: Phase, new: Phase, mesh: Mesh) -> Train
     """`carry_over` on the devices of a mesh; it donates the state it is given."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(new, mesh))
     convert = lambda state: carry_over(state, old, new)
-    with warnings.catch_warnings():
-        # Donated memory of an array whose format changes cannot be reused; suppress the warning.
-        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+    with _donation_refused():
         return exact.jit(convert, donate_argnums=0, out_shardings=shardings)(state)
 
 

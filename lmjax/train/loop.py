@@ -30,7 +30,7 @@ from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.config import Config
 from lmjax.runs.profile import Profiler
 from lmjax.runs.resolved import Phase
-from lmjax.runs.run_directory import hold_run
+from lmjax.runs.run_directory import RESULT, finished_result, hold_run
 from lmjax.runs.state import change_phase
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import local_path, staged
@@ -311,9 +311,8 @@ def _evaluate(run: Run, programs: Programs, log: StepLog) -> None:
 
 def _finish(run: Run, programs: Programs) -> dict[str, Any]:
     """Evaluates the whole validation split and writes `result.json`, unless already done."""
-    path = run.workdir / "result.json"
-    if from_first(path.exists()):
-        return strict_json.read(path)
+    if from_first(finished_result(run.workdir, run.config) is not None):
+        return strict_json.read(run.workdir / RESULT)
     with stages.stage("evaluating on the whole validation split"):
         return record_result(run, _held_out(run, programs))
 

@@ -18,8 +18,7 @@ from lmjax.console.wording import counted
 from lmjax.data import train_iterator
 from lmjax.errors import NonFiniteGradients, TrainingFailed
 from lmjax.parallel.agreement import is_first
-from lmjax.runs.state import abstract_state
-from lmjax.train.start import Run
+from lmjax.train.start import Run, restored
 
 
 def rewind(run: Run, failure: NonFiniteGradients) -> None:
@@ -50,8 +49,7 @@ def rewind(run: Run, failure: NonFiniteGradients) -> None:
         ) from failure
     batches = _record_batches(run, last_applied, failure.step)
     run.checkpoints.abandon_after(step)
-    target = abstract_state(run.resolved.after(step), run.mesh)
-    run.state = run.checkpoints.restore(step, target).state
+    run.state = restored(run.checkpoints, step, run.resolved, run.mesh)
     for position in run.positions.between(failure.step + 1, failure.step + 1).values():
         run.data.set_state(position)  # of the batch whose step was already dispatched
     run.positions.clear()

@@ -16,14 +16,23 @@ import jax
 from lmjax.console import stages
 from lmjax.data import CacheFailed, TokenizedCorpus, tokenized_corpus, train_iterator
 from lmjax.errors import InputError, StorageFailed
+from lmjax.files.filenames import expanded, printable
+from lmjax.interop import origin
 from lmjax.parallel import sharding
 from lmjax.parallel.agreement import failing_together, is_first, refuse_unequal
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.config import Config, by_name
 from lmjax.runs.resolved import Resolved, resolve
-from lmjax.runs.run_directory import record_changes, refuse_unusable
+from lmjax.runs.run_directory import is_untrained, own_data, record_changes, refuse_unusable
 from lmjax.runs.sinks import refuse_missing
-from lmjax.runs.state import TrainState, abstract_state, create_state, refuse_stored
+from lmjax.runs.state import (
+    TrainState,
+    abstract_params,
+    abstract_state,
+    adopt,
+    create_state,
+    refuse_stored,
+)
 from lmjax.train.log import Clock
 from lmjax.train.positions import Positions
 
@@ -105,8 +114,11 @@ def _checked_here(
         sharding.batch_share(mesh)
         _refuse_uneven_batches(config, mesh)
         config.reductions.refuse_mesh(mesh)
+        data = config.data
+        if workdir is not None and data.tokenizer_path and not expanded(data.tokenizer).exists():
+            data = own_data(workdir, data)
         with stages.stage("reading the text"):
-            corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
+            corpus = tokenized_corpus(data, window=config.context + 1, progress=progress)
     except ValueError as error:
         raise InputError(str(error)) from error
     except CacheFailed as error:
@@ -116,6 +128,9 @@ def _checked_here(
             f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} tokens, but "
             f"the model embeds {config.model.vocab_size}; raise --model.vocab-size"
         )
+    if config.init_from and (workdir is None or is_untrained(workdir)):
+        with stages.stage(f"looking at {printable(config.init_from)}"):
+            origin.refuse_unfit(config.init_from, config.model, corpus.tokenizer)
     return resolved, corpus, mesh
 
 
@@ -162,14 +177,17 @@ def start_run(
     latest = checkpoints.newest_intact()
     if latest is None:
         record_changes(workdir, config, 0)
-        with stages.stage("drawing the initial parameters"):
-            state = create_state(resolved.at(0), mesh)
+        with stages.stage("making the initial parameters"):
+            state = _first_state(resolved, mesh, workdir, note)
         return run(state, Clock(0.0), Positions(config), [])
     if checkpoints.holds_params_alone(latest):
-        raise InputError(
-            f"{workdir} holds parameters alone, to be read and not trained further; choose another "
-            "--workdir"
-        )
+        if latest:
+            raise InputError(
+                f"{workdir} holds parameters alone, to be read and not trained further; start "
+                f"another run from it, with --init-from {workdir} and another --workdir"
+            )
+        state = restored(checkpoints, latest, resolved, mesh)
+        return run(state, Clock(0.0), Positions(config), [])
     with stages.stage(f"restoring the checkpoint of step {latest}"):
         state, position, counters = checkpoints.restore(
             latest,
@@ -186,3 +204,23 @@ def start_run(
     data.set_state(position)
     seconds, rewinds = counters["train_seconds"], counters.get("rewinds", [])
     return run(state, Clock(seconds), Positions(config), rewinds)
+
+
+def restored(
+    checkpoints: Checkpoints, step: int, resolved: Resolved, mesh: sharding.Mesh
+) -> TrainState:
+    """The state of a checkpoint, with a fresh optimizer if it holds parameters alone."""
+    phase = resolved.after(step)
+    if checkpoints.holds_params_alone(step):
+        params = checkpoints.restore_params(step, abstract_params(phase, mesh))
+        return adopt(params, phase.param_sites, phase, mesh)
+    return checkpoints.restore(step, abstract_state(phase, mesh)).state
+
+
+def _first_state(
+    resolved: Resolved, mesh: sharding.Mesh, workdir: Path, note: Callable[[str], None]
+) -> TrainState:
+    name, phase = resolved.config.init_from, resolved.at(0)
+    if name:
+        return origin.started_from(name, phase, mesh, workdir, note)
+    return create_state(phase, mesh)

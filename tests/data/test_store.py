@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmjax.data.store import published_directory, seal, sealed_content
+from lmjax.data.store import seal, sealed_content
+from lmjax.files.publishing import published_directory
 
 
 def test_truncation_is_noticed_where_every_block_looks_the_same(tmp_path):

@@ -163,7 +163,7 @@ def test_text_without_spaces_falls_into_pieces_of_bounded_length(text):
 def test_the_vocabulary_of_ordinary_text_is_what_it_was():
     folder = importlib.resources.files("lmjax.data.corpora") / "shakespeare"
     texts = [(folder / f"{play}.txt").read_text("utf-8") for play in ("macbeth", "julius_caesar")]
-    unbounded = tokenizers._byte_level(models.BPE(), GPT2_PIECES)
+    unbounded = tokenizers.byte_level(models.BPE(), GPT2_PIECES)
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
         special_tokens=["<|endoftext|>"],

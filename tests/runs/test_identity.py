@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {
     "model.kv_heads": 1,
     "model.head_width": 4,
     "model.positions": "rope",
+    "model.rope_scaling.factor": 2.0,
     "model.dropout": 0.1,
     "data.dataset": "tfds:wikitext",
     "data.files": ("elsewhere/*.txt",),
@@ -39,6 +40,8 @@ OTHER: dict[str, Any] = {
     "data.validation_files": ("elsewhere/b.txt",),
     "data.feature": "body",
     "data.tokenizer": "bpe",
+    "data.end_of_document": "</s>",
+    "init_from": "elsewhere",
     "optimizer.no_decay": (),
     "pruning.pattern": "2:4",
     "pruning.dense": ("blocks/mlp/up/kernel",),
@@ -62,6 +65,7 @@ OTHER: dict[str, Any] = {
 
 TOGETHER: dict[str, dict[str, Any]] = {
     "data.dataset": {"data.files": ()},
+    "data.end_of_document": {"data.tokenizer": "elsewhere/tokenizer.json"},
     "telemetry.tensors": {"telemetry.every": 2},
     "telemetry.exact": {"telemetry.every": 4},
     "mesh.fsdp": {"mesh.data": 1},
@@ -91,12 +95,18 @@ def other(config: Config, name: str, home: Path) -> Any:
 
 def changed(config: Config, name: str, home: Path) -> Config:
     """The config with another value of a field."""
-    part, _, inside = name.partition(".")
     values = {**TOGETHER.get(name, {}), name: other(config, name, home)}
-    if not inside:
-        return dataclasses.replace(config, **values)
-    own = {field.partition(".")[2]: value for field, value in values.items()}
-    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **own)})
+    prefix = name.rpartition(".")[0]
+    return _replaced(config, prefix, {field.rpartition(".")[2]: v for field, v in values.items()})
+
+
+def _replaced(part: Any, prefix: str, values: dict[str, Any]) -> Any:
+    """A dataclass with values of the part at a dotted name replaced."""
+    if not prefix:
+        return dataclasses.replace(part, **values)
+    first, _, rest = prefix.partition(".")
+    inner = _replaced(getattr(part, first), rest, values)
+    return dataclasses.replace(part, **{first: inner})
 
 
 @pytest.fixture(scope="module")
