@@ -214,6 +214,9 @@ def _replay_summary(made: Replay) -> list[str]:
         lines.append(f"{words[made.identical]}: compared with {rows} and {saved}")
     if made.non_finite is not None:
         lines.append(f"first element that is not finite: {_element(made.non_finite)}")
+    elif failed := [str(step.step) for step in made.steps if not step.is_finite]:
+        steps = f"{'steps' if len(failed) > 1 else 'step'} {', '.join(failed)}"
+        lines.append(f"gradients of {steps} were not finite; taken apart, every tensor is")
     elif made.outlier is not None:
         lines.append(f"all elements are finite; the largest outlier: {_element(made.outlier)}")
     return lines

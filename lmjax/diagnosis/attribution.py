@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from lmjax.console import stages
 from lmjax.diagnosis.opened import OpenRun
 from lmjax.diagnosis.tapped import phase_under
 from lmjax.model import Sites, resolve_sites
@@ -178,10 +177,9 @@ class _Trial:
         """f64[batches]: nats per token."""
         self.count += 1
         phase = dataclasses.replace(self._run.phase, sites=sites)
-        with stages.stage(f"trying mixture {self.count} of the two policies"):
-            params = self._trained(phase)
-            program = exact.jit(evaluation(phase, self._run.mesh))
-            found = jax.device_get([program(params, batch) for batch in self._batches])
+        params = self._trained(phase)
+        program = exact.jit(evaluation(phase, self._run.mesh))
+        found = jax.device_get([program(params, batch) for batch in self._batches])
         return np.array([float(nats) / float(tokens) for nats, tokens in found])
 
     def _trained(self, phase: Phase) -> Any:

@@ -86,6 +86,11 @@ class Replayed:
     recorded: float | None
     same: bool | None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradients are."""
+        return not self.skipped and math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -210,9 +215,7 @@ class _Inspection:
         """Keeps what was found if the step came out as not finite."""
         if self.found is not None:
             return
-        failed = step.skipped or not (math.isfinite(step.loss) and math.isfinite(step.grad_norm))
-        if failed or self._first is not None:
-            self.found = self._first
+        self.found = self._first
         if self.found is None:
             after = _of_parameters(self._run, phase, "update", step.step)
             self.found = next(after, None)

@@ -59,7 +59,7 @@ def test_steps_are_those_of_the_run_and_an_overflow_is_located(run: Path):
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "precision", ["f32", "p=bf16.sr,c=bf16,w=e4m3@tensor,x=e4m3@tensor+delayed4"]
+    "precision", ["f32", "p=bf16.sr,c=bf16,w=e4m3@tensor,x=e4m3@tensor.delayed4"]
 )
 def test_replay_is_bit_identical_from_every_checkpoint(precision: str, home: Path, tmp_path: Path):
     changes = {"log_every": 1, "steps": STEPS, "checkpoint": {"every": 5, "keep": 5}}
