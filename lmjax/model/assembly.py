@@ -15,7 +15,8 @@ import jax
 from flax import nnx
 
 from lmjax.model.config import ModelConfig
-from lmjax.model.layers import Constrain
+from lmjax.model.head import Backward, Head
+from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.sites import Context, Sites
 from lmjax.precision.sites import Layout
 
@@ -65,9 +66,14 @@ class Assembly(nnx.Module):
         """
         raise NotImplementedError
 
+    def readout(self, x: jax.Array, sites: Sites, context: Context) -> tuple[jax.Array, Head]:
+        """What the head reads of what left the trunk, `[B, T, D]`, and the head."""
+        raise NotImplementedError
+
     def logits(self, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
         """The output of the head, in the output format of its site, of what left the trunk."""
-        raise NotImplementedError
+        read, head = self.readout(x, sites, context)
+        return head(read, sites["head"], context.at("head"))
 
 
 class Objective(Protocol):
@@ -83,7 +89,7 @@ class Objective(Protocol):
         batch: Batch,
         sites: Sites,
         context: Context,
-        multiplier: float,
+        backward: Backward,
     ) -> jax.Array:
         """The mean loss of a batch in nats, a scalar in the compute format of the site `loss`.
 
@@ -93,16 +99,22 @@ class Objective(Protocol):
           batch: the inputs, and what the objective compares with.
           sites: the formats of every site.
           context: randomness and probes.
-          multiplier: what the gradients are to be multiplied by; the caller multiplies the loss by
-            it. It is told for parametrisations whose constants cancel it.
+          backward: what the caller is going to multiply the loss by before it is differentiated.
         """
         ...
 
     def evaluate(
-        self, x: jax.Array, model: Assembly, batch: Batch, sites: Sites, context: Context
+        self,
+        x: jax.Array,
+        model: Assembly,
+        batch: Batch,
+        sites: Sites,
+        context: Context,
+        constrain: Constrain = ANYWHERE,
     ) -> tuple[jax.Array, jax.Array]:
         """The summed nats of what counts in a batch and how much counts, at least f32[] each.
 
         What counts has a positive weight in `weights`; whatever the padding holds has no effect.
+        `constrain` says how devices divide the rows.
         """
         ...

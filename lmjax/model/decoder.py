@@ -12,6 +12,7 @@ import jax
 from lmjax.model.assembly import Assembly, Batch, Objective
 from lmjax.model.block import Block
 from lmjax.model.config import ModelConfig
+from lmjax.model.head import Head
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Embedding, Norm, dropout
 from lmjax.model.layout import decoder_layout
 from lmjax.model.mask import mask_and_positions
@@ -19,7 +20,6 @@ from lmjax.model.objectives import NextToken
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import Context, Sites, within_site
 from lmjax.model.stack import scan_blocks, stacked
-from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.sites import Layout
 
 
@@ -133,15 +133,13 @@ class Decoder(Assembly):
             x = self.scales.sum_of_embeddings(x, rows)
             return within_site(x, sites["embed"], context.at("embed").probe, "sum")
 
-    def logits(self, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
-        """The logits `[B, T, V]` of the next token, of what left the last block."""
+    def readout(self, x: jax.Array, sites: Sites, context: Context) -> tuple[jax.Array, Head]:
+        """The normed rows of what left the last block, and the head: that of the next token."""
         x = self.norm(x, sites["norm"], context.at("norm"))
-        site, head = sites["head"], context.at("head")
+        unit = self.scales.unit_products
         if self.head is not None:
-            return self.head(x, site, head)
-        table, unit = self.embed.table[...], self.scales.unit_products
-        y = einsum("btd,vd->btv", x, table, site, key=head.key, probe=head.probe, unit=unit)
-        return hand_on(y, site, head.probe)
+            return x, Head("btk,kn->btn", self.head.kernel[...], unit)
+        return x, Head("btd,vd->btv", self.embed.table[...], unit)
 
 
 def check_length(config: ModelConfig, length: int) -> None:

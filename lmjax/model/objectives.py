@@ -6,12 +6,14 @@ Knows JAX and policies.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lmjax.model.assembly import Assembly, Batch
-from lmjax.model.loss import token_losses
+from lmjax.model.head import Backward, mean_loss, token_nats
+from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.parametrisation import Parametrisation
 from lmjax.model.sites import Context, Sites
 from lmjax.precision.exact import at_least_f32
@@ -38,29 +40,25 @@ class NextToken:
         batch: Batch,
         sites: Sites,
         context: Context,
-        multiplier: float,
+        backward: Backward,
     ) -> jax.Array:
         """See `Objective`."""
-        targets = batch["targets"]
-        losses = token_losses(
-            model.logits(x, sites, context),
-            targets,
-            sites["loss"],
-            context.at("loss").probe,
-            scales=self.scales,
-            weight=multiplier / targets.size,
-        )
-        loss = jnp.mean(losses.cross_entropy)
-        if self.z_loss:  # 0 times a square that overflowed would be NaN
-            loss = loss + self.z_loss * jnp.mean(losses.z)
-        return loss
+        x, head = model.readout(x, sites, context)
+        options: dict[str, Any] = {"scales": self.scales, "z_loss": self.z_loss}
+        return mean_loss(x, head, batch["targets"], sites, context, backward=backward, **options)
 
     def evaluate(
-        self, x: jax.Array, model: Assembly, batch: Batch, sites: Sites, context: Context
+        self,
+        x: jax.Array,
+        model: Assembly,
+        batch: Batch,
+        sites: Sites,
+        context: Context,
+        constrain: Constrain = ANYWHERE,
     ) -> tuple[jax.Array, jax.Array]:
         """See `Objective`; what counts are tokens, and the z-loss does not."""
-        logits = model.logits(x, sites, context)
-        nats = token_losses(logits, batch["targets"], sites["loss"]).cross_entropy
+        x, head = model.readout(x, sites, context)
+        nats = token_nats(x, head, batch["targets"], sites, context, constrain)
         nats = nats.astype(at_least_f32(nats.dtype))
         weights = batch["weights"].astype(nats.dtype)
         # Padding does not count, whatever is computed of it: NaN times 0 would be NaN.

@@ -28,6 +28,8 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations; their width stays whole, because fsdp already divides their batch
     "batch": ("data", "fsdp"),
     "length": ("sequence",),
+    # rows that each device computes by itself, those of all its positions
+    "parts": ("data", "fsdp", "sequence"),
     # rows of the embedding table, on their way from the devices that hold its columns
     "replicas": ("data",),
     "columns": ("fsdp",),
@@ -213,6 +215,11 @@ class PartPlacement(Placement):
         taken = set(RULES["batch"])
         free = tuple("part" if taken & set(RULES.get(axis, ())) else axis for axis in axes)
         return super().__call__(x, free)
+
+    def parts(self, axis: str, size: int) -> int:
+        """1 for an axis that divides batches: a part has all of its own."""
+        own = set(RULES["batch"]) & set(RULES.get(axis, ()))
+        return 1 if own else super().parts(axis, size)
 
 
 @dataclass(frozen=True)

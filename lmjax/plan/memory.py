@@ -1,17 +1,17 @@
 """Estimates the peak memory of a step on one device, as a sum of parts.
 
 With rematerialised blocks, a language model peaks between the forward and backward pass: every
-block's saved values are live, and so are two f32 copies of the logits, whose cotangent is computed
-from them. With c bytes in the compute format, N tokens of a micro-batch on this device, V/t columns
-of logits, and P values of parameters on it:
+block's saved values are live, and so are the logits of a chunk of rows, twice in f32. With c bytes
+in the compute format, N tokens of a micro-batch on this device, n of them in a chunk
+(`lmjax/model/head.py`), V/t columns of logits, and P values of parameters on it:
 
     parameters, optimizer     as the state stores them
     gradients                 2 P 4: their sum over micro-batches and the current one
     saved activations         L N D c, one residual stream per block (Korthikanti et al. 2022,
                               section 5, "full recomputation"); without rematerialisation, the
                               inputs and outputs of a block's products and its attention weights
-    head                      2 N V/t 4; or, later, its cotangent and the gradient of the whole
-                              head, if those are larger; and the gathered weights, V/t D c
+    head                      2 n V/t 4; the gradient of the whole head and that of a chunk, which
+                              is added to it; and the gathered weights, V/t D c
     attention                 3 N heads/t T 4 + N heads/t T c if that exceeds the head: scores,
                               weights and their cotangents of one block
     rows                      3 N D 4: around the last norm
@@ -33,6 +33,7 @@ from collections.abc import Mapping
 import jax
 
 from lmjax.model import ModelConfig
+from lmjax.model.head import CHUNK
 from lmjax.parallel import sharding
 from lmjax.plan.arithmetic import tokens_on_device
 from lmjax.precision.policy import carrier
@@ -110,9 +111,9 @@ def _saved_values(config: Config, mesh: Mapping[str, int]) -> float:
 def _head(phase: Phase, mesh: Mapping[str, int]) -> float:
     config = phase.config
     tokens = tokens_on_device(config, mesh)
-    logits = tokens * _columns(config.model, mesh)
-    gradient = _head_weights(config.model, mesh) * 4
-    return max(2 * logits * 4, 2 * logits * _bytes(phase, "head") + gradient)
+    logits = min(tokens, CHUNK) * _columns(config.model, mesh)
+    gradients = (2 if tokens > CHUNK else 1) * _head_weights(config.model, mesh) * 4
+    return 2 * logits * 4 + gradients
 
 
 def _attention(phase: Phase, mesh: Mapping[str, int]) -> float:

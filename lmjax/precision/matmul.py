@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -121,17 +121,22 @@ def einsum(
     if isinstance(w, Packed) and site.stores != w.quantizer:
         w = w.dense()
     factors, slots = ({}, {}) if probe is None else probe
-    plan, of_x, of_w = roles_of(spec), site.activations, site.second
-    view = functools.partial(_view, site=site, block=_block(of_x, of_w))
-    view_x = functools.partial(view, operand=of_x, axis=plan.x_summed)
-    view_w = functools.partial(view, operand=of_w, axis=plan.w_summed)
+    roles = roles_of(spec)
     with site.scope:
-        x = _watched(x, site, view_x, factors.get("x"), slots.get("x", {}))
+        x = _watched("x", x, site.activations, roles.x_summed, site, probe)
         if isinstance(w, Packed):
             return _primal(spec, site, unit, x, w, key, {})
-        w = _watched(w, site, view_w, factors.get("w"), slots.get("w", {}))
+        w = _watched("w", w, site.second, roles.w_summed, site, probe)
         gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
         return _einsum(spec, site, unit, x, w, key, factors, gradients)
+
+
+def second_operand(spec: str, w: Any, site: SitePolicy, probe: Probe | None = None) -> Any:
+    """Casts and measures `w` as `einsum` does, which is then done for a product in parts."""
+    if isinstance(w, Packed):
+        return w
+    with site.scope:
+        return _watched("w", w, site.second, roles_of(spec).w_summed, site, probe)
 
 
 def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.Array:
@@ -151,14 +156,18 @@ def hand_on(y: jax.Array, site: SitePolicy, probe: Probe | None = None) -> jax.A
 
 
 def _watched(
+    role: str,
     x: jax.Array,
+    operand: Operand | None,
+    axis: Axis,
     site: SitePolicy,
-    view: Callable[..., Rounded],
-    factor: jax.Array | None,
-    slots: Mapping[str, Any],
+    probe: Probe | None,
 ) -> jax.Array:
     """Casts an operand to the compute format; measures it before it is cast and quantized."""
-    return report(site.to_compute(x), slots, lambda: view(x, factor))
+    factors, slots = ({}, {}) if probe is None else probe
+    block = _block(site.activations, site.second)
+    view = functools.partial(_view, operand=operand, axis=axis, site=site, block=block)
+    return report(site.to_compute(x), slots.get(role, {}), lambda: view(x, factors.get(role)))
 
 
 def _view(

@@ -389,7 +389,8 @@ def combine(first: Any, second: Any) -> Any:
 
 def is_slot(node: Any) -> bool:
     """Whether a node of a pytree is a measurement."""
-    return isinstance(node, (Maximum, Spread, Census, Copy, Extreme))
+    taps = isinstance(node, (Copy, Extreme))
+    return taps or (isinstance(node, tuple) and hasattr(node, "combine"))
 
 
 def _maximum(x: jax.Array) -> jax.Array:

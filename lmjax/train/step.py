@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.model import QUIET, Constrain, Context, assembled, objective_of
+from lmjax.model.head import Backward
 from lmjax.optim import loss_scale
 from lmjax.optim.optimizer import learning_rate_schedule
 from lmjax.optim.storage import apply_updates, update_census
@@ -79,22 +80,14 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
         factors = measure.factors(state.scaling, scale, stack)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def micro_step(total: Any, part: Any) -> tuple[Any, jax.Array]:
-            """Adds a micro-batch's share to the gradients and measurements so far."""
-            index, micro_batch = part
+        def of_part(index: jax.Array, micro_batch: Batch) -> tuple[Any, measure.Tree, jax.Array]:
             key = jax.random.fold_in(step_key, index)
             (scaled, measured), loss = gradient(
                 state.params, micro_batch, key, scale, slots, factors
             )
-            gradients = loss_scale.unscale(scaled, scale, stack)
-            with jax.named_scope("reduction"):
-                add = lambda t, g: t + g / config.micro_batches
-                summed = jax.tree.map(add, total[0], gradients)
-            return (summed, probes.combine(total[1], measured)), loss
+            return loss_scale.unscale(scaled, scale, stack), measured, loss
 
-        (gradients, measured), losses = _over_micro_batches(
-            micro_step, state.params, slots, batch, config
-        )
+        gradients, measured, loss = _over_micro_batches(of_part, batch, config.micro_batches)
         gradients = config.reductions.gathered(gradients, mesh)
         cotangents = measure.cotangent_spread(measured, scale, stack)
         with jax.named_scope("optimizer"):
@@ -103,7 +96,7 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
             )
             norm = config.reductions.norm(gradients).value
         metrics = {
-            "loss": jnp.mean(losses),
+            "loss": loss,
             "grad_norm": norm,
             "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
             **loss_scale.metrics(scale, opt_state),
@@ -156,6 +149,7 @@ def make_scaled_loss(
     """
     config, sites, objective = phase.config, phase.sites, objective_of(phase.config.model)
     random = config.model.dropout > 0 or any(site.stochastic for site in sites.values())
+    placed = constrain or sharding.Placement(mesh)
 
     def scaled_loss(
         params: Any,
@@ -174,14 +168,15 @@ def make_scaled_loss(
                 sites=sites,
                 context=context,
                 cotangent_scales=scale if config.loss_scale.per_block else None,
-                constrain=constrain or sharding.Placement(mesh),
+                constrain=placed,
             )
-            loss = objective.loss(x, model, batch, sites, context, config.loss_multiplier)
-            loss = loss.astype(at_least_f32(loss.dtype))
-            factor = loss_scale.of_the_loss(scale).astype(loss.dtype)
+            factor = loss_scale.of_the_loss(scale)
             if config.loss_multiplier != 1:
-                factor = factor * jnp.asarray(config.loss_multiplier, loss.dtype)
-            return loss * factor, loss
+                factor = factor * jnp.asarray(config.loss_multiplier, factor.dtype)
+            backward = Backward(factor, config.loss_multiplier, placed)
+            loss = objective.loss(x, model, batch, sites, context, backward)
+            loss = loss.astype(at_least_f32(loss.dtype))
+            return loss * factor.astype(loss.dtype), loss
 
     return scaled_loss
 
@@ -199,24 +194,33 @@ def _documented(config: Config, batch: Batch) -> Batch:
 
 
 def _over_micro_batches(
-    micro_step: Callable[[Any, Any], tuple[Any, jax.Array]],
-    params: Any,
-    slots: measure.Tree,
+    of_part: Callable[[jax.Array, Batch], tuple[Any, measure.Tree, jax.Array]],
     batch: Batch,
-    config: Config,
-) -> tuple[tuple[Any, measure.Tree], jax.Array]:
-    """Over the parts of a batch: gradients averaged in f32, what was measured, and each loss.
+    count: int,
+) -> tuple[Any, measure.Tree, jax.Array]:
+    """Over the parts of a batch: gradients averaged in f32, what was measured, and the mean loss.
 
     An infinity or a NaN of one part survives the sum, so testing the sum tests every part.
     """
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, at_least_f32(p.dtype)), params)
-    count = config.micro_batches
+    first = jnp.zeros((), jnp.int32)
+    if count == 1:
+        return of_part(first, batch)
     # Strided parts keep every device's rows on that device, wherever the batch is cut.
     parts = jax.tree.map(
         lambda rows: rows.reshape(-1, count, *rows.shape[1:]).swapaxes(0, 1), batch
     )
+
+    def add(total: Any, part: Any) -> tuple[Any, jax.Array]:
+        gradients, measured, loss = of_part(*part)
+        with jax.named_scope("reduction"):
+            summed = jax.tree.map(lambda t, g: t + g / count, total[0], gradients)
+        return (summed, probes.combine(total[1], measured)), loss
+
+    example = jax.eval_shape(of_part, first, jax.tree.map(lambda rows: rows[0], parts))
+    empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), example[:2])
     indices = jnp.arange(count, dtype=jnp.int32)
-    return jax.lax.scan(micro_step, (zeros, slots), (indices, parts))
+    (gradients, measured), losses = jax.lax.scan(add, empty, (indices, parts))
+    return gradients, measured, jnp.mean(losses)
 
 
 def make_eval_step(config: Config | Phase, mesh: Any = None) -> jax.stages.Wrapped:
@@ -248,7 +252,7 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
                 cotangent_scales=None,
                 constrain=constrain,
             )
-            return objective.evaluate(x, model, batch, sites, QUIET)
+            return objective.evaluate(x, model, batch, sites, QUIET, constrain)
 
     of_part = lambda constrain: functools.partial(eval_step, constrain)
     return sharding.traced_for(mesh, config.reductions.evaluation(of_part, mesh))

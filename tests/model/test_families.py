@@ -19,7 +19,8 @@ import pytest
 from lmjax.model import ModelConfig, families, layout, resolve_sites, structure, token_losses
 from lmjax.model.assembly import Assembly, Batch
 from lmjax.model.block import Block
-from lmjax.model.layers import Constrain, Dense, Embedding
+from lmjax.model.head import Backward
+from lmjax.model.layers import ANYWHERE, Constrain, Dense, Embedding
 from lmjax.model.layout import block_places, stack_of
 from lmjax.model.mask import Bidirectional, Padded
 from lmjax.model.parametrisation import Parametrisation, parametrisation_of
@@ -115,17 +116,23 @@ class Classification:
         batch: Batch,
         sites: Sites,
         context: Context,
-        multiplier: float,
+        backward: Backward,
     ) -> jax.Array:
         logits, probe = model.logits(x, sites, context), context.at("loss").probe
-        weight = multiplier / batch["classes"].size
+        weight = backward.multiplier / batch["classes"].size
         losses = token_losses(
             logits, batch["classes"], sites["loss"], probe, scales=self.scales, weight=weight
         )
         return jnp.mean(losses.cross_entropy)
 
     def evaluate(
-        self, x: jax.Array, model: Assembly, batch: Batch, sites: Sites, context: Context
+        self,
+        x: jax.Array,
+        model: Assembly,
+        batch: Batch,
+        sites: Sites,
+        context: Context,
+        constrain: Constrain = ANYWHERE,
     ) -> tuple[jax.Array, jax.Array]:
         losses = token_losses(model.logits(x, sites, context), batch["classes"], sites["loss"])
         return jnp.sum(losses.cross_entropy), jnp.sum(batch["weights"])

@@ -104,7 +104,7 @@ def test_every_gradient_is_a_multiple_of_the_true_one(
     scaled = compile_fast(lambda p: gradients(config, p, batch)[0])(params)
     with monkeypatch.context() as patch:
         patch.setattr(unit_scaling, "scaled", lambda x, forward=1.0, backward=1.0: x * forward)
-        for file in ("layers", "attention", "decoder"):
+        for file in ("layers", "attention", "head"):
             patch.setattr(f"lmjax.model.{file}.einsum", plain_product)
         true = compile_fast(jax.grad(plain))(params)
     ratios = {}

@@ -101,11 +101,11 @@ def test_a_short_run_that_skipped_every_step_is_no_success(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shorter than the limit of consecutive skips, so that only its end can notice."""
-    from lmjax.model import objectives
+    from lmjax.model import head
 
-    losses = objectives.token_losses
+    losses = head.token_losses
     monkeypatch.setattr(
-        objectives,
+        head,
         "token_losses",
         lambda *a, **more: losses(*a, **more)._replace(cross_entropy=a[0][..., 0] / 0.0),
     )
