@@ -7,4 +7,5 @@ if _main is not None and _main.name.startswith("experiments."):
     # `python -m experiments.NAME`: nothing earlier in it can say that it is importing.
     from lmjax.console import opening
 
+    opening.use_huge_pages()
     opening.begin()

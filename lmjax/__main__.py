@@ -3,6 +3,7 @@
 from lmjax.console import opening
 
 if __name__ == "__main__":
+    opening.use_huge_pages()
     opening.begin()
     from lmjax.cli.verbs import main
 

@@ -274,9 +274,13 @@ def unscale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> Any
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """bool[]: no floating-point leaf, on any device, holds an infinity or a NaN."""
+    """bool[]: no floating-point leaf, on any device, holds an infinity or a NaN.
+
+    0 times either is NaN, and so is every sum with it: one fast pass, where XLA's CPU backend first
+    writes out a predicate of each element.
+    """
     floats = (x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating))
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+    return jnp.all(jnp.stack([jnp.isfinite(jnp.sum(leaf * 0)) for leaf in floats]))
 
 
 def _of(stack: Stack | None) -> Stack:
