@@ -7,6 +7,7 @@ with numpy, because compiling an initialisation takes as long as running a hundr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from lmjax.train import Config, Phase, TrainState
+
+os.environ.setdefault("LMJAX_COMPILED", "off")  # what a test compiles depends on no other run
 
 GPT2 = {"vocab_size": 64, "max_positions": 16, "width": 16, "layers": 2, "heads": 2}
 LLAMA = GPT2 | {

@@ -44,6 +44,7 @@ from lmjax.runs.config import Extension, extended, unextended
 from lmjax.runs.run_directory import finished_result
 from lmjax.runs.store.remote import fetched
 from lmjax.train import Config, InputError, TrainingFailed, read_config, train
+from lmjax.train.compilation import keep_programs
 from lmjax.train.exhaustion import explained, is_exhaustion
 from lmjax.train.memory import keep_freed_memory
 
@@ -111,6 +112,7 @@ def run_experiment(config: Callable[[], Config]) -> NoReturn:
     """
     opening.begin()
     keep_freed_memory()
+    keep_programs()
     module, command = program()
     sys.exit(guarded(lambda: _run_experiment(module, config, sys.argv[1:], command)))
 
@@ -163,6 +165,7 @@ def resume_run(arguments: Sequence[str]) -> int:
         )
         return DONE
     keep_freed_memory()
+    keep_programs()
     return _launched(launch)
 
 

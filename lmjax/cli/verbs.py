@@ -51,6 +51,7 @@ from lmjax.precision.native import in_words
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import fetched
 from lmjax.train import InputError, Phase, resolve
+from lmjax.train.compilation import keep_programs
 
 Count = Annotated[int, at_least(1)]
 
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(guarded(lambda: resume_run(flags)))
 
     def run() -> int:
+        keep_programs()
         if verb in verbs:
             refuse_unknown(flags, known_flags(verbs[verb]))
         call = parse_flags(

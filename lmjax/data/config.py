@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from lmjax.checks import at_least, between, housekeeping, validate
 from lmjax.data.errors import DataError
-from lmjax.files.filenames import expanded
+from lmjax.files.filenames import expanded, user_cache
 
 _OWN_DATASETS = ("shakespeare", "state_of_the_union", "text_files")
 _TOKENIZERS = ("bytes", "bpe", "gpt2")
@@ -125,23 +124,10 @@ class DataConfig:
     def cache_path(self) -> Path:
         """The cache folder of this config; it need not exist."""
         chosen = self.cache_dir or os.environ.get("LMJAX_CACHE", "")
-        return expanded(chosen) if chosen else _user_cache() / "lmjax"
-
-
-def _user_cache() -> Path:
-    """The platform's folder for caches (on Linux: XDG Base Directory Specification)."""
-    if sys.platform == "win32":
-        chosen = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        chosen = "~/Library/Caches"
-    else:
-        chosen = os.environ.get("XDG_CACHE_HOME", "")
-        if not os.path.isabs(chosen):  # the specification says to ignore it
-            chosen = "~/.cache"
-    found = expanded(chosen)
-    if not found.is_absolute():
-        raise DataError(
-            "this user has no home directory to keep prepared text in: set LMJAX_CACHE or "
-            "--data.cache-dir to a directory"
-        )
-    return found
+        found = expanded(chosen) if chosen else user_cache()
+        if found is None:
+            raise DataError(
+                "this user has no home directory to keep prepared text in: set LMJAX_CACHE or "
+                "--data.cache-dir to a directory"
+            )
+        return found

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,23 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     Call it once, on user input: a directory may itself be named `~`.
     """
     return Path(os.path.expanduser(path))
+
+
+def user_cache() -> Path | None:
+    """The platform's folder for caches (on Linux: XDG Base Directory Specification).
+
+    None: this user has no home directory.
+    """
+    if sys.platform == "win32":
+        chosen = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        chosen = "~/Library/Caches"
+    else:
+        chosen = os.environ.get("XDG_CACHE_HOME", "")
+        if not os.path.isabs(chosen):  # the specification says to ignore it
+            chosen = "~/.cache"
+    found = expanded(chosen)
+    return found / "lmjax" if found.is_absolute() else None
 
 
 def printable(text: object) -> str:
