@@ -1,6 +1,7 @@
 """Runs measured programs in separate processes and reports those that die.
 
-A process reads a line, works, and answers with one line of JSON. The kernel silently kills a
+A process reads a line, works, and answers with one line of JSON. Between its answer and the next
+line it is stopped, so that idle threads of one do not disturb the next. The kernel silently kills a
 process that runs out of memory; here that raises `Died`, which says which process, how and at what
 size, and the others continue. Each process may have its own memory cap, and the kernel kills it
 before the measuring process.
@@ -28,8 +29,13 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 GIB = 2**30
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(GIB)}
-"""glibc variables with the effect of `lmjax.train.memory.keep_freed_memory`, for any program."""
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**62),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""glibc variables with the effect of `lmjax.train.memory.keep_freed_memory` and of
+`lmjax.console.opening.use_huge_pages`, for any program."""
 
 _REASON = re.compile(r"^\S*(Error|Exception)\b|bad_alloc|RESOURCE_EXHAUSTED|[Oo]ut of memory")
 
@@ -104,6 +110,7 @@ class Worker:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
+        self._signal("SIGCONT")
         with contextlib.suppress(BrokenPipeError):
             print(line, file=process.stdin, flush=True)
         answer = process.stdout.readline()
@@ -111,6 +118,7 @@ class Worker:
             process.wait()
             raise Died(f"{self.name}: {self._end()}")
         self.peak_bytes = _peak_bytes(process.pid) or self.peak_bytes
+        self._signal("SIGSTOP")
         return strict_json.loads(answer)
 
     def close(self) -> None:
@@ -121,6 +129,10 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 if stream is not None:
                     stream.close()
+
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name):  # not on Windows
+            self._process.send_signal(getattr(signal, name))
 
     def _end(self) -> str:
         """How it ended, in words."""
