@@ -1,6 +1,6 @@
 """The Transformer: the only room that knows Flax, which it uses to build and name parameters."""
 
-from lmjax.model.attention_form import Form, attention_forms
+from lmjax.model.attention_form import Form
 from lmjax.model.config import ModelConfig, RopeScaling, gpt2, llama_1b
 from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
 from lmjax.model.families import (
@@ -9,6 +9,7 @@ from lmjax.model.families import (
     Weight,
     apply,
     assembled,
+    attention_forms,
     initial_params,
     layout,
     learning_rate_factors,

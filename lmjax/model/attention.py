@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lmjax.model import blockwise
-from lmjax.model.attention_form import WHOLE, form_of
+from lmjax.model import blockwise, kernels
+from lmjax.model.attention_form import CUDNN, SPLASH, WHOLE, Form, Situation, form_of
 from lmjax.model.cache import LayerCache
 from lmjax.model.config import ModelConfig, RopeScaling
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Norm, dropout
@@ -27,7 +28,9 @@ from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Rounded, report
 from lmjax.precision.taps import taps_in
 
-FEW_QUERIES = 16
+KERNELS: Final = {CUDNN: kernels.cudnn, SPLASH: kernels.splash}
+
+FEW_QUERIES: Final = 16
 """Beside a cache, so many queries at most are read with all their scores at once."""
 
 
@@ -159,19 +162,33 @@ class Attention(nnx.Module):
         if cache is not None:
             cache = cache.extended(k, v, start, sites)
             k, v = cache.read(sites)
+        situation = Situation(
+            constrain.backend,
+            type(mask),
+            length,
+            k.shape[1],
+            c.head_size,
+            parts=constrain.parts("length", length),
+            from_start=isinstance(start, int) and start == 0,
+            unit=self.scales.unit_products,
+            dropout=c.dropout > 0 and context.key is not None,
+            watched=any(context.at(name).slots for name in blockwise.MEASURED),
+        )
+        form = form_of(sites, situation)
         # A few queries have few scores; they read a cache as it stands.
         few = cache is not None and length <= FEW_QUERIES
-        if few or form_of(sites).name == WHOLE or _is_tapped(context):
+        if few or form.name == WHOLE or _is_tapped(context):
             y = self.read_whole(q, k, v, sites, context, mask, start)
         else:
-            y = self.read_blockwise(q, k, v, sites, context, mask, start, constrain)
+            y = self.read(form, q, k, v, sites, context, mask, start, constrain)
         combine = context.at("combine")
         y = hand_on(y, sites["combine"], combine.probe)
         y = y.reshape(batch, length, c.heads * c.head_size)
         return self.out(y, sites["out"], context.at("out")), cache
 
-    def read_blockwise(
+    def read(
         self,
+        form: Form,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
@@ -181,7 +198,10 @@ class Attention(nnx.Module):
         start: Position = 0,
         constrain: Constrain = ANYWHERE,
     ) -> jax.Array:
-        """What queries `[B, T, K, G, H]` read of keys and values `[B, S, K, H]`, in blocks."""
+        """What queries `[B, T, K, G, H]` read of keys and values `[B, S, K, H]`.
+
+        In blocks or by a fused kernel, as `form` says.
+        """
         scores, combine = sites["scores"], sites["combine"]
         with scores.scope:
             q = self.scales.queries(q)
@@ -198,6 +218,8 @@ class Attention(nnx.Module):
             start=start if isinstance(start, int) else None,
             parts=constrain.parts("length", q.shape[1]),
         )
+        if form.name in KERNELS:
+            return KERNELS[form.name](rules, q, k, v, mask, constrain)
         key = context.at("dropout").key
         keys = None if key is None else jax.random.split(key, (k.shape[0], k.shape[2]))
         slots = {

@@ -18,13 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmjax.model.assembly import Assembly, Objective
+from lmjax.model.attention_form import Form, Situation, form_of
 from lmjax.model.config import ModelConfig
 from lmjax.model.decoder import Decoder
 from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.layout import BLOCKS
+from lmjax.model.mask import Causal, CausalWithinDocuments
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.sites import QUIET, Context, Sites
+from lmjax.model.sites import QUIET, Context, Sites, within
 from lmjax.precision import paths
+from lmjax.precision.backend import Backend
 from lmjax.precision.native import Sums
 from lmjax.precision.packed import Packed, Pieces, pack
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
@@ -94,6 +97,32 @@ def apply(
         constrain=constrain,
     )
     return model.logits(x, sites, context)
+
+
+def attention_forms(
+    config: ModelConfig, sites: Sites, backend: Backend, context: int, *, documents: bool
+) -> dict[str, Form]:
+    """How each attention of a model is computed in training, by the path of its softmax.
+
+    Args:
+      config: the model.
+      sites: the formats of every site.
+      backend: what its devices are.
+      context: number of tokens in a row, which devices do not divide.
+      documents: whether tokens attend within their document.
+    """
+    mask = CausalWithinDocuments if documents else Causal
+    situation = Situation(
+        backend,
+        mask,
+        context,
+        context,
+        config.head_size,
+        unit=parametrisation_of(config).unit_products,
+        dropout=config.dropout > 0,
+    )
+    paths = (path for place in layout(config).named("softmax") for path in place.paths)
+    return {path: form_of(within(sites, path.rpartition("/")[0]), situation) for path in paths}
 
 
 def site_tree(layout: Layout, make: Callable[[Place], Any]) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from typing import Final, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lmjax.model.config import ModelConfig
 from lmjax.model.parametrisation import IDENTITY, Parametrisation, parametrisation_of
 from lmjax.model.sites import QUIET, Context, at_site, give, take
+from lmjax.precision.backend import Backend, this_backend
 from lmjax.precision.bits import largest_magnitude
 from lmjax.precision.broadcast import add_to_rows
 from lmjax.precision.matmul import RandomKey, einsum, hand_on
@@ -38,6 +40,20 @@ class Constrain(Protocol):
         """Into how many parts devices divide a logical axis of this size."""
         ...
 
+    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """How devices divide an array of this shape."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh | AbstractMesh | None:
+        """The devices, where a kernel has to be told which part each of them computes."""
+        ...
+
+    @property
+    def backend(self) -> Backend:
+        """What the devices are."""
+        ...
+
 
 class Anywhere:
     """Activations live where they are computed, whole."""
@@ -49,6 +65,20 @@ class Anywhere:
     def parts(self, axis: str, size: int) -> int:
         """1."""
         return 1
+
+    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """Not at all."""
+        return PartitionSpec()
+
+    @property
+    def mesh(self) -> None:
+        """None."""
+        return None
+
+    @property
+    def backend(self) -> Backend:
+        """That of JAX's default device."""
+        return this_backend()
 
 
 ANYWHERE: Final = Anywhere()

@@ -188,33 +188,51 @@ def batch_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedShar
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the activations of a model live: pins them to the sharding of their logical axes."""
+    """Where the activations of a model live: on devices, by the logical names of their axes.
 
-    mesh: Mesh | AbstractMesh
+    Attributes:
+      devices: the mesh.
+    """
+
+    devices: Mesh | AbstractMesh
 
     def __call__(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """Constrains an activation."""
-        if self.mesh.size == 1:
+        """Constrains an activation to the sharding of its logical axes."""
+        if self.devices.size == 1:
             return x
-        return jax.lax.with_sharding_constraint(x, named_sharding(self.mesh, axes, x.shape))
+        sharding = NamedSharding(self.devices, self.spec(axes, x.shape))
+        return jax.lax.with_sharding_constraint(x, sharding)
 
     def parts(self, axis: str, size: int) -> int:
         """The number of parts into which a logical axis of this size is divided."""
-        count = math.prod(self.mesh.shape[name] for name in RULES.get(axis, ()))
-        return count if size % count == 0 else 1
+        whole = self.spec((axis,), (size,)) == PartitionSpec(None)
+        return 1 if whole else math.prod(self.devices.shape[name] for name in RULES[axis])
+
+    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """How an array is divided."""
+        return _spec(self.devices, axes, shape)
+
+    @property
+    def mesh(self) -> Mesh | AbstractMesh | None:
+        """The mesh."""
+        return self.devices
+
+    @property
+    def backend(self) -> Backend:
+        """What the devices are."""
+        return backend_of(self.devices)
 
 
-@dataclass(frozen=True)
 class PartPlacement(Placement):
     """`Placement` for one part of a batch, in `each_part`: mesh axes that divide batches do not
     divide it again.
     """
 
-    def __call__(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """Constrains an activation of one part."""
+    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """How an array of one part is divided."""
         taken = set(RULES["batch"])
         free = tuple("part" if taken & set(RULES.get(axis, ())) else axis for axis in axes)
-        return super().__call__(x, free)
+        return super().spec(free, shape)
 
     def parts(self, axis: str, size: int) -> int:
         """1 for an axis that divides batches: a part has all of its own."""
@@ -222,7 +240,6 @@ class PartPlacement(Placement):
         return 1 if own else super().parts(axis, size)
 
 
-@dataclass(frozen=True)
 class HerePlacement(Placement):
     """`Placement` inside `in_order`, where every array is already on one device."""
 
@@ -230,9 +247,14 @@ class HerePlacement(Placement):
         """Leaves an activation where it is."""
         return x
 
-    def parts(self, axis: str, size: int) -> int:
-        """1: nothing is divided."""
-        return 1
+    def spec(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        """Nothing is divided."""
+        return PartitionSpec(*[None] * len(axes))
+
+    @property
+    def mesh(self) -> None:
+        """None: kernels run where they are called."""
+        return None
 
 
 def whole(mesh: Mesh | AbstractMesh, tree: Any) -> Any:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from lmjax.model import Form, Sites, attention_forms, layout, param_sites, product_sums
-from lmjax.precision.backend import Backend
+from lmjax.precision.backend import Backend, this_backend
 from lmjax.precision.native import Arithmetic, products
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.sites import Layout
@@ -47,9 +47,16 @@ class Phase:
         sums = product_sums(self.config.model, rows, self.config.context)
         return products(self.sites, sums, backend)
 
-    def attention_forms(self) -> dict[str, Form]:
-        """How each attention is computed, by the path of its softmax."""
-        return attention_forms(self.layout, self.sites)
+    def attention_forms(self, backend: Backend | None = None) -> dict[str, Form]:
+        """How each attention is computed in an unwatched step, by the path of its softmax.
+
+        On a backend, by default this machine's, with a mesh that leaves the context whole.
+        """
+        config = self.config
+        masked = config.data.document_mask
+        return attention_forms(
+            config.model, self.sites, backend or this_backend(), config.context, documents=masked
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ query sees.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.model import attention_forms, blockwise, layout
+from lmjax.model import blockwise
 from lmjax.model.attention import Attention
+from lmjax.model.attention_form import BLOCKWISE, Form
 from lmjax.model.mask import CAUSAL, Bidirectional, CausalWithinDocuments, Padded, indices_from
 from lmjax.model.sheet import Given, Rules
 from lmjax.model.sites import Context, within
@@ -211,7 +213,7 @@ def test_dropout_drops_the_same_weights_in_both_passes(compile_fast):
 )
 def test_the_form_is_what_the_policy_allows(policy, why, tiny):
     config = tiny(policy)
-    forms = attention_forms(layout(config.model), phase_of(config).sites)
+    forms = phase_of(config).attention_forms()
     assert list(forms) == [f"blocks/{i}/attention/softmax" for i in range(2)]
     assert {form.why for form in forms.values()} == {why}
 
@@ -231,5 +233,6 @@ def test_the_whole_matrix_gives_the_same(policy, parametrisation, tiny, compile_
         read = lambda q, k, v: form(q, k, v, sites, Context(), CAUSAL)
         return gradients(read, (q, k, v, g), compile_fast)
 
+    in_blocks = functools.partial(part.read, Form(BLOCKWISE))
     epsilon = 2.0 ** -sites["scores"].compute.mantissa_bits
-    assert worst(run(part.read_blockwise), run(part.read_whole)) < 8 * epsilon
+    assert worst(run(in_blocks), run(part.read_whole)) < 8 * epsilon

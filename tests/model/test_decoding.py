@@ -100,7 +100,7 @@ def test_logits_are_those_of_rounded_keys_and_values(
 
     with monkeypatch.context() as patched:
         patched.setattr(attention, "einsum", rounding)
-        patched.setattr(attention, "form_of", lambda sites: Form(WHOLE))
+        patched.setattr(attention, "form_of", lambda *_: Form(WHOLE))
         expected = whole.__wrapped__(plain)
     assert np.abs(expected - unrounded).max() > 1e-2
     found = pieces(tiny(f"f32; **/scores: kv={keys}; **/combine: kv={values}", family))
