@@ -10,15 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from lmjax import strict_json
 from lmjax.ablation.grid import Ablation
 from lmjax.ablation.words import millions
 from lmjax.console.wording import counted
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import resolve
-from lmjax.runs.state import initial_state
+from lmjax.runs.state import size_of_state
 
 Environment = Mapping[str, Any]
 """What `environment.json` says."""
@@ -40,10 +38,7 @@ class Footprint(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def footprint(config: Config) -> Footprint:
     """Returns the size of a run at its first step, without computing anything."""
-    state = jax.eval_shape(lambda: initial_state(resolve(config).at(0)))
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return Footprint(size(state.params), held)
+    return Footprint(*size_of_state(resolve(config).at(0)))
 
 
 def what_was_run(ablation: Ablation | None, environments: Iterable[Environment]) -> dict[str, str]:

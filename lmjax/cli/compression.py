@@ -14,7 +14,13 @@ from lmjax.compression import prune as prune_model
 from lmjax.compression import quantize as quantize_model
 from lmjax.compression.report import Measured, as_json, measured
 from lmjax.compression.report_page import write_page
-from lmjax.compression.written import refuse_taken, size_on_disk, write_json, write_run
+from lmjax.compression.written import (
+    refuse_taken,
+    size_on_disk,
+    write_json,
+    write_result,
+    write_run,
+)
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
 from lmjax.inference import load_model
@@ -68,6 +74,7 @@ def quantize(
         from lmjax.compression.report_plot import draw_quantization
 
         runs[str(to)] = dataclasses.replace(after, disk=size_on_disk(folder))
+        write_result(folder, made.model, after.loss)
         picture = folder / "quantization.png"
         draw_quantization(picture, made)
         title = f"{run} in {config.policy}, {config.method}"
@@ -131,6 +138,7 @@ def prune(
 
     def finish(folder: Path) -> None:
         runs[str(to)] = dataclasses.replace(runs[str(to)], disk=size_on_disk(folder))
+        write_result(folder, made.model, runs[str(to)].loss)
         content["pattern"], content["method"] = config.pattern, config.method
         content["sparsity"] = dict(made.sparsity)
         content["runs"] = {name: dataclasses.asdict(one) for name, one in runs.items()}

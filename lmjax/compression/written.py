@@ -19,7 +19,7 @@ from lmjax.files.publishing import published_directory
 from lmjax.inference import TrainedModel
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.metrics import replace_text
-from lmjax.runs.run_directory import environment, write_config
+from lmjax.runs.run_directory import environment, parameters_sha256, write_config
 from lmjax.runs.state import params_alone
 
 
@@ -62,6 +62,20 @@ def write_run(
         raise StorageFailed(
             f"{error.filename or target}: {error.strerror or error}; nothing was written"
         ) from error
+
+
+def write_result(folder: Path, model: TrainedModel, loss: float | None) -> None:
+    """Writes `result.json`, as a run has it that is done, with the held-out loss of the model."""
+    config = model.config
+    if loss is not None:
+        result = {
+            "steps": config.steps,
+            "eval_loss": loss,
+            "tokens": config.steps * config.batch_size * config.context,
+            "train_seconds": 0.0,
+            "parameters_sha256": parameters_sha256(model.params),
+        }
+        write_json(folder / "result.json", result)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

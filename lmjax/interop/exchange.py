@@ -25,7 +25,7 @@ from lmjax.interop.architectures import architecture_of
 from lmjax.interop.origin import casts, of_files, own_tokenizer
 from lmjax.interop.reading import CONFIG, Pretrained, pretrained
 from lmjax.interop.writing import write_pretrained
-from lmjax.model import parameter_count
+from lmjax.model import dense_weights, parameter_count
 from lmjax.optim.storage import convert_params
 from lmjax.parallel import sharding
 from lmjax.precision import exact
@@ -143,7 +143,9 @@ def export_run(
                 raise InputError(f"{run} has no complete checkpoint yet; train it further")
             phase = resolve(config).after(step)
             mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1))
-            params = checkpoints.restore_params(step, abstract_params(phase, mesh))
+            params = dense_weights(checkpoints.restore_params(step, abstract_params(phase, mesh)))
+        # Elsewhere weights are arrays, which the same policy rounds while it computes.
+        precision = phase.config.precision.replace(".stored", "").replace(".static", "")
         ids = {"bos_token_id": tokenizer.start_of_document}
         ids["eos_token_id"] = tokenizer.end_of_document
         with _published(folder) as partial:
@@ -152,7 +154,7 @@ def export_run(
                 architecture,
                 config.model,
                 params,
-                precision=phase.config.precision,
+                precision=precision,
                 dtype=dtype,
                 imported=ids | imported,
                 limit=limit,

@@ -15,7 +15,7 @@ from lmjax import strict_json
 from lmjax.data import DataError, Tokenizer, load_tokenizer, read_tokenizer
 from lmjax.errors import InputError
 from lmjax.interop.reading import POLICIES, Pretrained, is_pretrained, pretrained, read_model
-from lmjax.model import ModelConfig, Params, param_sites, resolve_sites, structure
+from lmjax.model import ModelConfig, Params, dense_weights, param_sites, resolve_sites, structure
 from lmjax.parallel import sharding
 from lmjax.parallel.agreement import is_first
 from lmjax.precision import paths
@@ -84,7 +84,8 @@ def opened(name: str) -> Iterator[Origin]:
             own = load_tokenizer(folder / "tokenizer.json")
 
             def read(mesh: sharding.Mesh) -> Params:
-                return checkpoints.restore_params(step, abstract_params(phase, mesh))
+                params = checkpoints.restore_params(step, abstract_params(phase, mesh))
+                return dense_weights(params)
 
             yield Origin(name, config.model, step, phase.param_sites, own, (), read)
 

@@ -29,7 +29,7 @@ from lmjax.model.sites import QUIET, Context, Sites, within
 from lmjax.precision import paths
 from lmjax.precision.backend import Backend
 from lmjax.precision.native import Sums
-from lmjax.precision.packed import Packed, Pieces, pack
+from lmjax.precision.packed import Packed, Pieces, is_stored, pack
 from lmjax.precision.policy import Policy, PolicyError, SitePolicy
 from lmjax.precision.sites import Kind, Layout, Place
 
@@ -179,6 +179,13 @@ def structure(config: ModelConfig) -> tuple[Any, Params, Params]:
     return graphdef, nnx.to_pure_dict(state), paths.unflatten(axes)
 
 
+def block_matrices(config: ModelConfig) -> dict[str, int]:
+    """The matrices of the blocks by path, and the number of inputs of each."""
+    parameters = paths.flatten(structure(config)[1])
+    inside = {path: leaf for path, leaf in parameters.items() if layout(config).stack.holds(path)}
+    return {path: leaf.shape[-2] for path, leaf in inside.items() if leaf.ndim == 3}
+
+
 class Weight(NamedTuple):
     """A parameter that products multiply by.
 
@@ -242,6 +249,17 @@ def stored_weights(
             runs = [jax.tree.map(lambda leaf: leaf[0], runs[0])]
         flat[path] = runs[0] if len(runs) == 1 else Pieces(tuple(runs))
     return paths.unflatten(flat)
+
+
+def dense_weights(params: Params) -> Params:
+    """Parameters with every weight as an array: the numbers that its elements stand for, in f32."""
+
+    def dense(node: Any) -> Any:
+        if isinstance(node, Pieces):
+            return jnp.concatenate([jnp.asarray(dense(run), jnp.float32) for run in node.runs])
+        return node.dense() if isinstance(node, Packed) else node
+
+    return jax.tree.map(dense, params, is_leaf=is_stored)
 
 
 def _stored_runs(x: jax.Array, weight: Weight, store: Store) -> list[Any]:

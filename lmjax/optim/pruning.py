@@ -17,7 +17,7 @@ Knows JAX, optax and paths of parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -100,6 +100,29 @@ def refuse_uneven(pattern: str, lengths: Iterable[tuple[str, int]]) -> None:
                 f"pruning {pattern} cuts inputs into groups of {group}, which do not divide the "
                 f"{length} inputs of {path}; choose another pattern, or leave that weight dense"
             )
+
+
+def refuse_unfit(config: PruningConfig, steps: int, inputs: Mapping[str, int]) -> None:
+    """Rejects a pattern that does not divide weights, or is never reached.
+
+    Args:
+      config: which weights are pruned, and when.
+      steps: planned length of the run.
+      inputs: paths of the matrices of blocks, and how many inputs each has.
+
+    Raises:
+      ValueError: says what to change.
+    """
+    if config.pattern == "none":
+        return
+    last = max(config.start + 1, config.end)
+    if last > steps:
+        raise ValueError(
+            f"pruning ends after step {last}, but the run ends after {steps} steps; prune earlier "
+            "or raise --steps"
+        )
+    pruned = [(p, n) for p, n in inputs.items() if not paths.matches_any(config.dense, p)]
+    refuse_uneven(config.pattern, pruned)
 
 
 def keep_mask(score: jax.Array, zeros: jax.Array | int, group: int = 0) -> jax.Array:

@@ -24,6 +24,8 @@ from lmjax.console.wording import counted
 from lmjax.parallel import sharding
 from lmjax.plan.targets import Target
 from lmjax.runs.config import to_json
+from lmjax.runs.resolved import resolve
+from lmjax.runs.state import refuse_stored
 from lmjax.train import Config
 
 CHILD = "lmjax.plan.child"
@@ -159,11 +161,13 @@ def compiled_for(config: Config, target: Target) -> Compiled:
 
 
 def check_division(config: Config, devices: int) -> None:
-    """Rejects a batch that the mesh cannot divide on this number of devices.
+    """Rejects a batch that the mesh cannot divide, and weights that are not trained.
 
     Raises:
       ValueError: says what to change.
     """
+    for phase in resolve(config).phases:
+        refuse_stored(phase)
     parts = sharding.batch_parts(sharding.abstract_mesh(config.mesh, devices))
     rows = config.batch_size // config.micro_batches
     if rows % parts:

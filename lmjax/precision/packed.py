@@ -221,18 +221,15 @@ def _read(codes: jax.Array, number_format: Format, axis: int, length: int) -> ja
         return codes.astype(at_least_f32(codes.dtype))
     bits, count, width = _units(number_format)
     at = codes.ndim + axis
-    codes = codes.reshape(*codes.shape[:at], -1, width, *codes.shape[at + 1 :])
-    byte = _taking(codes.astype(jnp.uint16), at + 1)
-    read = []
-    for index in range(count):
-        first, shift = divmod(index * bits, _BYTE)
-        pattern = byte(first) >> shift
-        if shift + bits > _BYTE:
-            pattern |= byte(first + 1) << (_BYTE - shift)
-        read.append(pattern & ((1 << bits) - 1))
-    stacked = jnp.stack(read, axis=at + 1)
-    stacked = stacked.reshape(*stacked.shape[:at], -1, *stacked.shape[at + 2 :])
-    return _values(jax.lax.slice_in_dim(stacked, 0, length, axis=at), number_format)
+    codes = codes.reshape(*codes.shape[:at], -1, width, *codes.shape[at + 1 :]).astype(jnp.uint16)
+    first, shift = np.divmod(np.arange(count, dtype=np.uint16) * bits, _BYTE)
+    if width > 1:  # an element may begin in one byte and end in the next
+        following = jnp.roll(codes, -1, axis=at + 1)
+        codes = jnp.take(codes | (following << _BYTE), first, axis=at + 1)
+    shift = shift.astype(np.uint16).reshape(-1, *[1] * (codes.ndim - at - 2))
+    read = (codes >> shift) & ((1 << bits) - 1)
+    read = read.reshape(*read.shape[:at], -1, *read.shape[at + 2 :])
+    return _values(jax.lax.slice_in_dim(read, 0, length, axis=at), number_format)
 
 
 def _units(number_format: Format) -> tuple[int, int, int]:

@@ -19,17 +19,16 @@ from lmjax.data import DataConfig
 from lmjax.model import (
     ModelConfig,
     Sites,
+    block_matrices,
     layout,
     parametrisation_of,
     resolve_sites,
-    structure,
 )
 from lmjax.optim.loss_scale import LossScaleConfig, ScaleKind, narrowest, resolve_kind
 from lmjax.optim.optimizer import Extension, OptimizerConfig, extensions
-from lmjax.optim.pruning import PruningConfig, refuse_uneven
+from lmjax.optim.pruning import PruningConfig, refuse_unfit
 from lmjax.parallel.reduction import Reductions, reductions
 from lmjax.parallel.sharding import MeshConfig
-from lmjax.precision import paths
 from lmjax.precision.formats import Format
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.policy import Policy, SitePolicy
@@ -196,7 +195,7 @@ class Config:
                 f"{self.steps}; leave both to --extend-steps"
             )
         self._refuse_disorder()
-        self._refuse_uneven_pruning()
+        refuse_unfit(self.pruning, self.steps, block_matrices(self.model))
         refuse_no_tensor(self.telemetry, layout(self.model))
         for start in self.sites_by_phase:
             if start >= self.steps:
@@ -204,26 +203,6 @@ class Config:
                     f"the policy's phase from step {start} would never run, because the run ends "
                     f"after {self.steps} steps; start it earlier or raise --steps"
                 )
-
-    def _refuse_uneven_pruning(self) -> None:
-        """Rejects patterns of pruning that do not divide weights, or would never be reached."""
-        pruning, stack = self.pruning, layout(self.model).stack
-        if pruning.pattern == "none":
-            return
-        if max(pruning.start + 1, pruning.end) > self.steps:
-            raise ValueError(
-                f"pruning ends after step {max(pruning.start + 1, pruning.end)}, but the run ends "
-                f"after {self.steps} steps; prune earlier or raise --steps"
-            )
-        matrices = {
-            path: leaf.shape[-2]
-            for path, leaf in paths.flatten(structure(self.model)[1]).items()
-            if stack.holds(path) and leaf.ndim == 3
-        }
-        refuse_uneven(
-            pruning.pattern,
-            [(p, n) for p, n in matrices.items() if not paths.matches_any(pruning.dense, p)],
-        )
 
     def _refuse_disorder(self) -> None:
         """Rejects configs whose sums cannot have the order that they ask for."""

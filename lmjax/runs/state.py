@@ -118,10 +118,25 @@ def params_alone(params: Params, step: int) -> TrainState:
 def abstract_params(config: Config | Phase, mesh: Any) -> Params:
     """Shapes, dtypes and shardings of the parameters, as `abstract_state` has them."""
     phase = phase_of(config)
-    model = phase.config.model
-    shapes = jax.eval_shape(lambda: initial_params(jax.random.key(0), model, phase.sites))
-    shardings = state_shardings(mesh, structure(model)[2], shapes)
-    return _placed(shapes, shardings)
+    shapes = params_shapes(phase)
+    return _placed(shapes, state_shardings(mesh, structure(phase.config.model)[2], shapes))
+
+
+def params_shapes(phase: Phase) -> Params:
+    """Shapes and dtypes of the parameters alone."""
+    key, model = jax.random.key(0), phase.config.model
+    return jax.eval_shape(lambda: initial_params(key, model, phase.sites))
+
+
+def size_of_state(phase: Phase) -> tuple[int, int]:
+    """The number of parameters, and the bytes of all that is kept between steps.
+
+    Of weights that are stored as elements, which nothing is trained with, those of the parameters.
+    """
+    stored = any(site.stores for site in phase.sites.values())
+    kept = params_shapes(phase) if stored else jax.eval_shape(lambda: initial_state(phase))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    return parameter_count(phase.config.model), held
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.model import apply, decoding_params, initial_params, resolve_sites, stored_weights
+from lmjax.model import (
+    apply,
+    decoding_params,
+    dense_weights,
+    initial_params,
+    resolve_sites,
+    stored_weights,
+)
 from lmjax.precision import paths
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.packed import Packed, Pieces, pack
@@ -85,6 +92,8 @@ def test_a_model_computes_with_stored_weights_what_it_does_with_fake_quantized_o
     sites = resolve_sites(model, parse_policy(stored(policy)))
     packed = stored_weights(params, model, sites)
     assert isinstance(packed["blocks"]["mlp"]["down"]["kernel"], Packed)
+    dense = dense_weights(packed)
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, params)
     assert isinstance(packed["blocks"]["mlp"]["up"]["kernel"], Pieces if "up" in policy else Packed)
     np.testing.assert_array_equal(logits(stored(policy), packed), logits(policy, params))
 

@@ -80,6 +80,8 @@ def test_a_quantized_run_is_what_its_policy_says_to_the_bit(
 def test_a_quantized_run_is_not_trained(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "int8"
     assert verb("quantize", run, "--policy", "w=int8@channel", "--to", target) == DONE
+    assert verb("resume", target) == DONE, "it is finished"
+    (target / "result.json").unlink()
     assert verb("resume", target) == BAD_INPUT
     assert (
         verb("quantize", target, "--policy", "w=int8@tensor", "--to", tmp_path / "x") == BAD_INPUT
