@@ -31,8 +31,8 @@ ARROWS = {
     },
     "plan": {"chips", "console", "hlo", "model", "parallel", "precision", "runs", "train"},
     "diagnosis": {
-        "chips", "console", "data", "files", "model", "optim", "parallel", "precision", "runs",
-        "telemetry", "train",
+        "chips", "console", "data", "files", "interop", "model", "optim", "parallel", "precision",
+        "runs", "telemetry", "train",
     },
     "inference": {"console", "data", "model", "parallel", "precision", "runs", "train"},
     "ablation": {"console", "data", "files", "runs", "train"},

@@ -16,13 +16,16 @@ from lmjax.console import stages
 from lmjax.console.progress import say
 from lmjax.data import TokenizedCorpus, tokenized_corpus, train_iterator
 from lmjax.errors import InputError
+from lmjax.files.filenames import expanded
+from lmjax.interop import origin
 from lmjax.parallel import sharding
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase, Resolved, resolve
-from lmjax.runs.run_directory import parameters_sha256, read_config
-from lmjax.runs.state import TrainState, abstract_state, create_state
+from lmjax.runs.run_directory import own_data, parameters_sha256, read_config
+from lmjax.runs.state import TrainState, abstract_state, adopt, create_state
 from lmjax.runs.store.remote import fetched
+from lmjax.train.start import restored
 
 
 @dataclass
@@ -85,7 +88,7 @@ def _open(workdir: Path, before: int | None, initial: bool) -> OpenRun:
     config = phases.config
     if jax.process_count() > 1:
         raise InputError("a run is looked at by one process; start a single one")
-    mesh, corpus = _mesh_and_corpus(config)
+    mesh, corpus = _mesh_and_corpus(config, workdir)
     opened = partial(OpenRun, workdir, phases, mesh)
     folder = workdir / "checkpoints"
     checkpoints = Checkpoints(folder, note=say)
@@ -94,8 +97,10 @@ def _open(workdir: Path, before: int | None, initial: bool) -> OpenRun:
         if step is None:
             if not initial:
                 raise InputError(f"{workdir} has no complete checkpoint yet; train it first")
-            state = create_state(phases.at(0), mesh)
-            return opened(state, 0, _data(config, corpus), corpus)
+            return opened(_initial(phases, mesh), 0, _data(config, corpus), corpus)
+        if checkpoints.holds_params_alone(step):
+            state = restored(checkpoints, step, phases, mesh)
+            return opened(state, step, _data(config, corpus), corpus)
         with stages.stage(f"restoring the checkpoint of step {step}"):
             target = abstract_state(phases.after(step), mesh)
             state, position, counters = checkpoints.restore(step, target)
@@ -119,15 +124,29 @@ def fresh_run(config: Config) -> OpenRun:
     """
     phases = resolve(config)
     mesh, corpus = _mesh_and_corpus(phases.config)
-    state = create_state(phases.at(0), mesh)
+    state = _initial(phases, mesh)
     return OpenRun(Path(), phases, mesh, state, 0, _data(phases.config, corpus), corpus)
 
 
-def _mesh_and_corpus(config: Config) -> tuple[sharding.Mesh, TokenizedCorpus]:
+def _initial(phases: Resolved, mesh: sharding.Mesh) -> TrainState:
+    """The state that a run started with; unlike the run, it records nothing."""
+    phase = phases.at(0)
+    if not phases.config.init_from:
+        return create_state(phase, mesh)
+    with origin.opened(phases.config.init_from) as found:
+        return adopt(found.parameters(mesh), found.stored, phase, mesh)
+
+
+def _mesh_and_corpus(
+    config: Config, workdir: Path | None = None
+) -> tuple[sharding.Mesh, TokenizedCorpus]:
+    data = config.data
+    if workdir is not None and data.tokenizer_path and not expanded(data.tokenizer).exists():
+        data = own_data(workdir, data)
     try:
         mesh = sharding.make_mesh(config.mesh)
         with stages.stage("reading the text"):
-            return mesh, tokenized_corpus(config.data, window=config.context + 1, progress=False)
+            return mesh, tokenized_corpus(data, window=config.context + 1, progress=False)
     except ValueError as error:
         raise InputError(str(error)) from error
 
