@@ -44,6 +44,9 @@ def keep_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # Else a program may come back with the scopes of another one that computes the same, and
+        # profiles and audits would attribute its operations to the wrong sites.
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 
 
 def _remove_torn(folder: Path) -> None:

@@ -31,6 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "jax_compilation_cache_dir",
         "jax_compilation_cache_max_size",
         "jax_persistent_cache_min_compile_time_secs",
+        "jax_compilation_cache_include_metadata_in_key",
     )
     before = {name: jax.config.values[name] for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
@@ -43,6 +44,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_they_are_kept_where_the_variable_says(cache: Path):
     keep_programs()
     assert jax.config.values["jax_compilation_cache_dir"] == str(cache)
+
+
+def test_programs_that_differ_in_their_scopes_are_kept_apart(cache: Path):
+    keep_programs()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+    def compiled(scope: str) -> str:
+        def program(x: jax.Array) -> jax.Array:
+            with jax.named_scope(scope):
+                return x * 3 + 1
+
+        return jax.jit(program).lower(jax.numpy.float32(1)).compile().as_text()
+
+    assert "first" in compiled("first")
+    assert "second" in compiled("second")
 
 
 def test_off_keeps_none(cache: Path, monkeypatch: pytest.MonkeyPatch):
