@@ -17,6 +17,7 @@ ARROWS = {
     "console": {"files"},
     "data": {"console", "files"},
     "hlo": {"precision"},
+    "inspection": {"hlo", "precision"},
     "model": {"precision"},
     "optim": {"precision"},
     "parallel": {"console", "precision"},
@@ -28,6 +29,9 @@ ARROWS = {
     "train": {
         "chips", "console", "data", "files", "interop", "model", "optim", "parallel", "precision",
         "runs", "telemetry",
+    },
+    "audit": {
+        "console", "inspection", "model", "parallel", "precision", "runs", "train",
     },
     "plan": {"chips", "console", "hlo", "model", "parallel", "precision", "runs", "train"},
     "diagnosis": {
@@ -41,8 +45,8 @@ ARROWS = {
         "train",
     },
     "cli": {
-        "ablation", "compression", "console", "data", "diagnosis", "files", "inference", "interop",
-        "parallel", "plan", "precision", "runs", "telemetry", "train",
+        "ablation", "audit", "compression", "console", "data", "diagnosis", "files", "inference",
+        "inspection", "interop", "parallel", "plan", "precision", "runs", "telemetry", "train",
     },
     "chips": set(),
     "__init__": {"console"},
@@ -66,7 +70,7 @@ CONFINED = {
     "submitit": ("ablation/pools.py",),
     "tensorboardX": ("runs/metrics.py",),
     "jmp": ("precision/",),
-    "jinja2": ("ablation/report_page.py",),
+    "jinja2": ("ablation/report_page.py", "audit/page.py"),
     "json": ("strict_json.py",),
 }
 """Where a framework may be imported."""

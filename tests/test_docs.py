@@ -78,6 +78,7 @@ def flags() -> Iterator[str]:
     for verb in (verbs.generate, verbs.score, verbs.evaluate, verbs.prepare, verbs.sites):
         yield from known_flags(verb)
     for verb in (
+        verbs.audit,
         verbs.twin,
         verbs.replay,
         verbs.attribute,

@@ -67,6 +67,12 @@ UserPath = Annotated[
 OWN_FLAGS: Any = tyro.conf.arg(name="")
 """Of a parameter that is a config: its fields are flags by their own names."""
 
+Experiment = Annotated[str, tyro.conf.Positional]
+"""A module, such as `experiments.quickstart`."""
+
+Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+"""A flag that may be given several times."""
+
 RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 """A path or a URL, as a string: `Path` would collapse the two slashes."""
 
@@ -280,6 +286,23 @@ def _say_error(error: object) -> None:
     print(f"error: {printable(error)}", file=sys.stderr)
 
 
+def load_experiment(name: str) -> Config:
+    """The config of an experiment module.
+
+    Raises:
+      InputError: there is no such module, or it defines no `config`.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
+        ) from error
+    if not callable(getattr(module, "config", None)):
+        raise InputError(f"{name} is not an experiment: it does not define config()")
+    return module.config()
+
+
 def write_text(text: str) -> None:
     """Writes text to stdout at once: unchanged to a file or pipe, `visible` to a terminal."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
@@ -328,20 +351,3 @@ def written(path: Path) -> Iterator[None]:
             raise
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def load_experiment(name: str) -> Config:
-    """The config of an experiment module.
-
-    Raises:
-      InputError: there is no such module, or it defines no `config`.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"no experiment {name!r}: {error}; name a module, such as experiments.quickstart"
-        ) from error
-    if not callable(getattr(module, "config", None)):
-        raise InputError(f"{name} is not an experiment: it does not define config()")
-    return module.config()

@@ -19,6 +19,7 @@ import tyro
 
 from lmjax import checks
 from lmjax.checks import at_least
+from lmjax.cli.audit import audit
 from lmjax.cli.chips import show_chip_plan
 from lmjax.cli.common import (
     DONE,
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "prepare": prepare,
         "sites": sites,
         "plan": plan,
+        "audit": audit,
         "twin": twin,
         "replay": replay,
         "attribute": attribute,

@@ -24,6 +24,11 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 
 
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text, as names of operations."""
+    return frozenset(text.split())
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction.

@@ -42,6 +42,13 @@ def scope_of(op_name: str, layout: Layout, parts: Collection[str]) -> Scope | No
       layout: the sites of the model.
       parts: names of scopes that are not sites.
     """
+    return located(op_name, layout, parts)[0]
+
+
+def located(
+    op_name: str, layout: Layout, parts: Collection[str]
+) -> tuple[Scope | None, tuple[str, ...]]:
+    """Like `scope_of`, with the words of the name after the scope, the last an operation."""
     backward = "transpose(" in op_name
     # Names of separately compiled functions may look like sites; transformations wrap scopes.
     plain = re.sub(r"\b(p?jit|custom_\w+_call)\([^()]*\)", "", op_name)
@@ -49,10 +56,10 @@ def scope_of(op_name: str, layout: Layout, parts: Collection[str]) -> Scope | No
     for start in range(len(words) - 1, -1, -1):
         inside = layout.stack.name in words[:start]
         if words[start] in parts or (layout.has(words[start]) and not inside):
-            return Scope(words[start], "", backward)
+            return Scope(words[start], "", backward), tuple(words[start + 1 :])
         if words[start] == layout.stack.name and start + 2 < len(words):
             for end in range(len(words), start + 2, -1):
                 path = layout.stack.path("/".join(words[start + 2 : end]))
                 if layout.has(path):
-                    return Scope(path, words[start + 1], backward)
-    return None
+                    return Scope(path, words[start + 1], backward), tuple(words[end:])
+    return None, tuple(words[-1:])

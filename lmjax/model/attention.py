@@ -23,6 +23,7 @@ from lmjax.model.mask import CAUSAL, Mask, Position, indices_from
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sheet import Given, Rules
 from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within_site
+from lmjax.precision.asides import aside
 from lmjax.precision.matmul import einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Rounded, report
@@ -203,7 +204,7 @@ class Attention(nnx.Module):
         In blocks or by a fused kernel, as `form` says.
         """
         scores, combine = sites["scores"], sites["combine"]
-        with scores.scope:
+        with scores.scope, aside("entering"):
             q = self.scales.queries(q)
         entering = (q, "scores", "x"), (k, "scores", "w"), (v, "combine", "w")
         q, k, v = (_entering(x, sites[name], context.at(name), role) for x, name, role in entering)
@@ -270,7 +271,7 @@ class Attention(nnx.Module):
         sees, at least one each.
         """
         site, products = sites["scores"], context.at("scores")
-        with site.scope:
+        with site.scope, aside("entering"):
             q = self.scales.queries(q)
         scores = einsum(
             "btkgh,bskh->bkgts",

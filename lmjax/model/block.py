@@ -159,7 +159,7 @@ class Block(nnx.Module):
         y, rest = branch(normed(y) if self.norm_position == "before" else y, own)
         with residual.scope:
             y = residual.to_compute(dropout(y, self.rate, context.at(dropped).key))
-            x = branches.add(x, y)
+            x = residual.to_compute(branches.add(x, y))
         if self.norm_position == "after":
             x = normed(x)
             with residual.scope:

@@ -36,6 +36,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.model.sheet import INSIDE, Given, Measured, Rules, Sheet
 from lmjax.model.tiling import Index, put, taken, visit
+from lmjax.precision.asides import aside
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.probes import Rounded, measure
 
@@ -94,8 +95,9 @@ def _forward(
 
     top, total, read = visit(sheet.pairs, step, nothing)
     with rules.combine.scope:
-        factor = rules.weight_factor * rules.divisor(tiling.keys)
-        wide = tiling.join_queries(read * factor / total.astype(read.dtype))
+        with aside("sum"):
+            factor = rules.weight_factor * rules.divisor(tiling.keys)
+            wide = tiling.join_queries(read * factor / total.astype(read.dtype))
         if tiling.key_blocks > 1:
             wide = checkpoint_name(wide, SAVED)
             y = rules.combine.to_compute(wide)
@@ -144,7 +146,7 @@ def _read(
     read = rules.product("bkhc,bkcr->bkhr", value, weights, rules.combine)
     if first:
         return _State(top, total, read)
-    with rules.combine.scope:
+    with rules.combine.scope, aside("sum"):
         read = before.read * kept.astype(read.dtype) + read
     return _State(top, before.total * kept + total, read)
 
@@ -186,10 +188,10 @@ def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
 
     dq, dk, dv, measured = visit(sheet.pairs, step, nothing)
     of_queries = rules.divisor(tiling.queries * tiling.groups)
-    with rules.scores.scope:
+    with rules.scores.scope, aside("sum"):
         dq = tiling.join_queries(dq) * rules.divisor(tiling.keys)
         dk = tiling.join_keys(dk) * of_queries
-    with rules.combine.scope:
+    with rules.combine.scope, aside("sum"):
         dv = tiling.join_keys(dv) * of_queries
     gradients, returned = [], {site: dict(found) for site, found in measured.items()}
     for site, role, wide in (("scores", "dx", dq), ("scores", "dw", dk), ("combine", "dw", dv)):

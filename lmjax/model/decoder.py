@@ -130,7 +130,7 @@ class Decoder(Assembly):
             rows = constrain(rows, ("replicas", "length", "columns"))
         with sites["embed"].scope:
             rows = sites["embed"].to_output(rows)
-            x = self.scales.sum_of_embeddings(x, rows)
+            x = sites["embed"].to_output(self.scales.sum_of_embeddings(x, rows))
             return within_site(x, sites["embed"], context.at("embed").probe, "sum")
 
     def readout(self, x: jax.Array, sites: Sites, context: Context) -> tuple[jax.Array, Head]:

@@ -33,6 +33,7 @@ from lmjax.model.loss import token_losses
 from lmjax.model.parametrisation import Parametrisation
 from lmjax.model.sites import Context, Sites
 from lmjax.precision import probes
+from lmjax.precision.asides import aside
 from lmjax.precision.contraction import axes_of
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.matmul import RandomKey, einsum, hand_on, second_operand
@@ -83,7 +84,8 @@ class WeightGradient(NamedTuple):
 
     def combine(self, other: WeightGradient) -> WeightGradient:
         """The gradient of both chunks."""
-        return WeightGradient(self.tensor + other.tensor)
+        with jax.named_scope("reduction"):
+            return WeightGradient(self.tensor + other.tensor)
 
 
 def mean_loss(
@@ -125,10 +127,13 @@ def mean_loss(
     weights = second_operand(head.spec, head.weights, sites["head"], own.probe)
     product = {role: slot for role, slot in (own.slots or {}).items() if role != "w"}
     slots = {"head": product, "loss": of_loss.slots or {}}
-    narrow = sites["loss"].to_compute(backward.cotangent)
-    cotangent = narrow.astype(at_least_f32(narrow.dtype)) / count
+    with jax.named_scope("loss_scale"):
+        narrow = sites["loss"].to_compute(backward.cotangent)
+        cotangent = narrow.astype(at_least_f32(narrow.dtype)) / count
     given = own.key, own.factors, targets, cotangent
-    return sites["loss"].to_compute(_summed(form, x, weights, slots, given) / count)
+    total = _summed(form, x, weights, slots, given)
+    with sites["loss"].scope, aside("mean"):
+        return sites["loss"].to_compute(total / count)
 
 
 def token_nats(
@@ -181,8 +186,9 @@ class _Form:
         shares = self.constrain(shares, (axis, *named("width")))
         # As a product, which is partitioned as that of a whole batch would be: each device gets the
         # sum of its own slice.
-        ones = jnp.ones(len(shares), shares.dtype)
-        total = jnp.einsum("p,pij->ij", ones, shares, precision=jax.lax.Precision.HIGHEST)
+        with jax.named_scope("reduction"):
+            ones = jnp.ones(len(shares), shares.dtype)
+            total = jnp.einsum("p,pij->ij", ones, shares, precision=jax.lax.Precision.HIGHEST)
         return self.constrain(total, tuple(named("embed")))
 
     def of_chunk(
@@ -201,9 +207,10 @@ class _Form:
         options: dict[str, Any] = {"scales": self.scales, "weight": self.weight}
         losses = token_losses(logits, targets, self.loss, probe, **options)
         each = losses.cross_entropy
-        if self.z_loss:  # 0 times a square that overflowed would be NaN
-            each = each + self.z_loss * losses.z
-        return jnp.sum(each.astype(at_least_f32(each.dtype)))
+        with self.loss.scope:
+            if self.z_loss:  # 0 times a square that overflowed would be NaN
+                each = each + self.z_loss * losses.z
+            return jnp.sum(each.astype(at_least_f32(each.dtype)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -231,7 +238,8 @@ def _forward(form: _Form, x: jax.Array, weights: jax.Array, slots: Any, given: A
     wide = form.summed(shares, x.shape)
     parts = [jax.tree.map(lambda m, i=i: m[i], measured) for i in range(len(totals))]
     measured = functools.reduce(probes.combine, parts)
-    dw = form.head.to_cotangent(wide)
+    with form.head.scope:
+        dw = form.head.to_cotangent(wide)
     if "dw" in slots["head"]:
         tensor = Rounded(wide, wide, dw, form.head.compute)
         measured["head"]["dw"] = probes.measure(slots["head"]["dw"], tensor)
@@ -267,11 +275,14 @@ def _differentiated(
 
 def _backward(form: _Form, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     dx, wide, measured, known, cotangent = saved
-    ratio = g / cotangent  # 1
-    times = lambda y: y.astype(ratio.dtype) * ratio
-    dw = form.head.to_cotangent(times(wide))
+    with jax.named_scope("loss_scale"):
+        ratio = g / cotangent  # 1
+        times = lambda y: y.astype(ratio.dtype) * ratio
+        dx, wide = times(dx).astype(dx.dtype), times(wide)
+    with form.head.scope:
+        dw = form.head.to_cotangent(wide)
     zeros = jax.tree.map(jnp.zeros_like, known)
-    return times(dx).astype(dx.dtype), dw, measured, (None, zeros, None, None)
+    return dx, dw, measured, (None, zeros, None, None)
 
 
 _summed.defvjp(_forward, _backward)

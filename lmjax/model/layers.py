@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from lmjax.model.config import ModelConfig
 from lmjax.model.parametrisation import IDENTITY, Parametrisation, parametrisation_of
 from lmjax.model.sites import QUIET, Context, at_site, give, take
+from lmjax.precision.asides import aside
 from lmjax.precision.backend import Backend, this_backend
 from lmjax.precision.bits import largest_magnitude
 from lmjax.precision.broadcast import add_to_rows
@@ -175,8 +176,8 @@ class Norm(nnx.Module):
         scale = _scale_of_rows(x, self.epsilon)
         x = x * scale
         if self.kind == "layer":
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+            x = x - _mean(x)
+        mean_square = _mean(jnp.square(x))
         total = mean_square + self.epsilon * scale * scale
         total = jnp.where(total > 0, total, jnp.ones_like(total))  # a row of equal numbers
         used = lambda p: site.to_compute(self.scales.shared(p[...], x.size // x.shape[-1]))
@@ -186,18 +187,26 @@ class Norm(nnx.Module):
         return give(y, site, context.probe)
 
 
+def _mean(x: jax.Array) -> jax.Array:
+    """Of each row `[..., D]`, `[..., 1]`; summed and divided in at least f32."""
+    with aside("mean"):
+        return jnp.mean(x, axis=-1, keepdims=True)
+
+
 def _scale_of_rows(x: jax.Array, epsilon: float) -> jax.Array:
     """What rows `[..., D]` are multiplied by before they are squared, `[..., 1]`; no gradient."""
     if x.dtype == jnp.float16:  # as narrow as asked: half of the ordinary numbers would be scaled
         return jnp.ones((*x.shape[:-1], 1), x.dtype)
-    largest = largest_magnitude(jax.lax.stop_gradient(x), axis=-1)[..., None]
-    floor = jnp.asarray(math.sqrt(epsilon), largest.dtype)
-    return scale_for_squares(jnp.maximum(largest, floor)).astype(x.dtype)
+    with aside("range"):
+        largest = largest_magnitude(jax.lax.stop_gradient(x), axis=-1)[..., None]
+        floor = jnp.asarray(math.sqrt(epsilon), largest.dtype)
+        return scale_for_squares(jnp.maximum(largest, floor)).astype(x.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: RandomKey) -> jax.Array:
     """Zeroes elements at `rate` and rescales the rest; without a key, the identity."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    with aside("random"):
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))

@@ -16,6 +16,7 @@ from lmjax.model.head import Backward, mean_loss, token_nats
 from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.parametrisation import Parametrisation
 from lmjax.model.sites import Context, Sites
+from lmjax.precision.asides import aside
 from lmjax.precision.exact import at_least_f32
 
 
@@ -59,8 +60,9 @@ class NextToken:
         """See `Objective`; what counts are tokens, and the z-loss does not."""
         x, head = model.readout(x, sites, context)
         nats = token_nats(x, head, batch["targets"], sites, context, constrain)
-        nats = nats.astype(at_least_f32(nats.dtype))
-        weights = batch["weights"].astype(nats.dtype)
-        # Padding does not count, whatever is computed of it: NaN times 0 would be NaN.
-        counted = jnp.where(weights > 0, nats * weights, jnp.zeros_like(nats))
-        return jnp.sum(counted), jnp.sum(weights)
+        with sites["loss"].scope, aside("total"):
+            nats = nats.astype(at_least_f32(nats.dtype))
+            weights = batch["weights"].astype(nats.dtype)
+            # Padding does not count, whatever is computed of it: NaN times 0 would be NaN.
+            counted = jnp.where(weights > 0, nats * weights, jnp.zeros_like(nats))
+            return jnp.sum(counted), jnp.sum(weights)

@@ -64,6 +64,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.model.standard import Standard
+from lmjax.precision.asides import aside
 from lmjax.precision.exact import at_least_f32
 
 Factor = float | jax.Array
@@ -105,8 +106,9 @@ _scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    wide = at_least_f32(x.dtype)
-    return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
+    with aside("wide"):
+        wide = at_least_f32(x.dtype)
+        return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
 
 
 class BranchWeights(NamedTuple):
@@ -123,9 +125,10 @@ class BranchWeights(NamedTuple):
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """The stream after the branch's result `y` was added, rounded once to the format of `x`."""
-        wide = at_least_f32(x.dtype)
-        y = scaled(y.astype(wide), forward=self.branch)
-        return (x.astype(wide) * self.stream.astype(wide) + y).astype(x.dtype)
+        with aside("wide"):
+            wide = at_least_f32(x.dtype)
+            y = scaled(y.astype(wide), forward=self.branch)
+            return (x.astype(wide) * self.stream.astype(wide) + y).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -157,9 +160,10 @@ class UnitScaling(Standard):
         A position is used by every row of the batch: the gradients of all are added up. Positions
         `[B, T, D]` are those of each row, used once each.
         """
-        wide = at_least_f32(tokens.dtype)
-        positions = self.shared(positions.astype(wide), tokens.size // positions.size)
-        return ((tokens.astype(wide) + positions) * 0.5**0.5).astype(tokens.dtype)
+        with aside("wide"):
+            wide = at_least_f32(tokens.dtype)
+            positions = self.shared(positions.astype(wide), tokens.size // positions.size)
+            return ((tokens.astype(wide) + positions) * 0.5**0.5).astype(tokens.dtype)
 
     def queries(self, q: jax.Array) -> jax.Array:
         """Queries as they are: the product divides by sqrt(H)."""

@@ -273,6 +273,7 @@ def unscale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> Any
     return jax.tree_util.tree_map_with_path(one, gradients)
 
 
+@jax.named_scope("measuring")
 def all_finite(tree: Any) -> jax.Array:
     """bool[]: no floating-point leaf, on any device, holds an infinity or a NaN.
 

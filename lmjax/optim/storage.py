@@ -95,6 +95,7 @@ class UpdateCensus(NamedTuple):
     param_norm: jax.Array
 
 
+@jax.named_scope("measuring")
 def update_census(
     old: Any, new: Any, updates: Any, sites: ParamSites, stack: Stack | None = None
 ) -> dict[str, UpdateCensus]:

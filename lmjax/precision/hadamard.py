@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.precision.asides import aside
 from lmjax.precision.exact import at_least_f32
 
 DEFAULT_BLOCK: Final = 16
@@ -69,7 +70,12 @@ def rotate(x: jax.Array, axis: int, signs: jax.Array) -> jax.Array:
     Returns:
       f32 (f64 for f64), of the shape of `x` but for the length of the axis.
     """
-    size, axis = signs.size, range(x.ndim)[axis]
+    with aside("rotation"):
+        return _rotated(x, range(x.ndim)[axis], signs)
+
+
+def _rotated(x: jax.Array, axis: int, signs: jax.Array) -> jax.Array:
+    size = signs.size
     x = x.astype(at_least_f32(x.dtype))
     missing = -x.shape[axis] % size
     padded = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])

@@ -49,6 +49,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lmjax.precision.asides import aside
 from lmjax.precision.backend import this_backend
 from lmjax.precision.block_scaled import Blocks, block_scaled_product
 from lmjax.precision.contraction import Roles, axes_of, beside_result, roles_of
@@ -224,7 +225,9 @@ def _primal(
     factors: Factors,
 ) -> jax.Array:
     roles = ("x", site.activations), ("w", site.second)
-    return site.to_result(_product(spec, site, unit, (x, w), roles, _fold(key, 0), factors))
+    with jax.named_scope("y"):
+        wide = _product(spec, site, unit, (x, w), roles, _fold(key, 0), factors)
+    return site.to_result(wide)
 
 
 def _forward(
@@ -255,10 +258,11 @@ def _backward(
     of_g, of_x = ("g", site.grads), ("x", site.backward_activations)
     of_w = ("w", site.backward_second)
     dx_spec, dw_spec = f"{y_axes},{w_axes}->{x_axes}", f"{x_axes},{y_axes}->{w_axes}"
-    wide = {
-        "dx": _product(dx_spec, site, unit, (g, w), (of_g, of_w), _fold(key, 1), factors),
-        "dw": _product(dw_spec, site, unit, (x, g), (of_x, of_g), _fold(key, 2), factors),
-    }
+    products = {"dx": (dx_spec, (g, w), (of_g, of_w)), "dw": (dw_spec, (x, g), (of_x, of_g))}
+    wide = {}
+    for index, (role, (own, pair, roles)) in enumerate(products.items(), start=1):
+        with jax.named_scope(role):
+            wide[role] = _product(own, site, unit, pair, roles, _fold(key, index), factors)
     dx, dw = site.to_cotangent(wide["dx"]), site.to_cotangent(wide["dw"])
     rounded = {"dx": dx, "dw": dw}
     measured = {
@@ -304,7 +308,8 @@ def _product(
             factor = beside_result(factor, axes, summed, y_axes)
             product = apply_factor(product, factor, quantizer)
     if unit:
-        product = product * jnp.asarray(math.prod(lengths) ** -0.5, product.dtype)
+        with aside("sum"):
+            product = product * jnp.asarray(math.prod(lengths) ** -0.5, product.dtype)
     return product
 
 

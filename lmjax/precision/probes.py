@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.precision.asides import aside
 from lmjax.precision.bits import largest_magnitude, pattern, split
 from lmjax.precision.formats import Format
 from lmjax.precision.taps import Copy, Extreme, handed_on
@@ -288,10 +289,12 @@ def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]
     """Returns `x`, which only a `Swap` replaces; the gradients of `slots` measure `tensor()`."""
     if not slots:
         return x
-    measured = jax.lax.stop_gradient(measure(slots, tensor()))
+    with aside("measuring"):
+        measured = jax.lax.stop_gradient(measure(slots, tensor()))
     return _deliver(x, slots, measured)
 
 
+@aside("measuring")
 def measure(slots: Mapping[str, Any], tensor: Rounded) -> dict[str, Any]:
     """Returns every slot's measurement of a tensor."""
     return {who: slot.of(tensor) for who, slot in slots.items()}
@@ -341,7 +344,7 @@ def _watch_forward(rounded: Round, x: jax.Array, slots: Any, arguments: Any) -> 
 
 def _watch_backward(rounded: Round, saved: Any, g: jax.Array) -> tuple[jax.Array, Any, Any]:
     slots, arguments = saved
-    measured = measure(slots, rounded(g, *arguments))
+    measured = aside("measuring")(lambda: measure(slots, rounded(g, *arguments)))()
     return handed_on(g, slots), measured, jax.tree.map(jnp.zeros_like, arguments)
 
 

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lmjax.precision.asides import rounded_to
 from lmjax.precision.bits import join, pattern, split, unsigned
 from lmjax.precision.formats import Encoding, Format, as_format, parse_format
 
@@ -105,9 +106,10 @@ def quantize(
     if format.contains(_CARRIERS[x.dtype]):
         return x
     noise = None
-    if rounding == "stochastic" and key is not None:
-        noise = jax.random.bits(key, x.shape, jnp.uint32)
-    return _quantize(x, noise, format, rounding, overflow)
+    with rounded_to(format.name):
+        if rounding == "stochastic" and key is not None:
+            noise = jax.random.bits(key, x.shape, jnp.uint32)
+        return _quantize(x, noise, format, rounding, overflow)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.precision.asides import aside, rounded_to
 from lmjax.precision.bits import floor_log2, largest_magnitude, widen
 from lmjax.precision.formats import Format, integer
 from lmjax.precision.grouping import Axis, Bounds, Grouping
@@ -122,11 +123,23 @@ def quantize_with_scale(
     Raises:
       ValueError: the quantizer has no factors, or delayed scaling got none.
     """
-    if factors is None and scale is not None:
-        _check_scaled(quantizer, scale)
-        factors = Factors(scale)
-    elif factors is None:
-        factors = find_factors(x, quantizer, axis=axis)
+    with rounded_to(str(quantizer)):
+        if factors is None and scale is not None:
+            _check_scaled(quantizer, scale)
+            factors = Factors(scale)
+        elif factors is None:
+            factors = find_factors(x, quantizer, axis=axis)
+        return _quantized(x, quantizer, axis, rounding, key, factors)
+
+
+def _quantized(
+    x: jax.Array,
+    quantizer: Quantizer,
+    axis: Axis,
+    rounding: Rounding,
+    key: jax.Array | None,
+    factors: Factors,
+) -> Quantized:
     grouping = Grouping.of(x, quantizer, axis)
     groups = grouping.split(widen(x))
     zero_point = factors.zero_point
@@ -189,12 +202,13 @@ def dequantize(
       axis: the same axis.
       dtype: dtype of the result.
     """
-    grouping = Grouping.of(quantized.values, quantizer, axis)
-    groups = grouping.split(quantized.values)
-    if quantized.zero_point is not None:
-        groups = groups - grouping.spread(quantized.zero_point).astype(groups.dtype)
-    factor = grouping.spread(quantized.factor)
-    return grouping.merge(apply_factor(groups, factor, quantizer)).astype(dtype)
+    with aside("factors"):
+        grouping = Grouping.of(quantized.values, quantizer, axis)
+        groups = grouping.split(quantized.values)
+        if quantized.zero_point is not None:
+            groups = groups - grouping.spread(quantized.zero_point).astype(groups.dtype)
+        factor = grouping.spread(quantized.factor)
+        return grouping.merge(apply_factor(groups, factor, quantizer)).astype(dtype)
 
 
 def apply_factor(x: jax.Array, factor: jax.Array, quantizer: Quantizer) -> jax.Array:
@@ -205,9 +219,10 @@ def apply_factor(x: jax.Array, factor: jax.Array, quantizer: Quantizer) -> jax.A
       factor: `Quantized.factor`, in a shape that broadcasts against `x`.
       quantizer: what it is a factor of.
     """
-    if quantizer.scale == E8M0:
-        return jnp.where(jnp.isnan(factor), jnp.nan, ldexp(x, floor_log2(factor)))
-    return x * factor.astype(x.dtype)
+    with aside("factors"):
+        if quantizer.scale == E8M0:
+            return jnp.where(jnp.isnan(factor), jnp.nan, ldexp(x, floor_log2(factor)))
+        return x * factor.astype(x.dtype)
 
 
 def fake_quantize(
@@ -239,10 +254,11 @@ def _fake_quantize(
     axis: Axis,
     rounding: Rounding,
 ) -> jax.Array:
-    quantized = quantize_with_scale(
-        x, quantizer, axis=axis, rounding=rounding, key=key, scale=scale
-    )
-    return dequantize(quantized, quantizer, axis=axis, dtype=x.dtype)
+    with rounded_to(str(quantizer)):
+        quantized = quantize_with_scale(
+            x, quantizer, axis=axis, rounding=rounding, key=key, scale=scale
+        )
+        return dequantize(quantized, quantizer, axis=axis, dtype=x.dtype)
 
 
 @_fake_quantize.defjvp

@@ -53,6 +53,7 @@ def carried_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tr
     return paths.unflatten(fresh | same)
 
 
+@jax.named_scope("measuring")
 def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
     """Returns the scale factor of every operand with delayed scaling, at this loss scale.
 
@@ -96,6 +97,7 @@ def slots(
     return site_tree(layout, one)
 
 
+@jax.named_scope("measuring")
 def updated_scaling(
     scaling: Tree, measured: Tree, scale: jax.Array, layout: Layout, sites: Sites
 ) -> Tree:
@@ -110,6 +112,7 @@ def updated_scaling(
     return paths.unflatten(updated)
 
 
+@jax.named_scope("measuring")
 def cotangent_spread(measured: Tree, scale: jax.Array, stack: Stack) -> Spread | None:
     """Returns the spread of a step's cotangents: a `Spread` with leading axes as in `scale`."""
     asked = _asked_by("loss_scale", measured)
@@ -124,6 +127,7 @@ def cotangent_spread(measured: Tree, scale: jax.Array, stack: Stack) -> Spread |
     return Spread(jnp.max(everything.maximum), jnp.sum(everything.histogram, axis=0))
 
 
+@jax.named_scope("measuring")
 def census(measured: Tree) -> dict[str, Census]:
     """Returns the telemetry measurements by site and role: `blocks/mlp/up/w`."""
     return _asked_by("telemetry", measured)

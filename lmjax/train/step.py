@@ -28,7 +28,7 @@ from lmjax.runs.resolved import Phase, phase_of
 from lmjax.runs.state import TrainState, abstract_state, optimizer_of
 from lmjax.telemetry import measure
 
-PARTS = ("reduction", "loss_scale", "optimizer")
+PARTS = ("reduction", "loss_scale", "optimizer", "measuring", "metrics")
 """Named scopes of what a step computes outside the model; sites name everything else."""
 
 Batch = dict[str, jax.Array]
@@ -95,15 +95,16 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
                 gradients, state.opt_state, state.params, cotangents=cotangents
             )
             norm = config.reductions.norm(gradients).value
-        metrics = {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
-            **loss_scale.metrics(scale, opt_state),
-        }
-        update_key = jax.random.fold_in(step_key, config.micro_batches)
+        with jax.named_scope("metrics"):
+            metrics = {
+                "loss": loss,
+                "grad_norm": norm,
+                "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
+                **loss_scale.metrics(scale, opt_state),
+            }
+        key = jax.random.fold_in(step_key, config.micro_batches)
         with jax.named_scope("optimizer"):
-            stored = apply_updates(state.params, updates, state.residuals, sites, update_key)
+            stored = apply_updates(state.params, updates, state.residuals, sites, key)
         scaling = measure.updated_scaling(state.scaling, measured, scale, phase.layout, phase.sites)
         skipped = opt_state.consecutive_skips > 0
         params, residuals, scaling = jax.tree.map(
@@ -170,13 +171,15 @@ def make_scaled_loss(
                 cotangent_scales=scale if config.loss_scale.per_block else None,
                 constrain=placed,
             )
-            factor = loss_scale.of_the_loss(scale)
-            if config.loss_multiplier != 1:
-                factor = factor * jnp.asarray(config.loss_multiplier, factor.dtype)
+            with jax.named_scope("loss_scale"):
+                factor = loss_scale.of_the_loss(scale)
+                if config.loss_multiplier != 1:
+                    factor = factor * jnp.asarray(config.loss_multiplier, factor.dtype)
             backward = Backward(factor, config.loss_multiplier, placed)
             loss = objective.loss(x, model, batch, sites, context, backward)
             loss = loss.astype(at_least_f32(loss.dtype))
-            return loss * factor.astype(loss.dtype), loss
+            with jax.named_scope("loss_scale"):
+                return loss * factor.astype(loss.dtype), loss
 
     return scaled_loss
 

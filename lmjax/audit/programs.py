@@ -1,0 +1,83 @@
+"""The programs of a run, traced: what trains, evaluates and decodes.
+
+Nothing is allocated. Each is the function that the run itself compiles.
+
+Knows phases, meshes, steps and the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.model import decoding_params, extend, initial_cache
+from lmjax.parallel import sharding
+from lmjax.precision import exact
+from lmjax.runs.resolved import Phase
+from lmjax.train import abstract_state, make_eval_step, make_train_step
+
+NAMES: Final = ("train", "evaluate", "decode")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced program.
+
+    Attributes:
+      name: one of `NAMES`.
+      traced: JAX's; it is lowered and compiled from there.
+    """
+
+    name: str
+    traced: Any
+
+
+def trace(name: str, phase: Phase, mesh: Any) -> Traced:
+    """Traces one of the programs of a phase for a mesh."""
+    makers: dict[str, Callable[[Phase, Any], Any]] = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "decode": _decode,
+    }
+    return Traced(name, makers[name](phase, mesh))
+
+
+def _rows(phase: Phase, mesh: Any, rows: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    shape = (rows, phase.config.context)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, shape))
+
+
+def _train(phase: Phase, mesh: Any) -> Any:
+    tokens = _rows(phase, mesh, phase.config.batch_size)
+    batch = dict.fromkeys(phase.config.data.batch_fields, tokens)
+    return make_train_step(phase, mesh).trace(abstract_state(phase, mesh), batch)
+
+
+def _evaluate(phase: Phase, mesh: Any) -> Any:
+    parts = sharding.batch_parts(mesh)
+    rows = -(-phase.config.evaluation.batch_size // parts) * parts
+    fields = dict.fromkeys(phase.config.data.batch_fields, _rows(phase, mesh, rows))
+    batch = fields | {"weights": _rows(phase, mesh, rows, jnp.float32)}
+    return make_eval_step(phase, mesh).trace(abstract_state(phase, mesh).params, batch)
+
+
+def _decode(phase: Phase, mesh: Any) -> Any:
+    """One token of one text, with a cache as long as the context, on one device."""
+    model, sites = phase.config.model, phase.sites
+    stored = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        abstract_state(phase, mesh).params,
+    )
+    params = jax.eval_shape(lambda p: decoding_params(p, config=model, sites=sites), stored)
+    cache = jax.eval_shape(lambda: initial_cache(model, sites, 1, phase.config.context))
+
+    def decode(weights: Any, tokens: jax.Array, cache: Any, start: jax.Array) -> Any:
+        return extend(weights, tokens, cache, start, config=model, sites=sites)
+
+    written_for = sharding.traced_for(mesh, decode)
+    token, start = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    return exact.jit(written_for).trace(params, token, cache, start)

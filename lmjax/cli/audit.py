@@ -1,0 +1,181 @@
+"""Prints an audit: `python -m lmjax audit experiments.NAME`.
+
+Knows `lmjax.audit`, flags and how tables are printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Annotated
+
+import jax
+
+from lmjax.audit import audit as audited
+from lmjax.audit.programs import NAMES
+from lmjax.audit.report import AuditReport, counted_verdicts, module_of
+from lmjax.checks import at_least
+from lmjax.cli.common import (
+    DONE,
+    FAILED,
+    Experiment,
+    Repeated,
+    UserPath,
+    bad_input,
+    load_experiment,
+    print_json,
+    written,
+)
+from lmjax.cli.plan import MeshSizes, changed
+from lmjax.console.tables import Column, print_table
+from lmjax.console.wording import counted
+from lmjax.errors import InputError
+from lmjax.inspection.inspection import Inspection
+from lmjax.inspection.rows import AuditRow, AuditVerdict
+
+WORDS = {AuditVerdict.PASS: "pass", AuditVerdict.OPAQUE: "opaque", AuditVerdict.FAIL: "FAIL"}
+FOLDED = (
+    Column("module", "key"),
+    Column("rows", "number"),
+    *(Column(word, "number") for word in WORDS.values()),
+    Column("asked", "text"),
+)
+
+
+def audit(
+    experiment: Experiment,
+    /,
+    precision: str | None = None,
+    program: Repeated = (),
+    mesh: MeshSizes = MeshSizes(),  # noqa: B008
+    devices: Annotated[int, at_least(1)] | None = None,
+    module: str = "",
+    rows: bool = False,
+    html: UserPath | None = None,
+    json: bool = False,
+) -> int:
+    """Compares what a policy asks with what is traced and what is compiled, site by site.
+
+    Nothing is trained. Exits with 0 if nothing fails, 1 if something does.
+
+    Args:
+      experiment: Module, such as experiments.quickstart.
+      precision: Policy, if not the experiment's own.
+      program: Which of train, evaluate and decode, if not all; may be repeated.
+      mesh: Sizes of the device mesh, if not the experiment's own; -1 takes the rest.
+      devices: Number of CPU devices to compile for, if not those of this machine.
+      module: Show the rows of one module of the table, such as blocks/0-3/mlp.
+      rows: Show the rows of every module.
+      html: Write a page with all rows, which opens by module.
+      json: Print JSON.
+    """
+    config = bad_input(changed, load_experiment(experiment), precision, mesh, None, None)
+    if devices is not None:
+        _simulate(devices)
+    report = bad_input(audited, config, programs=tuple(dict.fromkeys(program or NAMES)))
+    if html is not None:
+        from lmjax.audit.page import page
+
+        with written(html):
+            html.write_text(page(report, experiment), "utf-8")
+    if json:
+        print_json(report.to_json())
+    else:
+        _refuse_unknown(report, module)
+        show_audit(report, module, everything=rows)
+    return FAILED if report.verdict is AuditVerdict.FAIL else DONE
+
+
+def _simulate(devices: int) -> None:
+    """Has JAX make that many CPU devices, which works before it has made any."""
+    if devices != 1:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if jax.device_count() != devices:
+        raise InputError(
+            f"--devices {devices}, but JAX has {jax.device_count()} of {jax.default_backend()}; "
+            "only CPU devices can be simulated: set JAX_PLATFORMS=cpu"
+        )
+
+
+def _refuse_unknown(report: AuditReport, module: str) -> None:
+    known = dict.fromkeys(module_of(row.site) for one in report.inspections for row in one.rows)
+    if module and module not in known:
+        raise InputError(f"no module {module!r}; the modules are {', '.join(known)}")
+
+
+def show_audit(report: AuditReport, module: str, *, everything: bool) -> None:
+    """Prints an audit: folded by module, or the rows of one module, or all of them."""
+    for one in report.inspections:
+        rows = [row for row in one.rows if module_of(row.site) == module or not module]
+        print(f"{one.name}: {WORDS[one.verdict]}")
+        if everything or module:
+            _print_rows(rows, one.targets)
+        else:
+            _print_folded(rows)
+        _print_findings(rows)
+        _print_shares(one)
+        print()
+    failed = len(report.failures)
+    say = f"{counted(failed, 'finding')} failed" if failed else "nothing failed"
+    print(f"{WORDS[report.verdict]}: {report.precision} on {report.devices}; {say}")
+
+
+def _print_folded(rows: Sequence[AuditRow]) -> None:
+    cells = []
+    for module, inside in groupby(rows, key=lambda row: module_of(row.site)):
+        own = list(inside)
+        counts = counted_verdicts(own)
+        asked = dict.fromkeys(row.asked for row in own if row.tensor in _TELLING and row.asked)
+        shown = [str(counts[verdict] or "") for verdict in WORDS]
+        cells.append((module, str(len(own)), *shown, "; ".join(asked)))
+    print_table(FOLDED, cells, each="module")
+
+
+_TELLING = ("y", "arithmetic", "parameters")
+"""Tensors whose formats say most about a module."""
+
+
+def _print_rows(rows: Iterable[AuditRow], targets: Sequence[str]) -> None:
+    columns = (
+        Column("site", "key"),
+        Column("pass"),
+        Column("tensor"),
+        Column("verdict"),
+        *(Column(title, "text") for title in ("asked", "traced", *targets)),
+    )
+    cells = [
+        (
+            row.site, row.direction, row.tensor, WORDS[row.verdict], row.asked, row.traced,
+            *(row.compiled.get(target, "") for target in targets),
+        )
+        for row in rows
+    ]  # fmt: skip
+    print_table(columns, cells)
+
+
+def _print_findings(rows: Iterable[AuditRow]) -> None:
+    columns = Column("finding", "key"), Column("where"), Column("in"), Column("what", "text")
+    order = list(reversed(AuditVerdict))
+    found = [(row, finding) for row in rows for finding in row.findings]
+    found.sort(key=lambda pair: order.index(pair[1].verdict))
+    cells = [
+        (
+            f"{WORDS[finding.verdict]} {finding.kind}".removeprefix("pass "),
+            " ".join(filter(None, (row.site, row.direction, row.tensor))),
+            finding.column,
+            finding.text,
+        )
+        for row, finding in found
+    ]
+    if cells:
+        print_table(columns, cells, each="finding")
+
+
+def _print_shares(one: Inspection) -> None:
+    for target, share in one.shares.items():
+        print(
+            f"{share.attributed:.3%} of {share.total:.4g} floating-point operations on {target} "
+            "belong to a site or a part of the step"
+        )
+        for name, source, flops in share.rest:
+            print(f"    {name}: {flops:.4g} for {source or 'nothing that it names'}")

@@ -1,0 +1,1 @@
+"""Reads programs, traced and compiled, and compares them with their policies."""

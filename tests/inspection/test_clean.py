@@ -1,0 +1,97 @@
+"""Programs that obey their policy: an audit finds nothing to complain about.
+
+By default the traced programs of a few policies and one compiled program; `pytest -m long` compiles
+all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+from lmjax.audit import audit
+from lmjax.audit.programs import trace
+from lmjax.inspection.inspection import LEAST_ATTRIBUTED, inspect
+from lmjax.parallel import sharding
+from lmjax.precision import exact
+from lmjax.runs.resolved import phase_of
+from lmjax.train.step import PARTS
+
+NARROW_SITES = "**/softmax: c=bf16; **/norm: c=bf16; **/activation: c=bf16; loss: c=bf16"
+POLICIES = (
+    "f32",
+    "mixed_bf16",
+    "pure_bf16",
+    "mixed_f16",
+    "pure_f16",
+    "fp8",
+    "mxfp8",
+    "nvfp4,xb=nvfp4.rht",
+    "int8",
+    "p=bf16.sr,c=bf16,o=f32,mu=bf16,nu=bf16",
+    "p=bf16.kahan,c=bf16",
+    "mixed_bf16,a=bf16@block16",
+    "mixed_bf16,a=e5m9",
+    "p=f32,c=f32,m=tf32",
+    "p=f32,c=f32,m=default",
+    "p=e5m9,c=e5m9,o=f32",
+    "mixed_bf16,r=bf16,mu=int8@block128,nu=e5m2,kv=e4m3@channel",
+    f"mixed_bf16; {NARROW_SITES}",
+    "mixed_bf16; blocks/0: c=f32; head: c=f32; **/residual: c=f32",
+    "p=f32,c=f16,w=e4m3@tensor.delayed,x=e4m3@tensor.delayed,g=e5m2@tensor.delayed",
+)
+CHEAP = POLICIES[1], POLICIES[5], POLICIES[15], POLICIES[16], POLICIES[17]
+FAMILIES = ("gpt2", "llama")
+
+
+def traced_failures(config: Any, program: str) -> list[tuple[str, str, str]]:
+    phase = phase_of(config)
+    mesh = sharding.make_mesh(phase.config.mesh, jax.devices()[:1])
+    jaxpr = trace(program, phase, mesh).traced.jaxpr
+    options = exact.COMPILER_OPTIONS
+    found = inspect(program, jaxpr, [], phase.layout, phase.sites, PARTS, options)
+    assert found.rows
+    return [(row.site, row.tensor, finding.text) for row, finding in found.findings]
+
+
+@pytest.mark.parametrize("policy", CHEAP)
+def test_what_is_traced_under_a_policy_obeys_it(policy: str, tiny: Any) -> None:
+    for family, program in (("gpt2", "evaluate"), ("llama", "decode")):
+        assert traced_failures(tiny(policy, family), program) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_traced_step_obeys_its_policy(family: str, tiny: Any) -> None:
+    assert traced_failures(tiny("mixed_bf16", family), "train") == []
+
+
+def test_a_compiled_program_obeys_its_policy(tiny: Any) -> None:
+    report = audit(tiny("mixed_bf16"), programs=("evaluate",))
+    assert report.failures == []
+    (one,) = report.inspections
+    (share,) = one.shares.values()
+    assert share.attributed >= LEAST_ATTRIBUTED
+    kinds = {row.tensor for row in one.rows}
+    assert {"y", "arithmetic", "exponentials", "result", "parameters", "flags"} <= kinds
+    compiled = [row for row in one.rows if row.tensor == "y"]
+    assert compiled
+    assert all(row.asked and row.traced and row.compiled for row in compiled)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_program_of_a_policy_raises_a_false_alarm(policy: str, family: str, tiny: Any) -> None:
+    config = tiny(policy, family, batch_size=8)
+    meshes = [sharding.MeshConfig()]
+    if jax.device_count() == 8:
+        meshes = [sharding.MeshConfig(data=2, fsdp=2, tensor=2)]
+    for mesh in meshes:
+        report = audit(dataclasses.replace(config, mesh=mesh))
+        found = [(one.name, row.site, finding) for one, row, finding in report.failures]
+        assert found == []
+        for one in report.inspections:
+            assert all(share.attributed >= LEAST_ATTRIBUTED for share in one.shares.values())
