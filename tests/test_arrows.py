@@ -27,8 +27,8 @@ ARROWS = {
         "console", "data", "files", "model", "optim", "parallel", "precision", "runs",
     },
     "train": {
-        "chips", "console", "data", "files", "interop", "model", "optim", "parallel", "precision",
-        "runs", "telemetry",
+        "chips", "console", "data", "files", "inspection", "interop", "model", "optim", "parallel",
+        "precision", "runs", "telemetry",
     },
     "audit": {
         "console", "inspection", "model", "parallel", "precision", "runs", "train",

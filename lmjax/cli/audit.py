@@ -26,7 +26,7 @@ from lmjax.cli.common import (
     print_json,
     written,
 )
-from lmjax.cli.plan import MeshSizes, changed
+from lmjax.cli.plan import MeshSizes, ModelChanges, changed
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
 from lmjax.errors import InputError
@@ -69,7 +69,8 @@ def audit(
       html: Write a page with all rows, which opens by module.
       json: Print JSON.
     """
-    config = bad_input(changed, load_experiment(experiment), precision, mesh, None, None)
+    own = load_experiment(experiment)
+    config = bad_input(changed, own, ModelChanges(), mesh, precision=precision)
     if devices is not None:
         _simulate(devices)
     report = bad_input(audited, config, programs=tuple(dict.fromkeys(program or NAMES)))

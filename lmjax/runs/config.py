@@ -164,6 +164,8 @@ class Config:
     profile: Annotated[
         ProfileConfig, housekeeping("a traced step computes what another one does")
     ] = field(default_factory=ProfileConfig)
+    audit: Annotated[bool, housekeeping("what is read of a program does not change it")] = True
+    """Writes audit.json: what the compiled step does with numbers, compared with the policy."""
     metrics: Annotated[
         MetricsConfig, housekeeping("where numbers are shown does not change them")
     ] = field(default_factory=MetricsConfig)

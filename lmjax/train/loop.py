@@ -34,6 +34,7 @@ from lmjax.runs.run_directory import RESULT, finished_result, hold_run
 from lmjax.runs.state import change_phase
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import local_path, staged
+from lmjax.train.audited import audit_beside
 from lmjax.train.cautions import warnings
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
@@ -265,8 +266,10 @@ def _enter_phase(run: Run, batch: Batch, programs: Programs) -> PhasePrograms:
     if left != entered:
         run.state = change_phase(run.state, left, entered, run.mesh)
     steps = programs.phase(entered, run.mesh, run.state, batch)
-    for step in filter(None, steps):
+    for step in filter(None, (steps.train, steps.watched)):
         refuse_oversized(step, entered.config)
+    if run.config.audit:
+        audit_beside(entered, run.mesh, steps.jaxpr, steps.train, run.workdir)
     return steps
 
 

@@ -25,10 +25,17 @@ _Program = TypeVar("_Program")
 
 
 class PhasePrograms(NamedTuple):
-    """The compiled train steps of one phase; `watched` is the one with telemetry, if any."""
+    """The train steps of one phase.
+
+    Attributes:
+      train: compiled.
+      watched: with telemetry, if any.
+      jaxpr: what `train` was compiled from.
+    """
 
     train: Any
     watched: Any
+    jaxpr: Any = None
 
 
 class Programs:
@@ -55,11 +62,12 @@ class Programs:
         """
 
         def make() -> PhasePrograms:
-            compiled = lambda step: step.lower(state, batch).compile()
             watched = None
             if phase.config.telemetry.every:
-                watched = compiled(make_train_step(phase, mesh, telemetry=True))
-            return PhasePrograms(compiled(make_train_step(phase, mesh)), watched)
+                step = make_train_step(phase, mesh, telemetry=True)
+                watched = step.lower(state, batch).compile()
+            traced = make_train_step(phase, mesh).trace(state, batch)
+            return PhasePrograms(traced.lower().compile(), watched, traced.jaxpr)
 
         return self._kept(self._phases, phase, mesh, make)
 

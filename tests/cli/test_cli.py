@@ -410,3 +410,19 @@ def test_the_old_name_of_plan_still_works_and_says_so(capsys: pytest.CaptureFixt
     note, error = capsys.readouterr().err.splitlines()
     assert note == "note: the verb sharding is now called plan"
     assert "experiments.nothing" in error
+
+
+def test_the_audit_refuses_programs_and_modules_that_do_not_exist(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "audit.html"
+    with pytest.raises(verbs.InputError, match="there are train, evaluate, decode"):
+        verbs.audit("experiments.quickstart", program=("teach",), html=page)
+    with pytest.raises(verbs.InputError, match="no experiment"):
+        verbs.audit("experiments.nothing")
+    assert not page.exists()
+    rule = "f32; **/softmax: c=bf16"
+    found = verbs.audit("experiments.quickstart", precision=rule, program=("decode",), html=page)
+    assert found == cli.DONE
+    assert "decode: pass" in capsys.readouterr().out
+    assert "blocks/0-3/attention" in page.read_text("utf-8")
