@@ -16,6 +16,7 @@ from lmjax.cli import verbs
 from lmjax.cli.common import BAD_INPUT, DONE
 from lmjax.compression import Calibration, QuantizeConfig, quantize
 from lmjax.compression.gptq import gptq
+from lmjax.compression.observers import observed_factors
 from lmjax.compression.written import write_run
 from lmjax.data import tokenized_corpus
 from lmjax.errors import InputError
@@ -189,3 +190,18 @@ def test_the_worst_products_stay_wide(model: TrainedModel) -> None:
     assert len(kept) == 2
     others = [x.loss_alone for x in made.layers if x.loss_alone is not None and x not in kept]
     assert min(layer.loss_alone or 0 for layer in kept) >= max(others)
+
+
+@pytest.mark.parametrize("name", ["int4@block16", "int4@channel.affine"])
+def test_observers_clamp_outliers_and_mse_errs_least(name: str) -> None:
+    quantizer = parse_quantizer(name)
+    w = jnp.asarray(np.random.default_rng(0).standard_t(3, (64, 8)), jnp.float32)
+
+    def error(observer: Any) -> float:
+        factors = observed_factors(w, quantizer, observer, axis=0)
+        quantized = quantize_with_scale(w, quantizer, axis=0, factors=factors)
+        return float(jnp.sum((dequantize(quantized, quantizer, axis=0) - w) ** 2))
+
+    assert error("mse") < 0.95 * error("minmax")
+    covered = observed_factors(w, quantizer, "percentile", axis=0).scale
+    assert (covered < observed_factors(w, quantizer, "minmax", axis=0).scale).all()
