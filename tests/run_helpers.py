@@ -113,6 +113,7 @@ def tiny(home: Path, precision: str = "f32", **changes: Any) -> Any:
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         evaluation=EvaluationConfig(every=15, batches=2),
         checkpoint=CheckpointConfig(every=10),
+        audit=False,  # half a second of each run; test_audited.py has it
     )
     parts = {
         name: dataclasses.replace(getattr(config, name), **change)
