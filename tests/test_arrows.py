@@ -31,7 +31,7 @@ ARROWS = {
         "precision", "runs", "telemetry",
     },
     "audit": {
-        "console", "inspection", "model", "parallel", "precision", "runs", "train",
+        "console", "inspection", "model", "parallel", "plan", "precision", "runs", "train",
     },
     "plan": {"chips", "console", "hlo", "model", "parallel", "precision", "runs", "train"},
     "diagnosis": {

@@ -12,8 +12,11 @@ from lmjax.audit.programs import NAMES, Traced, trace
 from lmjax.audit.report import AuditReport
 from lmjax.console import stages
 from lmjax.inspection.inspection import Inspection, default_target, inspect
+from lmjax.inspection.judge_compiled import CompiledFor
 from lmjax.parallel import sharding
+from lmjax.plan import Target, compiled_for, parse_target
 from lmjax.precision import exact
+from lmjax.precision.backend import planned_for
 from lmjax.runs.resolved import Phase, resolve
 from lmjax.train import Config
 from lmjax.train.step import PARTS
@@ -27,6 +30,7 @@ def audit(
     *,
     precision: str | None = None,
     programs: Sequence[str] = NAMES,
+    targets: Sequence[str] = (),
 ) -> AuditReport:
     """Audits a run without allocating anything.
 
@@ -34,14 +38,18 @@ def audit(
       config: the run; each phase of its policy is audited.
       precision: a policy instead of the run's own.
       programs: which ones: `train`, `evaluate`, `decode`.
+      targets: chips, such as `h100:8`, for which the train step is traced and compiled too, with
+        their own compilers; see `lmjax.plan.parse_target`.
 
     Raises:
-      ValueError: the policy, the mesh or the name of a program cannot be used.
+      ValueError: the policy, the mesh, a target or the name of a program cannot be used.
+      PlanError: the compiler of a target refuses the step.
     """
     if precision is not None:
         config = dataclasses.replace(config, precision=precision)
     if unknown := [name for name in programs if name not in NAMES]:
         raise ValueError(f"no program {unknown[0]!r}; there are {', '.join(NAMES)}")
+    chips = [parse_target(target) for target in targets]
     resolved = resolve(config)
     mesh = sharding.make_mesh(resolved.config.mesh)
     found = [
@@ -49,6 +57,7 @@ def audit(
         for phase in resolved.phases
         for name in programs
     ]
+    found += [_on_chips(phase, chip) for phase in resolved.phases for chip in chips]
     return AuditReport(str(resolved.config.policy), default_target(mesh).name, tuple(found))
 
 
@@ -69,3 +78,17 @@ def _inspected(name: str, phase: Phase, mesh: sharding.Mesh, *, several: bool) -
             PARTS,
             exact.COMPILER_OPTIONS,
         )
+
+
+def _on_chips(phase: Phase, chip: Target) -> Inspection:
+    """The train step as it is traced and compiled for chips that this machine need not have."""
+    text = compiled_for(phase.config, chip).text
+    mesh = sharding.abstract_mesh(phase.config.mesh, chip.devices)
+    with planned_for(chip.backend):
+        jaxpr = trace("train", phase, mesh).traced.jaxpr
+    sizes = sharding.mesh_shape(phase.config.mesh, chip.devices)
+    column = CompiledFor(chip.name, chip.backend.platform, sizes)
+    name, options = f"train for {chip.name}", exact.COMPILER_OPTIONS
+    return inspect(
+        name, jaxpr, [(column, text)], phase.layout, phase.sites, PARTS, options
+    )  # fmt: skip

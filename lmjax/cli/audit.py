@@ -47,6 +47,7 @@ def audit(
     /,
     precision: str | None = None,
     program: Repeated = (),
+    target: Repeated = (),
     mesh: MeshSizes = MeshSizes(),  # noqa: B008
     devices: Annotated[int, at_least(1)] | None = None,
     module: str = "",
@@ -62,6 +63,8 @@ def audit(
       experiment: Module, such as experiments.quickstart.
       precision: Policy, if not the experiment's own.
       program: Which of train, evaluate and decode, if not all; may be repeated.
+      target: Chips to trace and compile the train step for as well, such as h100:8 or
+        tpu-v5p:2x2x1; may be repeated.
       mesh: Sizes of the device mesh, if not the experiment's own; -1 takes the rest.
       devices: Number of CPU devices to compile for, if not those of this machine.
       module: Show the rows of one module of the table, such as blocks/0-3/mlp.
@@ -73,7 +76,8 @@ def audit(
     config = bad_input(changed, own, ModelChanges(), mesh, precision=precision)
     if devices is not None:
         _simulate(devices)
-    report = bad_input(audited, config, programs=tuple(dict.fromkeys(program or NAMES)))
+    programs = tuple(dict.fromkeys(program or NAMES))
+    report = bad_input(audited, config, programs=programs, targets=target)
     if html is not None:
         from lmjax.audit.page import page
 

@@ -79,15 +79,6 @@ class CompiledJudge:
                 found[fact.key] |= set(fact.operands)
         return found
 
-    @cached_property
-    def _of_scope(self) -> defaultdict[Scope, set[str]]:
-        """The formats of everything that was compiled for a site, by pass."""
-        found: defaultdict[Scope, set[str]] = defaultdict(set)
-        for fact in self._compiled.facts:
-            if fact.scope is not None:
-                found[fact.scope] |= {fact.result, *fact.operands}
-        return found
-
     def read(self) -> None:
         """Compares all of the compiled program."""
         for fact in self._compiled.facts:
@@ -149,7 +140,9 @@ class CompiledJudge:
         traced = self._results.get(fact.key)
         if traced and all(narrower(fact.result, one) for one in traced):
             text = f"{fact.name} in {fact.result} where {', '.join(sorted(traced))} was traced"
-            self._note(row, "narrowed by the compiler", text)
+            allowed = fact.result in row.asked.split(" or ")
+            verdict = AuditVerdict.PASS if allowed else AuditVerdict.FAIL
+            self._note(row, "narrowed by the compiler", text, verdict)
 
     def _product(self, row: AuditRow, fact: Fact, scope: Scope) -> None:
         traced = self._operands.get(fact.key, set())
@@ -197,14 +190,15 @@ class CompiledJudge:
 
     def _missing(self) -> None:
         """Casts to narrower formats that the compiled program has nowhere."""
-        there = self._compiled.results()
+        there: defaultdict[str, set[str]] = defaultdict(set)
+        for key, formats in self._compiled.results().items():
+            there[key.rpartition("/")[0]] |= formats
         for fact in self._facts:
             scope, before = fact.scope, fact.operands[:1]
             cast = fact.kind is OperationKind.CAST and before and narrower(fact.result, before[0])
             if not cast or scope is None or fact.rounding or fact.aside:
                 continue
-            found = there.get(fact.key) or self._of_scope[scope]
-            if fact.result not in found:
+            if fact.result not in there[fact.key.rpartition("/")[0]]:
                 text = f"the cast of {before[0]} to {fact.result} was dropped"
                 self._note(self._judge.row(scope, "casts"), "elided rounding", text)
 

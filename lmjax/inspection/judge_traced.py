@@ -159,7 +159,7 @@ class TracedJudge:
         best = min(wrong, key=len)
         for kind, text in best:
             row.note(kind, f"{text} {at(fact)}", TRACED)
-        self._sums(row, fact, wanted[wrong.index(best)])
+        self._sums(row, fact, wanted[wrong.index(best)], origins)
 
     def _mismatches(
         self, origins: list[RoundedTo | None], wanted: AskedProduct
@@ -172,7 +172,9 @@ class TracedJudge:
         ]
         return min(found, key=len)
 
-    def _sums(self, row: AuditRow, fact: Fact, wanted: AskedProduct) -> None:
+    def _sums(
+        self, row: AuditRow, fact: Fact, wanted: AskedProduct, origins: list[RoundedTo | None]
+    ) -> None:
         if narrower(fact.result, wanted.sums):
             text = f"sums in {fact.result} where {wanted.sums} was asked {at(fact)}"
             row.note("narrow accumulation", text, TRACED)
@@ -180,7 +182,9 @@ class TracedJudge:
         if wanted.accumulator not in rounded:
             text = f"no sum is rounded to {wanted.accumulator} {at(fact)}"
             row.note("missing rounding", text, TRACED)
-        wide = [dtype for dtype in fact.operands if dtype in ("f32", "f64")]
+        # Numbers that were rounded to a narrow format are exact at any precision.
+        narrow = [one is not None and narrower(one.format, "f32") for one in origins]
+        wide = [dtype for dtype in fact.operands if dtype in ("f32", "f64") and not all(narrow)]
         if wide and wanted.exact and fact.precision not in _F32_PRODUCTS:
             text = f"{fact.precision} for {wide[0]} operands {at(fact)}"
             row.note("default-precision product", text, TRACED)

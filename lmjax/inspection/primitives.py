@@ -33,7 +33,7 @@ KERNELS: Final = word_set("pallas_call ffi_call custom_call tpu_custom_call")
 FUSED: Final = "dot_product_attention"
 MOVES: Final = word_set(
     """
-    reshape transpose broadcast_in_dim squeeze expand_dims slice rev copy copy_p
+    name     reshape transpose broadcast_in_dim squeeze expand_dims slice rev copy copy_p
     optimization_barrier sharding_constraint reshard stop_gradient neg dynamic_slice gather abs
     reduce_max reduce_min all_gather ppermute all_to_all pvary pcast split mesh_cast cummax sort
     argsort real
