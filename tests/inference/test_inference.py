@@ -189,7 +189,7 @@ def test_every_token_is_read_once_until_the_context_is_full(
 
 def test_programs_are_compiled_once_for_all_prompts(exact: TrainedModel) -> None:
     generate(exact, "the", tokens=2)
-    read = generate_module._programs(exact.config).read
+    read = generate_module._programs(exact.phase).read
     compiled = read._cache_size()
     for prompt in ("a", "the lazy", "the quick brown fox jumps over"):
         generate(dataclasses.replace(exact), prompt, tokens=3, seed=1)
