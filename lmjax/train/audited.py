@@ -28,7 +28,14 @@ def audit_beside(phase: Phase, mesh: Any, jaxpr: Any, compiled: Any, workdir: Pa
     """Writes the audit of a phase's train step into a run directory, in the background."""
     if is_first():
         arguments = phase, mesh, jaxpr, compiled, workdir
-        threading.Thread(target=_write, args=arguments, name="audit").start()
+        threading.Thread(target=_write, args=arguments, name=NAME).start()
+
+
+def finish_audits() -> None:
+    """Waits for audits that are still being written, so that no file appears after its run."""
+    for thread in threading.enumerate():
+        if thread.name == NAME:
+            thread.join()
 
 
 def _write(phase: Phase, mesh: Any, jaxpr: Any, compiled: Any, workdir: Path) -> None:

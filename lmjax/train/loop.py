@@ -34,7 +34,7 @@ from lmjax.runs.run_directory import RESULT, finished_result, hold_run
 from lmjax.runs.state import change_phase
 from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import local_path, staged
-from lmjax.train.audited import audit_beside
+from lmjax.train.audited import audit_beside, finish_audits
 from lmjax.train.cautions import warnings
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
@@ -126,6 +126,7 @@ def train(
         if _finished(run, programs, stop, last, progress):
             stop.promise = "finishing the evaluation; all steps are done and saved"
             result = _finish(run, programs)
+        finish_audits()
         if is_first():
             with stages.stage("drawing the curves"):
                 draw(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,14 @@ import jax.numpy as jnp
 from lmjax import strict_json
 from lmjax.parallel import sharding
 from lmjax.runs.resolved import phase_of
-from lmjax.train.audited import NAME, audit_beside
+from lmjax.train.audited import NAME, audit_beside, finish_audits
 
 
 def written(workdir: Path, config: Any, jaxpr: Any, compiled: Any) -> dict[str, Any]:
     phase = phase_of(config)
     mesh = sharding.make_mesh(phase.config.mesh, jax.devices()[:1])
     audit_beside(phase, mesh, jaxpr, compiled, workdir)
-    for thread in threading.enumerate():
-        if thread.name == "audit":
-            thread.join()
+    finish_audits()
     return strict_json.read(workdir / NAME)["phases"]["0"]
 
 
