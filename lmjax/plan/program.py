@@ -210,6 +210,7 @@ def _environment() -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a lock file admits one process
         "XLA_FLAGS": "",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
