@@ -240,7 +240,9 @@ def _named_end(folder: Path, file: Mapping[str, Any]) -> str:
     number = _setting(folder / "config.json", "eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
     names = {token["id"]: token["content"] for token in file.get("added_tokens", ())}
-    return names.get(number, "")
+    vocabulary = file.get("model", {}).get("vocab", {})
+    words = vocabulary.items() if isinstance(vocabulary, Mapping) else ()
+    return names.get(number) or next((word for word, index in words if index == number), "")
 
 
 def _setting(path: Path, name: str) -> Any:

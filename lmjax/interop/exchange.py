@@ -146,6 +146,7 @@ def export_run(
             params = dense_weights(checkpoints.restore_params(step, abstract_params(phase, mesh)))
         # Elsewhere weights are arrays, which the same policy rounds while it computes.
         precision = phase.config.precision.replace(".stored", "").replace(".static", "")
+        own = (workdir / BESIDE / "tokenizer.json").is_file()
         ids = {"bos_token_id": tokenizer.start_of_document}
         ids["eos_token_id"] = tokenizer.end_of_document
         with _published(folder) as partial:
@@ -156,7 +157,7 @@ def export_run(
                 params,
                 precision=precision,
                 dtype=dtype,
-                imported=ids | imported,
+                imported=ids | imported if own else imported | ids,
                 limit=limit,
             )
             if imported:

@@ -21,7 +21,7 @@ from tokenizers import (
 
 from lmjax.data import DataConfig, DataError, load_tokenizer, read_tokenizer, tokenized_corpus
 from lmjax.data.tokenizer_files import FileTokenizer
-from lmjax.data.tokenizers import train_bpe
+from lmjax.data.tokenizers import ByteTokenizer, train_bpe
 
 CORPUS = ["the quick brown fox jumps over the lazy dog. hello, world! "] * 10
 TEXT = "hello, the quick </s> fox <|end|> jumps\n\n over"
@@ -152,6 +152,14 @@ def test_the_tokenizer_of_a_run_is_its_own(tmp_path: Path):
     for file, text in exported.items():
         (tmp_path / "out" / file).write_text(text)
     again = read_tokenizer(str(tmp_path / "out"))
+    (tmp_path / "bytes").mkdir()
+    (tmp_path / "bytes" / "tokenizer.json").write_text(
+        ByteTokenizer().exported(8)["tokenizer.json"]
+    )
+    (tmp_path / "bytes" / "config.json").write_text('{"eos_token_id": 255}')
+    plain = read_tokenizer(str(tmp_path / "bytes"))
+    assert plain.encode(TEXT).tolist() == list(TEXT.encode())
+    assert (plain.end_of_document, plain.vocab_size) == (255, 256)
     assert isinstance(again, FileTokenizer)
     assert again.encode(TEXT).tolist() == bpe.encode(TEXT).tolist()
     assert again.end_of_document == bpe.end_of_document
