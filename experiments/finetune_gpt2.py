@@ -4,7 +4,7 @@ Command:   python -m experiments.finetune_gpt2 --init-from DIR
                --data.dataset text_files --data.files 'notes/*.txt'
 Hardware:  2 CPU cores, or one GPU
 Time:      not measured; a step is 0.8 TFLOP, 200 of them 150 TFLOP
-Expected:  not measured: GPT-2's weights were not at hand; see docs/interop.md for a smaller model
+Expected:  not measured: GPT-2's weights were not at hand
 
 DIR is what `save_pretrained(DIR)` of a model and of its tokenizer wrote, or a clone of the model's
 repository; docs/interop.md lists what it may hold. The run takes over model and tokenizer. Its
