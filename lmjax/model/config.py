@@ -100,8 +100,10 @@ class ModelConfig:
     init_std: Annotated[float, at_least(0)] = 0.02
     """Standard deviation of initial weights; divided by sqrt(2 layers) where a block ends. With
     unit scaling it is 1, whatever stands here."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or everything."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
+    """What the backward pass computes again: nothing; all but products with weights; all but what
+    attention read; everything; or everything, from block inputs kept in the memory of the host,
+    which CPUs refuse."""
     unroll: Size = 1
     """Blocks per iteration of the scan over layers: more compile time, less overhead."""
 

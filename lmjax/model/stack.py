@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.model.attention import rotary_angles
 from lmjax.model.block import Block
+from lmjax.model.blockwise import SAVED
 from lmjax.model.config import ModelConfig
 from lmjax.model.layers import Constrain
 from lmjax.model.layout import stack_of
@@ -26,6 +28,9 @@ from lmjax.model.sites import Context, Sites, within
 from lmjax.precision.packed import members
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import rescale_cotangent
+
+_STREAM = "stream"
+"""The name of what enters a block, for rematerialisation."""
 
 
 def stacked(make: Callable[[jax.Array], Block], keys: jax.Array) -> Block:
@@ -77,6 +82,8 @@ def scan_blocks(
         def body(x: jax.Array, layer: Any, group: Sites = group, angles: Any = angles) -> Any:
             layer_params, *inside, ratio, branches = layer
             x = constrain(x, ("batch", "length", "width"))
+            if config.remat == "offload":
+                x = checkpoint_name(x, _STREAM)
             block = nnx.merge(graphdef, layer_params)
             x, _ = block(x, group, angles, Context(*inside), mask, branches, constrain)
             return x if ratio is None else rescale_cotangent(x, ratio), None
@@ -92,9 +99,17 @@ def scan_blocks(
 def _rematerialised(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
     if config.remat == "none":
         return body
+    policies = jax.checkpoint_policies
     saved = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names(SAVED),
+        "full": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_STREAM],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
     return jax.checkpoint(body, policy=saved[config.remat], prevent_cse=False)
 

@@ -262,7 +262,11 @@ def _activations(
         if weight.product is None:
             continue
         times = max(weight.copies, 1)
-        if weight.product.site.name == "out" and config.model.remat == "full":
+        if weight.product.site.name == "out" and config.model.remat in (
+            "attention",
+            "full",
+            "offload",
+        ):
             times *= 2
         dtype = _summed_in(weight.product.accum.format)
         sent = times * 2 * _ring(weight.tensor) * rows * _bytes(dtype)

@@ -9,11 +9,14 @@ in the compute format, N tokens of a micro-batch on this device, n of them in a 
     gradients                 2 P 4: their sum over micro-batches and the current one
     saved activations         L N D c, one residual stream per block (Korthikanti et al. 2022,
                               section 5, "full recomputation"); without rematerialisation, the
-                              inputs and outputs of a block's products and its attention weights
+                              inputs and outputs of a block's products and, where they exist as
+                              a whole, its attention weights
     head                      2 n V/t 4; the gradient of the whole head and that of a chunk, which
                               is added to it; and the gathered weights, V/t D c
-    attention                 3 N heads/t T 4 + N heads/t T c if that exceeds the head: scores,
-                              weights and their cotangents of one block
+    attention                 3 B heads/t T^2 4 + B heads/t T^2 c if that exceeds the head: scores,
+                              weights and their cotangents of one block, for B rows of the batch
+                              and T tokens of a row that attention takes at once: 512 where it
+                              runs in blocks, else the whole context
     rows                      3 N D 4: around the last norm
     fixed order               with `deterministic_reductions`, of all P values: the gradients of the
                               parts on this device, one or two sums, the sum over micro-batches
@@ -33,7 +36,9 @@ from collections.abc import Mapping
 import jax
 
 from lmjax.model import ModelConfig
+from lmjax.model.attention_form import WHOLE
 from lmjax.model.head import CHUNK
+from lmjax.model.sheet import BLOCK
 from lmjax.parallel import sharding
 from lmjax.plan.arithmetic import tokens_on_device
 from lmjax.precision.policy import carrier
@@ -58,7 +63,7 @@ def expected_memory(phase: Phase, devices: int) -> dict[str, float]:
     values = sum(math.prod(_shard(leaf)) for leaf in jax.tree.leaves(state.params))
     tokens, width = tokens_on_device(config, sizes), config.model.width
     compute = _bytes(phase, "residual")
-    saved = config.model.layers * tokens * _saved_values(config, sizes) * compute
+    saved = config.model.layers * tokens * _saved_values(phase, sizes) * compute
     head = _head_weights(config.model, sizes) * _bytes(phase, "head")
     return {
         "parameters": parameters,
@@ -68,7 +73,10 @@ def expected_memory(phase: Phase, devices: int) -> dict[str, float]:
         "head or attention": head + max(_head(phase, sizes), _attention(phase, sizes)),
         "rows": 3.0 * tokens * width * 4,
         "fixed order": _fixed_order(config, sizes, state.params),
-        CPU_ONLY: (saved * (4 / compute - 1) if config.model.remat == "full" else 0.0) + head,
+        CPU_ONLY: (
+            saved * (4 / compute - 1) if config.model.remat in ("full", "attention") else 0.0
+        )
+        + head,
     }
 
 
@@ -94,17 +102,21 @@ def _shard(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return leaf.sharding.shard_shape(leaf.shape)
 
 
-def _saved_values(config: Config, mesh: Mapping[str, int]) -> float:
+def _saved_values(phase: Phase, mesh: Mapping[str, int]) -> float:
     """Number of values that one block saves per token."""
+    config = phase.config
     model, cut = config.model, mesh["tensor"]
-    if model.remat == "full":
-        return model.width
+    if model.remat == "offload":
+        return 0.0
+    if model.remat in ("full", "attention"):  # what attention read is kept in f32
+        read = model.heads * model.head_size / cut * 4 / _bytes(phase, "residual")
+        return model.width + (read if model.remat == "attention" else 0.0)
     inside = (model.heads + 2 * model.kv_head_count) * model.head_size
     hidden = (3 if model.activation == "swiglu" else 2) * model.mlp_size
     products = 3 * model.width + (inside + hidden) / cut
     if model.remat == "dots":
         return products
-    weights = model.heads * config.context / cut
+    weights = model.heads * config.context / cut if _whole(phase) else 0.0
     return products + 2 * model.width + model.heads * model.head_size / cut + 3 * weights
 
 
@@ -119,7 +131,8 @@ def _head(phase: Phase, mesh: Mapping[str, int]) -> float:
 def _attention(phase: Phase, mesh: Mapping[str, int]) -> float:
     config = phase.config
     heads = config.model.heads / mesh["tensor"]
-    scores = tokens_on_device(config, mesh) * heads * config.context
+    block = config.context if _whole(phase) else min(config.context, BLOCK)
+    scores = tokens_on_device(config, mesh) / config.context * block * heads * block
     return scores * (3 * 4 + _bytes(phase, "combine"))
 
 
@@ -136,3 +149,8 @@ def _bytes(phase: Phase, name: str) -> int:
     """Bytes of an element of the compute format of the first site of this name."""
     path = phase.layout.named(name)[0].paths[0]
     return jax.numpy.dtype(carrier(phase.sites[path].compute)).itemsize
+
+
+def _whole(phase: Phase) -> bool:
+    """Whether an attention of the model has all its scores at once."""
+    return any(form.name == WHOLE for form in phase.attention_forms().values())

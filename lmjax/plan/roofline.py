@@ -134,13 +134,14 @@ def _products(phase: Phase, mesh: Mapping[str, int]) -> Iterator[_Product]:
     tokens, cut = tokens_on_device(config, mesh), mesh["tensor"]
     scores = tokens * model.heads / cut * config.context
     for place in phase.layout.places:
-        inside = place.stack is not None
+        repeated = place.stack is not None and model.remat in ("attention", "full", "offload")
         for site in (sites[path] for path in place.paths):
             if place.site.kind is Kind.ACTIVATION_PRODUCT:
-                yield _Product(site, 2 * scores * model.head_size, scores, model.remat != "none")
+                again = model.remat not in ("none", "attention")
+                yield _Product(site, 2 * scores * model.head_size, scores, again)
             elif place.site.is_product:
                 inward, outward = _fans(config, place, cut)
-                yield _linear(site, tokens, inward, outward, inside and model.remat == "full")
+                yield _linear(site, tokens, inward, outward, repeated)
 
 
 def _fans(config: Config, place: Place, cut: int) -> tuple[float, float]:

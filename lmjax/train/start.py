@@ -114,6 +114,7 @@ def _checked_here(
         sharding.batch_share(mesh)
         _refuse_uneven_batches(config, mesh)
         config.reductions.refuse_mesh(mesh)
+        _refuse_offloading(config, mesh)
         data = config.data
         if workdir is not None and data.tokenizer_path and not expanded(data.tokenizer).exists():
             data = own_data(workdir, data)
@@ -224,3 +225,12 @@ def _first_state(
     if name:
         return origin.started_from(name, phase, mesh, workdir, note)
     return create_state(phase, mesh)
+
+
+def _refuse_offloading(config: Config, mesh: sharding.Mesh) -> None:
+    """Raises `ValueError` where the memory of the host is that of the devices."""
+    if config.model.remat == "offload" and sharding.backend_of(mesh).platform == "cpu":
+        raise ValueError(
+            "model.remat offload keeps activations in the memory of the host, where a CPU has them "
+            "anyway; choose full, or attention, or run on a GPU or TPU"
+        )

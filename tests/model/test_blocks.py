@@ -79,7 +79,7 @@ def test_recomputation_changes_memory_and_not_gradients(
     tiny, draw_params, draw_batch, compile_fast
 ):
     stored, gradients = {}, {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "attention", "full"):
         config = tiny(model={"remat": remat})
         params, tokens = draw_params(config, std=0.2), draw_batch(config)["inputs"]
         loss = lambda p, config=config, tokens=tokens: jnp.sum(
@@ -90,7 +90,8 @@ def test_recomputation_changes_memory_and_not_gradients(
         gradients[remat] = compile_fast(jax.grad(loss))(params)
     assert stored["dots"] < 0.5 * stored["none"]
     assert stored["full"] < 0.6 * stored["dots"]
-    for remat in ("dots", "full"):
+    assert stored["full"] < stored["attention"] < stored["dots"]
+    for remat in ("dots", "attention", "full"):
         close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
         jax.tree.map(close, gradients[remat], gradients["none"])
 
