@@ -24,7 +24,7 @@ from lmjax.runs.metrics import read_rows
 __all__ = ["home"]
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LONG = {"ablation"}  # nine runs in processes of their own
+LONG = {"ablation", "numerics"}  # nine runs in processes of their own; a dozen programs
 SHORTER = {
     "quickstart": {
         "steps=60,": """steps=16, batch_size=4, context=32,
@@ -38,12 +38,16 @@ SHORTER = {
             model={"width": 32, "layers": 1, "heads": 2, "unroll": 1},""",
         '"warmup_steps": 10': '"warmup_steps": 2',
     },
+    "numerics": {
+        "steps=40,": """steps=40, batch_size=4, context=32,
+            model={"width": 32, "layers": 2, "heads": 2, "unroll": 1},""",
+    },
 }
 """By notebook, what is replaced in its code before it runs here: lengths and sizes."""
 
 
 def test_the_notebooks_are_found() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["ablation", "quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == ["ablation", "numerics", "quickstart"]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +150,34 @@ def ablation_facts(runs: Path, printed: str) -> None:
         assert f"{arm:16} {differences}; smallest detectable " in printed
 
 
+def numerics_facts(runs: Path, printed: str) -> None:
+    """The run in f16 does not learn, that in f32 does; gradients underflow, and advice mends it."""
+    folders = {name: runs / "numerics" / name for name in ("f32", "f16", "mended", "scaled")}
+    first, last = {}, {}
+    for name, folder in folders.items():
+        losses = [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+        first[name], last[name] = losses[0], losses[-1]
+    for name in ("f32", "f16"):
+        steps = read(folders[name] / "config.json")["steps"]
+        line = f"{name}: loss {first[name]:.3f} at step 1, {last[name]:.3f} at step {steps}\n"
+        assert line in printed
+    learned = first["f32"] - last["f32"]
+    assert first["f16"] - last["f16"] < 0.5 * learned, "the text says that it fails"
+    for name in ("mended", "scaled"):
+        assert first[name] - last[name] > 0.9 * learned, name
+    assert re.search(r"underflow$", printed, re.M)
+    assert "bit-identical: True\n" in printed
+    named = re.search(r"first tensor with a relative error above \S+: (\S+), ", printed)
+    assert named, printed
+    assert named[1].rpartition("/")[2] in ("dy", "dx", "dw"), "the text says gradients"
+    for name, folder in folders.items():
+        loss = read(folder / "result.json")["eval_loss"]
+        assert f"{name:8} held-out loss {loss:.4f}\n" in printed
+
+
 FACTS: Mapping[str, Callable[[Path, str], None]] = {
     "ablation": ablation_facts,
+    "numerics": numerics_facts,
     "quickstart": quickstart_facts,
 }
 
