@@ -103,7 +103,7 @@ class TrainFlags:
     """How: at the learning rate where the schedule ended, or rewarm: up to the peak in another
     warm-up, then down again as before."""
     sample: Annotated[int, at_least(0)] = 200
-    """Tokens of sample text generated when a single-process run is done; 0: none."""
+    """Tokens of sample text that a decoder generates when a single-process run is done; 0: none."""
 
     def __post_init__(self) -> None:
         """Rejects values out of range at the start, not at the end of the run."""
@@ -205,7 +205,7 @@ def _launched(launch: TrainFlags) -> int:
     if outcome.result is None:
         return STOPPED
     console = Console(highlight=False, emoji=False, quiet=not is_first())
-    if launch.sample and alone:
+    if launch.sample and alone and launch.config.model.family == "decoder":
         with decoration("a sample"):
             with stages.stage("generating a sample"):
                 text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)

@@ -126,9 +126,9 @@ def evaluate(run: RunDirectory, /, precision: str | None = None, json: bool = Fa
     if json:
         print_json(dataclasses.asdict(result))
     else:
+        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
         print(
             f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
-            f"{result.perplexity:.3f}, {result.bits_per_byte:.4f} bits per byte "
-            f"({counted(result.tokens, 'token')})"
+            f"{result.perplexity:.3f}{bits} ({counted(result.tokens, 'token')})"
         )
     return DONE

@@ -19,6 +19,7 @@ from lmjax.inference.run import TrainedModel
 from lmjax.parallel import sharding
 from lmjax.train import make_eval_step, phase_of
 from lmjax.train.evaluate import held_out_loss
+from lmjax.train.start import refuse_running_text
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,28 @@ class Evaluation:
 
     Attributes:
       step: training step of the parameters.
-      tokens: number of predicted tokens.
+      tokens: number of tokens that follow another; an encoder predicts some of them.
       eval_loss: mean cross entropy, nats per token.
       perplexity: exp(eval_loss).
-      bits_per_byte: cross entropy per byte of text, comparable between tokenizers.
+      bits_per_byte: cross entropy per byte of text, comparable between tokenizers; None for an
+        encoder, which does not predict every token.
     """
 
     step: int
     tokens: int
     eval_loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
 
 
 def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     """Evaluates a model on the whole validation split that its run held out.
 
     Raises:
+      InputError: the model needs more than running text.
       NonFiniteError: the loss of a batch is NaN or infinite.
     """
+    refuse_running_text(model.config, model.tokenizer)
     phase = phase_of(dataclasses.replace(model.config, mesh=sharding.MeshConfig()))
     config = phase.config
     with stages.stage("reading the text"):
@@ -55,7 +59,9 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
         eval_step = _refusing_non_finite(make_eval_step(phase, mesh), model)
         loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
-    bits = loss * tokens / math.log(2) / corpus.validation_bytes
+    bits = None
+    if config.model.family == "decoder":
+        bits = loss * tokens / math.log(2) / corpus.validation_bytes
     # Beyond exp(709) Python raises, where IEEE 754 gives infinity.
     perplexity = math.exp(loss) if not loss > 709 else math.inf
     return Evaluation(model.step, tokens, loss, perplexity, bits)

@@ -12,7 +12,7 @@ import numpy as np
 
 from lmjax.data import document_starts
 from lmjax.inference.finite import not_finite
-from lmjax.inference.run import TrainedModel
+from lmjax.inference.run import TrainedModel, refuse_encoder
 from lmjax.inference.sampling import NOT_FINITE, Sampler, refuse_no_count
 from lmjax.model import Sites, decoding_params, extend, initial_cache
 from lmjax.precision import exact
@@ -69,9 +69,11 @@ def stream(
       incomplete character after the last of `tokens` tokens is dropped.
 
     Raises:
+      InputError: the model is an encoder.
       ValueError: a setting is negative, not finite or of the wrong type.
       NonFiniteError: while iterating, if the logits of a token contain NaN or infinity.
     """
+    refuse_encoder(model)
     refuse_no_count("tokens", tokens)
     sampler = Sampler(model.tokenizer.vocab_size, temperature, top_k, seed)
     ids = [model.tokenizer.start_of_document, *map(int, model.tokenizer.encode(prompt))]

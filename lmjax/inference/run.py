@@ -62,6 +62,19 @@ class TrainedModel:
         return exact.jit(logits)
 
 
+def refuse_encoder(model: TrainedModel) -> None:
+    """Rejects models that do not predict the next token.
+
+    Raises:
+      InputError: the model is an encoder.
+    """
+    if model.config.model.family == "encoder":
+        raise InputError(
+            "the model is an encoder, which does not predict the next token; use python -m lmjax "
+            "evaluate, or train a decoder"
+        )
+
+
 def load_model(workdir: str | Path, *, precision: str | None = None) -> TrainedModel:
     """Loads the model of a run directory from its newest intact checkpoint.
 

@@ -16,7 +16,7 @@ import numpy as np
 from lmjax.console import stages
 from lmjax.data import Tokenizer
 from lmjax.inference.finite import not_finite
-from lmjax.inference.run import TrainedModel
+from lmjax.inference.run import TrainedModel, refuse_encoder
 from lmjax.model import Params, apply, log_probabilities
 from lmjax.precision import exact
 from lmjax.train import Phase
@@ -86,9 +86,11 @@ def score(model: TrainedModel, text: str) -> Score:
     from at least half a context.
 
     Raises:
+      InputError: the model is an encoder.
       ValueError: the text is empty.
       NonFiniteError: the logits of a token or its log-probability are NaN or infinite.
     """
+    refuse_encoder(model)
     ids = model.tokenizer.encode(text)
     if not len(ids):
         raise ValueError("there is no text to score")

@@ -9,7 +9,7 @@ Knows Flax, JAX and policies; no mesh, no optimizer, no data.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 from flax import nnx
@@ -80,7 +80,21 @@ class Objective(Protocol):
     """What a model is trained for.
 
     It is given what left the trunk and not logits, so that it may fuse a head with its loss.
+
+    Attributes:
+      reads: what it needs of a batch of the data pipeline, by name.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("inputs", "targets")
+
+    def posed(self, batch: Batch, key: jax.Array | None) -> Batch:
+        """A batch as the trunk and `loss` or `evaluate` read it; by default as it is.
+
+        Args:
+          batch: from the data pipeline.
+          key: random, of this part of this step; None in evaluation, which is the same each time.
+        """
+        return batch
 
     def loss(
         self,

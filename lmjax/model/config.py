@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from lmjax.checks import above, at_least, from_to_below, validate
+from lmjax.checks import above, at_least, between, from_to_below, validate
 
 Size = Annotated[int, at_least(1)]
 DerivedSize = Annotated[int, at_least(0)]
@@ -47,11 +47,12 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer. One code path; the fields tell GPT-2 from Llama."""
+    """A Transformer. One code path; the fields tell GPT-2 from Llama, and both from BERT."""
 
-    family: ClassVar[str] = "decoder"
-    """Which row of `families.py` puts the model together; a class of settings has one."""
-
+    family: Literal["decoder", "encoder"] = "decoder"
+    """Which row of `families.py` puts the model together: a decoder predicts the next token (GPT-2,
+    Llama); an encoder reads in both directions, with norms after its branches (BERT, Devlin et al.
+    2019), and predicts masked tokens or classes."""
     vocab_size: Size = 256
     """Rows of the embedding table; at least as many as the tokenizer has tokens."""
     max_positions: Size = 256
@@ -87,6 +88,15 @@ class ModelConfig:
     (Qwen 2); or all four."""
     tied: bool = True
     """The head reuses the embedding table."""
+    token_types: DerivedSize = 0
+    """Encoder: rows of the table of token types, which tell the segments of a text apart; 0: none.
+    """
+    classes: DerivedSize = 0
+    """Encoder: classes of texts to predict; 0: masked tokens."""
+    mask_token: DerivedSize = 0
+    """Encoder: id that stands for a masked token; 0: the last of the vocabulary."""
+    mask_rate: Annotated[float, between(0, 1)] = 0.15
+    """Encoder: the share of tokens that are masked and predicted."""
     qk_norm: bool = False
     """RMSNorm on queries and keys, per head (Henry et al. 2020)."""
     dropout: Annotated[float, from_to_below(0, 1)] = 0.0
@@ -125,11 +135,26 @@ class ModelConfig:
                 f"rotary positions turn pairs, but a head is {self.head_size} wide; make "
                 "model.head-width even"
             )
+        self._refuse_other_family()
         if self.parametrisation == "unit" and self.activation not in ("gelu", "swiglu"):
             raise ValueError(
                 f"unit scaling has no gain for the activation {self.activation}; choose gelu or "
                 "swiglu"
             )
+
+    def _refuse_other_family(self) -> None:
+        """Refuses settings of an encoder in a decoder, and ids beyond the vocabulary."""
+        if self.mask_token >= self.vocab_size:
+            raise ValueError(
+                f"model.mask_token is {self.mask_token}, but model.vocab_size is {self.vocab_size};"
+                " choose a smaller id or raise --model.vocab-size"
+            )
+        for name in ("token_types", "classes", "mask_token"):
+            if self.family == "decoder" and getattr(self, name):
+                raise ValueError(
+                    f"model.{name} is {getattr(self, name)}, which a decoder does not have; leave "
+                    "it at 0 or set --model.family encoder"
+                )
 
     # The fields that 0 leaves open are derived here and not filled in, so that
     # `dataclasses.replace(config, width=...)` keeps deriving them.
@@ -153,6 +178,22 @@ class ModelConfig:
     def out_bias(self) -> bool:
         """Whether what leaves attention has a bias."""
         return self.bias if self.attention_bias == "same" else self.attention_bias == "qkvo"
+
+    @property
+    def mask_id(self) -> int:
+        """The id that stands for a masked token."""
+        return self.mask_token or self.vocab_size - 1
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head multiplies by the embedding table."""
+        return self.tied and not self.classes
+
+    def predicted(self, length: int) -> int:
+        """How many positions of a row of this length an objective reads."""
+        if self.family == "decoder":
+            return length
+        return 1 if self.classes else max(1, round(self.mask_rate * length))
 
     @property
     def mlp_size(self) -> int:

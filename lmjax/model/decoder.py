@@ -13,12 +13,12 @@ from lmjax.model.assembly import Assembly, Batch, Objective
 from lmjax.model.block import Block
 from lmjax.model.config import ModelConfig
 from lmjax.model.head import Head
-from lmjax.model.layers import ANYWHERE, Constrain, Dense, Embedding, Norm, dropout
+from lmjax.model.layers import ANYWHERE, Constrain, Dense, Embedding, Norm, dropout, embedded
 from lmjax.model.layout import decoder_layout
 from lmjax.model.mask import mask_and_positions
 from lmjax.model.objectives import NextToken
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.sites import Context, Sites, within_site
+from lmjax.model.sites import Context, Sites
 from lmjax.model.stack import scan_blocks, stacked
 from lmjax.precision.sites import Layout
 
@@ -115,23 +115,10 @@ class Decoder(Assembly):
           context: randomness and probes.
           constrain: that of `trunk`.
         """
-        # Where a mesh cuts the table, tokens travel to its columns and rows travel back, in the
-        # compute format. Left to itself, XLA gathers the whole table on some meshes.
-        tokens = constrain(tokens, ("replicas", "length"))
-        x = self.embed(tokens, sites["embed"], context.at("embed"))
-        x = constrain(x, ("replicas", "length", "columns"))
-        if self.positions is None:
-            return x
-        by_row = positions.ndim > 1
-        if by_row:
-            positions = constrain(positions, ("replicas", "length"))
-        rows = self.positions(positions, sites["positions"], context.at("positions"))
-        if by_row:
-            rows = constrain(rows, ("replicas", "length", "columns"))
-        with sites["embed"].scope:
-            rows = sites["embed"].to_output(rows)
-            x = sites["embed"].to_output(self.scales.sum_of_embeddings(x, rows))
-            return within_site(x, sites["embed"], context.at("embed").probe, "sum")
+        tables = {"embed": (self.embed, tokens)}
+        if self.positions is not None:
+            tables["positions"] = self.positions, positions
+        return embedded(tables, sites, context, constrain, self.scales)
 
     def readout(self, x: jax.Array, sites: Sites, context: Context) -> tuple[jax.Array, Head]:
         """The normed rows of what left the last block, and the head: that of the next token."""

@@ -21,6 +21,7 @@ from lmjax.model.assembly import Assembly, Objective
 from lmjax.model.attention_form import Form, Situation, form_of
 from lmjax.model.config import ModelConfig
 from lmjax.model.decoder import Decoder
+from lmjax.model.encoder import Encoder
 from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.layout import BLOCKS
 from lmjax.model.mask import Causal, CausalWithinDocuments
@@ -36,8 +37,8 @@ from lmjax.precision.sites import Kind, Layout, Place
 Params = dict[str, Any]
 """Nested dict of arrays; those below `blocks` have a leading axis of length `layers`."""
 
-FAMILIES: Final[dict[str, type[Assembly]]] = {"decoder": Decoder}
-"""How the models of a class of settings are put together, by its `family`."""
+FAMILIES: Final[dict[str, type[Assembly]]] = {"decoder": Decoder, "encoder": Encoder}
+"""How models are put together, by `ModelConfig.family`."""
 
 
 def layout(config: ModelConfig) -> Layout:
@@ -209,7 +210,7 @@ def weights(config: ModelConfig, sites: Sites) -> dict[str, Weight]:
         is_matrix = leaf.ndim - (place.stack is not None) == 2
         if is_matrix and place.site.is_product:
             found[path] = Weight(tuple(sites[p] for p in place.paths), -2)
-        elif is_matrix and config.tied and place.path == "embed":
+        elif is_matrix and config.tied_head and place.path == "embed":
             found[path] = Weight((sites["head"],), -1)
     return found
 

@@ -37,10 +37,10 @@ def folds(config: ModelConfig) -> tuple[Fold, ...]:
     ungated half of a gated MLP.
     """
     parameters = paths.flatten(structure(config)[1])
-    made: dict[str, tuple[str, ...]] = {
-        f"{BLOCKS}/attention/norm": ("query", "key", "value"),
-        f"{BLOCKS}/mlp/norm": ("up", "gate"),
-    }
+    made: dict[str, tuple[str, ...]] = {}
+    if config.family == "decoder":  # what leaves a norm after a branch is the residual stream
+        made[f"{BLOCKS}/attention/norm"] = ("query", "key", "value")
+        made[f"{BLOCKS}/mlp/norm"] = ("up", "gate")
     if config.kv_head_count == config.heads:
         made[f"{BLOCKS}/attention/value"] = ("out",)
     if config.activation == "swiglu":

@@ -11,6 +11,7 @@ Shapes: B batch, T positions, D width. Knows Flax, JAX and policies; no mesh, no
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Final, Protocol
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lmjax.model.config import ModelConfig
 from lmjax.model.parametrisation import IDENTITY, Parametrisation, parametrisation_of
-from lmjax.model.sites import QUIET, Context, at_site, give, take
+from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within_site
 from lmjax.precision.asides import aside
 from lmjax.precision.backend import Backend, this_backend
 from lmjax.precision.bits import largest_magnitude
@@ -118,11 +119,18 @@ class Dense(nnx.Module):
         probe, kernel = context.probe, self.kernel[...]
         unit = self.scales.unit_products
         y = einsum("btk,kn->btn", x, kernel, site, key=context.key, probe=probe, unit=unit)
-        if self.bias is not None:
-            with site.scope:
-                bias = self.scales.shared(self.bias[...], y.size // self.bias.size)
-                y = add_to_rows(y, site.to_compute(bias))
-        return hand_on(y, site, probe)
+        return hand_on(_biased(y, self.bias, site, self.scales), site, probe)
+
+
+def _biased(
+    y: jax.Array, bias: nnx.Param | None, site: SitePolicy, scales: Parametrisation
+) -> jax.Array:
+    """A product `[..., N]` with its bias, if it has one."""
+    if bias is None:
+        return y
+    with site.scope:
+        used = scales.shared(bias[...], y.size // bias.size)
+        return add_to_rows(y, site.to_compute(used))
 
 
 class Embedding(nnx.Module):
@@ -151,6 +159,53 @@ class Embedding(nnx.Module):
         rows = self.table[...][indices]
         rows = self.scales.shared(rows, rows.size / self.table.size)
         return give(take(rows, site, context.probe), site, context.probe)
+
+    def logits(
+        self, x: jax.Array, site: SitePolicy, context: Context, bias: nnx.Param | None = None
+    ) -> jax.Array:
+        """`[B, T, D]` to `[B, T, rows]`: the table as a head that is tied to it."""
+        table, unit = self.table[...], self.scales.unit_products
+        y = einsum("btd,vd->btv", x, table, site, key=context.key, probe=context.probe, unit=unit)
+        return hand_on(_biased(y, bias, site, self.scales), site, context.probe)
+
+
+def embedded(
+    tables: Mapping[str, tuple[Embedding, jax.Array]],
+    sites: Sites,
+    context: Context,
+    constrain: Constrain,
+    scales: Parametrisation,
+) -> jax.Array:
+    """The sum of the rows of tables, `[B, T, D]`, in the output format of the site `embed`.
+
+    Args:
+      tables: with the indices of their rows, by site: first `embed`, with tokens `int32[B, T]`,
+        then others, with `int32[T]`, or `int32[B, T]` where they differ between rows of the batch.
+      sites: the formats of every site.
+      context: randomness and probes.
+      constrain: places an activation, given the logical names of its axes.
+      scales: the parametrisation of the model.
+    """
+    total, site = None, sites["embed"]
+    for name, (table, indices) in tables.items():
+        # Where a mesh cuts the table, tokens travel to its columns and rows travel back, in the
+        # compute format. Left to itself, XLA gathers the whole table on some meshes.
+        by_row = indices.ndim > 1
+        if by_row:
+            indices = constrain(indices, ("replicas", "length"))
+        rows = table(indices, sites[name], context.at(name))
+        if by_row:
+            rows = constrain(rows, ("replicas", "length", "columns"))
+        if total is None:
+            total = rows
+            continue
+        with site.scope:
+            total = site.to_output(scales.sum_of_embeddings(total, site.to_output(rows)))
+    assert total is not None
+    if len(tables) == 1:
+        return total
+    with site.scope:
+        return within_site(total, site, context.at("embed").probe, "sum")
 
 
 class Norm(nnx.Module):

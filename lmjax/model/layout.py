@@ -1,4 +1,4 @@
-"""Which sites a decoder has, and where: the one place that says so.
+"""Which sites a model has, and where: the one place that says so.
 
 Families with the same blocks share `stack_of` and `block_places`.
 
@@ -40,6 +40,23 @@ def decoder_layout(config: ModelConfig) -> Layout:
         outside("loss", Source("head")),
     ]
     return Layout((*before, *block_places(config), *after), stack_of(config))
+
+
+@functools.cache
+def encoder_layout(config: ModelConfig) -> Layout:
+    """The sites of an encoder, in the order of computation."""
+    outside = lambda path, source=None: Place(path, site_at(path), None, source)
+    tables = ["embed"]
+    tables += ["positions"] if config.positions == "learned" else []
+    tables += ["types"] if config.token_types else []
+    before = [outside(table, Source(table, "params")) for table in tables]
+    part = "pool" if config.classes else "transform"
+    after = [outside(f"{part}/dense"), outside(f"{part}/activation", Source(f"{part}/dense"))]
+    if not config.classes:
+        after.append(outside("transform/norm", Source("transform/activation")))
+    after += [outside("head"), outside("loss", Source("head"))]
+    places = (*before, outside("norm", Source("embed")), *block_places(config), *after)
+    return Layout(places, stack_of(config))
 
 
 def _inside(config: ModelConfig) -> list[tuple[str, Source | None]]:

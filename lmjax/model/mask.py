@@ -127,14 +127,15 @@ class Padded(NamedTuple):
     """Each query sees every key of its row before the padding at the end of the row.
 
     Attributes:
-      lengths: number of tokens in each row before the padding, `int32[B]`, at least 1.
+      lengths: number of tokens in each row before the padding, `int32[B]`. Of a row of padding
+        alone, 0, queries see the first key, so that their softmax is a number in every format.
     """
 
     lengths: jax.Array
 
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """See `Mask`."""
-        own = keys < self.lengths[:, None, None, None, None]
+        own = keys < jnp.maximum(self.lengths, 1)[:, None, None, None, None]
         return own & jnp.ones((queries.size, 1), bool)
 
     def may_see(self, queries: range, keys: range) -> bool:

@@ -165,7 +165,7 @@ def _weights(phase: Phase, mesh: Mapping[str, int]) -> Iterator[_Weight]:
 def _product(phase: Phase, path: str, dimensions: int, site: SitePolicy) -> SitePolicy | None:
     """The site that multiplies by a parameter of this rank, if there is one."""
     if site.site.name == "embed":
-        return phase.sites["head"] if phase.config.model.tied else None
+        return phase.sites["head"] if phase.config.model.tied_head else None
     return site if site.site.is_product and dimensions == 2 else None
 
 

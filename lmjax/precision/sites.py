@@ -107,12 +107,13 @@ def _declared(*sites: Site) -> Mapping[str, Site]:
     return MappingProxyType({site.name: site for site in sites})
 
 
-_LINEAR: Final = ("query", "key", "value", "out", "up", "gate", "down")
+_LINEAR: Final = ("query", "key", "value", "out", "up", "gate", "down", "dense")
 _MEAN_SQUARE: Final = "a mean of squares overflows f16 and loses small differences in bf16"
 
 SITES: Final = _declared(
     Site("embed", Kind.LOOKUP, inner=("sum",)),
     Site("positions", Kind.LOOKUP),
+    Site("types", Kind.LOOKUP),
     Site("residual", Kind.ELEMENTWISE, inner=("entering", "between")),
     Site("norm", Kind.ELEMENTWISE, wide=_MEAN_SQUARE),
     *(Site(name, Kind.WEIGHT_PRODUCT) for name in _LINEAR),

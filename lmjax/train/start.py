@@ -14,10 +14,17 @@ from typing import Any
 import jax
 
 from lmjax.console import stages
-from lmjax.data import CacheFailed, TokenizedCorpus, tokenized_corpus, train_iterator
+from lmjax.data import (
+    CacheFailed,
+    TokenizedCorpus,
+    Tokenizer,
+    tokenized_corpus,
+    train_iterator,
+)
 from lmjax.errors import InputError, StorageFailed
 from lmjax.files.filenames import expanded, printable
 from lmjax.interop import origin
+from lmjax.model import objective_of
 from lmjax.parallel import sharding
 from lmjax.parallel.agreement import failing_together, is_first, refuse_unequal
 from lmjax.runs.checkpoint import Checkpoints
@@ -129,10 +136,34 @@ def _checked_here(
             f"the tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} tokens, but "
             f"the model embeds {config.model.vocab_size}; raise --model.vocab-size"
         )
+    refuse_running_text(config, corpus.tokenizer)
     if config.init_from and (workdir is None or is_untrained(workdir)):
         with stages.stage(f"looking at {printable(config.init_from)}"):
             origin.refuse_unfit(config.init_from, config.model, corpus.tokenizer)
     return resolved, corpus, mesh
+
+
+def refuse_running_text(config: Config, tokenizer: Tokenizer) -> None:
+    """Rejects models that running text neither trains nor evaluates.
+
+    Raises:
+      InputError: it lacks classes, or no token stands for masked ones.
+    """
+    model, given = config.model, config.data.batch_fields
+    missing = [name for name in objective_of(model).reads if name not in given]
+    if missing:
+        raise InputError(
+            f"the model needs {' and '.join(missing)}, which running text does not have; "
+            "set --model.classes 0 to train it on masked tokens, or call make_train_step with "
+            "batches of your own"
+        )
+    masks = model.family == "encoder" and not model.classes
+    if masks and not model.mask_token and tokenizer.vocab_size >= model.vocab_size:
+        raise InputError(
+            f"all {model.vocab_size} rows of the embedding belong to tokens of the tokenizer "
+            f"{tokenizer.name}, and none is left for masked ones; raise --model.vocab-size, or "
+            "name the token that stands for them with --model.mask-token"
+        )
 
 
 def _refuse_uneven_batches(config: Config, mesh: sharding.Mesh) -> None:

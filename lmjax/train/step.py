@@ -8,7 +8,7 @@ params -> compute format -> logits -> loss in f32 -> times the loss scale -> bac
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -164,8 +164,9 @@ def make_scaled_loss(
         context = Context(key if random else None, factors, slots)
         with jax.numpy_dtype_promotion("strict"):
             model = assembled(params, config.model)
+            posed = objective.posed(batch, Context(key).at("objective").key)
             x = model.trunk(
-                _documented(config, batch),
+                _documented(config, posed),
                 sites=sites,
                 context=context,
                 cotangent_scales=scale if config.loss_scale.per_block else None,
@@ -176,7 +177,7 @@ def make_scaled_loss(
                 if config.loss_multiplier != 1:
                     factor = factor * jnp.asarray(config.loss_multiplier, factor.dtype)
             backward = Backward(factor, config.loss_multiplier, placed)
-            loss = objective.loss(x, model, batch, sites, context, backward)
+            loss = objective.loss(x, model, posed, sites, context, backward)
             loss = loss.astype(at_least_f32(loss.dtype))
             with jax.named_scope("loss_scale"):
                 return loss * factor.astype(loss.dtype), loss
@@ -184,7 +185,7 @@ def make_scaled_loss(
     return scaled_loss
 
 
-def _documented(config: Config, batch: Batch) -> Batch:
+def _documented(config: Config, batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
     """A batch as the trunk reads it: it says where documents start just if there is a mask."""
     if not config.data.document_mask:
         return {name: rows for name, rows in batch.items() if name != "document_starts"}
@@ -248,14 +249,15 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
         """Summed nats and number of what counts."""
         with jax.numpy_dtype_promotion("strict"):
             model = assembled(params, config.model)
+            posed = objective.posed(batch, None)
             x = model.trunk(
-                _documented(config, batch),
+                _documented(config, posed),
                 sites=sites,
                 context=QUIET,
                 cotangent_scales=None,
                 constrain=constrain,
             )
-            return objective.evaluate(x, model, batch, sites, QUIET, constrain)
+            return objective.evaluate(x, model, posed, sites, QUIET, constrain)
 
     of_part = lambda constrain: functools.partial(eval_step, constrain)
     return sharding.traced_for(mesh, config.reductions.evaluation(of_part, mesh))

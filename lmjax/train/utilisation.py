@@ -65,11 +65,16 @@ class Peak:
 def flops_per_token(model: ModelConfig, context: int) -> int:
     """Model FLOP of training on one token; see the module docstring."""
     params = dict(structure(model)[1])
-    params.pop("positions", None)
-    if not model.tied:
-        params.pop("embed", None)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return 6 * count + 12 * model.layers * model.heads * model.head_size * context
+    lookups = {"positions", "types"} | (set() if model.tied_head else {"embed"})
+    share = model.predicted(context) / context
+    heads = {"embed", "transform", "pool", "head"}
+    count = sum(
+        leaf.size * (share if name in heads else 1)
+        for name, part in params.items()
+        if name not in lookups
+        for leaf in jax.tree.leaves(part)
+    )
+    return 6 * round(count) + 12 * model.layers * model.heads * model.head_size * context
 
 
 def peak_of(phase: Phase, mesh: Mesh) -> Peak | None:

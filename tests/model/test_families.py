@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from lmjax.model import ModelConfig, families, layout, resolve_sites, structure, token_losses
-from lmjax.model.assembly import Assembly, Batch
+from lmjax.model.assembly import Assembly, Batch, Objective
 from lmjax.model.block import Block
 from lmjax.model.head import Backward
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Embedding
@@ -42,7 +42,7 @@ CLASSES = 3
 
 @dataclass(frozen=True)
 class EncoderConfig(ModelConfig):
-    family: ClassVar[str] = "encoder"
+    family: Literal["texts"] = "texts"  # type: ignore[assignment]
 
 
 class Encoder(Assembly):
@@ -104,7 +104,7 @@ class Encoder(Assembly):
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """Cross entropy of the class of each text, read at its first token."""
 
     scales: Parametrisation
@@ -141,7 +141,7 @@ class Classification:
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     """`encoder(**model)`: the config of a run of one."""
-    monkeypatch.setitem(families.FAMILIES, "encoder", Encoder)
+    monkeypatch.setitem(families.FAMILIES, "texts", Encoder)
 
     def config(**model: Any) -> Config:
         settings = OptimizerConfig(learning_rate=2e-2, warmup_steps=5)

@@ -33,6 +33,9 @@ OTHER: dict[str, Any] = {
     "model.head_width": 4,
     "model.positions": "rope",
     "model.rope_scaling.factor": 2.0,
+    "model.token_types": 2,
+    "model.classes": 2,
+    "model.mask_token": 1,
     "model.dropout": 0.1,
     "data.dataset": "tfds:wikitext",
     "data.files": ("elsewhere/*.txt",),
@@ -64,6 +67,10 @@ OTHER: dict[str, Any] = {
 """Another valid value of the fields whose other value does not follow from their type."""
 
 TOGETHER: dict[str, dict[str, Any]] = {
+    **{
+        f"model.{name}": {"model.family": "encoder"}
+        for name in ("token_types", "classes", "mask_token")
+    },
     "data.dataset": {"data.files": ()},
     "data.end_of_document": {"data.tokenizer": "elsewhere/tokenizer.json"},
     "telemetry.tensors": {"telemetry.every": 2},
