@@ -28,7 +28,7 @@ def import_model(
     context: Count | None = None,
     json: bool = False,
 ) -> int:
-    """Makes a run of a model that Hugging Face's transformers saved: GPT-2, Llama, Qwen, Mistral.
+    """Makes a run of a model that transformers saved: GPT-2, Llama, Qwen, Mistral, BERT.
 
     The run generates, scores, evaluates and exports, and other runs can start from it with
     --init-from. Its parameters are those of the files, bit for bit, unless --precision stores them

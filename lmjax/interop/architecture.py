@@ -42,7 +42,7 @@ def linear(tensor: str, place: str, *, bias: bool) -> list[TensorRule]:
 
 
 class Architecture:
-    """A decoder as `transformers` defines it.
+    """A model as `transformers` defines it.
 
     Attributes:
       name: its `model_type`.
@@ -59,6 +59,10 @@ class Architecture:
     buffers: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[Mapping[str, Any]]
 
+    def class_of(self, model: ModelConfig) -> str:
+        """The class that a model is exported as."""
+        return self.class_name
+
     def settings(self, fields: Fields) -> dict[str, Any]:
         """The fields of `ModelConfig`; what is wrong with `fields` is collected there."""
         raise NotImplementedError
@@ -73,9 +77,10 @@ class Architecture:
 
     def obstacles(self, model: ModelConfig) -> list[str]:
         """Why a model is none of this architecture, one line each; empty if it is one."""
+        needs = {"family": "decoder", **self.needs, "parametrisation": "standard"}
         found = [
             f"model.{name} is {getattr(model, name)}, not {' or '.join(map(str, _all(wanted)))}"
-            for name, wanted in {**self.needs, "parametrisation": "standard"}.items()
+            for name, wanted in needs.items()
             if getattr(model, name) not in _all(wanted)
         ]
         return found + self.more_obstacles(model)

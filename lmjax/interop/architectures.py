@@ -9,6 +9,7 @@ from typing import Final
 
 from lmjax.errors import InputError
 from lmjax.interop.architecture import Architecture
+from lmjax.interop.bert import Bert
 from lmjax.interop.gpt2 import GPT2
 from lmjax.interop.llama import Llama
 from lmjax.interop.mistral import Mistral
@@ -18,7 +19,7 @@ from lmjax.model import ModelConfig
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
     architecture.name: architecture
-    for architecture in (GPT2(), Llama(), Qwen2(), Qwen3(), Mistral())
+    for architecture in (GPT2(), Bert(), Llama(), Qwen2(), Qwen3(), Mistral())
 }
 """In the order in which a model without a name is tried; Mistral, which is a Llama, comes last."""
 

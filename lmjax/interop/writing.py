@@ -58,7 +58,7 @@ def write_pretrained(
     names = {dtype.name for dtype in dtypes.values()}
     config = {name: value for name, value in imported.items() if name not in _ROPE}
     config |= {
-        "architectures": [architecture.class_name],
+        "architectures": [architecture.class_of(model)],
         "model_type": architecture.name,
         "torch_dtype": names.pop() if len(names) == 1 else "float32",
         **architecture.fields(model),
