@@ -29,6 +29,9 @@ MASKED: Final = 0.8
 RANDOM: Final = 0.1
 """The share that any token of the vocabulary replaces; the rest stays."""
 
+OWN_KEY: Final = 0x6D61736B
+"""Tells the random numbers of masks from those of dropout and of rounding."""
+
 
 @dataclass(frozen=True)
 class MaskedTokens(Objective):
@@ -60,7 +63,7 @@ class MaskedTokens(Objective):
         rows, length = tokens.shape
         with jax.named_scope("masking"):
             if key is not None:
-                keys = jax.random.split(key, rows)
+                keys = jax.random.split(jax.random.fold_in(key, OWN_KEY), rows)
                 lengths = jnp.full(rows, length, jnp.int32)
             else:
                 keys = jax.vmap(_key_of)(tokens)

@@ -164,7 +164,7 @@ def make_scaled_loss(
         context = Context(key if random else None, factors, slots)
         with jax.numpy_dtype_promotion("strict"):
             model = assembled(params, config.model)
-            posed = objective.posed(batch, Context(key).at("objective").key)
+            posed = objective.posed(batch, key)
             x = model.trunk(
                 _documented(config, posed),
                 sites=sites,
