@@ -53,7 +53,7 @@ class Transform(nnx.Module):
         return give(y, site, context.probe)
 
 
-class Pool(nnx.Module):
+class FirstToken(nnx.Module):
     """What the head reads to tell the class of a text: the first token, and a tanh."""
 
     def __init__(self, key: jax.Array, config: ModelConfig):
@@ -96,7 +96,7 @@ class Encoder(Assembly):
         block = functools.partial(Block, config=c, norm_position="after")
         self.blocks = stacked(block, jax.random.split(next(keys), c.layers))
         part = next(keys)
-        self.pool = Pool(part, c) if c.classes else None
+        self.pool = FirstToken(part, c) if c.classes else None
         self.transform = None if c.classes else Transform(part, c)
         head = functools.partial(
             Dense, next(keys), c.width, std=scales.weight_std, bias=True, scales=scales

@@ -197,7 +197,6 @@ class Config:
                 f"{self.steps}; leave both to --extend-steps"
             )
         self._refuse_disorder()
-        self._refuse_documents()
         refuse_unfit(self.pruning, self.steps, block_matrices(self.model))
         refuse_no_tensor(self.telemetry, layout(self.model))
         for start in self.sites_by_phase:
@@ -206,14 +205,6 @@ class Config:
                     f"the policy's phase from step {start} would never run, because the run ends "
                     f"after {self.steps} steps; start it earlier or raise --steps"
                 )
-
-    def _refuse_documents(self) -> None:
-        """Rejects a mask that encoders do not have."""
-        if self.data.document_mask and self.model.family == "encoder":
-            raise ValueError(
-                "data.document_mask keeps decoders within their documents, but an encoder reads "
-                "whole windows; turn it off"
-            )
 
     def _refuse_disorder(self) -> None:
         """Rejects configs whose sums cannot have the order that they ask for."""

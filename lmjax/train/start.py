@@ -157,6 +157,11 @@ def refuse_running_text(config: Config, tokenizer: Tokenizer) -> None:
             "set --model.classes 0 to train it on masked tokens, or call make_train_step with "
             "batches of your own"
         )
+    if config.data.document_mask and model.family == "encoder":
+        raise InputError(
+            "data.document_mask keeps decoders within their documents, but an encoder reads whole "
+            "windows; turn it off"
+        )
     masks = model.family == "encoder" and not model.classes
     if masks and not model.mask_token and tokenizer.vocab_size >= model.vocab_size:
         raise InputError(

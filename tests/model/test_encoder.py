@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.data import ByteTokenizer
+from lmjax.data import ByteTokenizer, DataConfig
 from lmjax.errors import InputError
 from lmjax.inference.run import TrainedModel, refuse_encoder
 from lmjax.model import ANYWHERE, ModelConfig, assembled, objective_of, structure, weights
@@ -133,9 +133,6 @@ def test_settings_of_one_family_are_refused_in_the_other():
         ModelConfig(**SHAPE | {"family": "decoder"})
     with pytest.raises(ValueError, match="mask_token is 16, but model"):
         ModelConfig(**SHAPE | {"mask_token": 16})
-    data = dataclasses.replace(Config().data, document_mask=True)
-    with pytest.raises(ValueError, match="an encoder reads whole windows"):
-        dataclasses.replace(encoder(), data=data)
 
 
 def test_what_cannot_be_trained_or_read_is_refused():
@@ -146,6 +143,9 @@ def test_what_cannot_be_trained_or_read_is_refused():
     with pytest.raises(InputError, match="none is left for masked ones"):
         refuse_running_text(full, tokenizer)
     refuse_running_text(encoder(vocab_size=tokenizer.vocab_size + 1), tokenizer)
+    masked = dataclasses.replace(encoder(), data=DataConfig(document_mask=True))
+    with pytest.raises(InputError, match="an encoder reads whole windows"):
+        refuse_running_text(masked, tokenizer)
     model = TrainedModel(phase_of(full), {}, 0, tokenizer)
     with pytest.raises(InputError, match="does not predict the next token"):
         refuse_encoder(model)
