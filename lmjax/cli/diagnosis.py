@@ -367,7 +367,9 @@ def _advice_json(made: Advice) -> dict[str, Any]:
 def _advice_lines(made: Advice) -> Iterator[str]:
     for number, trial in enumerate(made.trials, 1):
         yield f"Trial {number}: {trial.precision}"
-        rows = [_lost_row(trial, path) for path in trial.measured if _loses(trial, path)]
+        pairs = zip(trial.measured.items(), trial.predicted.values(), strict=True)
+        lost = [path for (path, one), other in pairs if max(one.worst, other.worst) >= 1e-4]
+        rows = [_lost_row(trial, path) for path in lost]
         if rows:
             yield from table_lines(LOST, rows, each="tensor", width=terminal_width())
         else:
@@ -389,10 +391,6 @@ def _advice_lines(made: Advice) -> Iterator[str]:
             f"{made.largest_loss_scale:g} others overflow"
         )
     yield f"advised: --precision '{made.precision}'"
-
-
-def _loses(trial: Trial, path: str) -> bool:
-    return max(trial.measured[path].worst, trial.predicted[path].worst) >= 1e-4
 
 
 def _lost_row(trial: Trial, path: str) -> Sequence[str]:

@@ -262,6 +262,7 @@ def _refuse_surrogates(text: str) -> None:
 
 
 def byte_level(model: models.BPE, pre_tokenizer: pre_tokenizers.PreTokenizer) -> Backend:
+    """A tokenizer of bytes: the model on pieces that the pre-tokenizer cuts."""
     backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
@@ -342,4 +343,5 @@ def load_gpt2(folder: str) -> BPETokenizer:
 
 
 def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
     return " ".join(str(error).split())
