@@ -40,8 +40,7 @@ from lmjax.diagnosis import (
 )
 
 LOST = (
-    Column("tensor", "key"),
-    Column("format", "setting"),
+    *(Column("tensor", "key"), Column("format", "setting")),
     *(Column(title, "number") for title in ("underflow", "predicted", "overflow", "predicted ")),
 )
 
@@ -367,9 +366,11 @@ def _advice_json(made: Advice) -> dict[str, Any]:
 def _advice_lines(made: Advice) -> Iterator[str]:
     for number, trial in enumerate(made.trials, 1):
         yield f"Trial {number}: {trial.precision}"
-        pairs = zip(trial.measured.items(), trial.predicted.values(), strict=True)
-        lost = [path for (path, one), other in pairs if max(one.worst, other.worst) >= 1e-4]
-        rows = [_lost_row(trial, path) for path in lost]
+        rows = [
+            _lost_row(trial, path)
+            for path, measured in trial.measured.items()
+            if max(measured.worst, trial.predicted[path].worst) >= 1e-4
+        ]
         if rows:
             yield from table_lines(LOST, rows, each="tensor", width=terminal_width())
         else:
