@@ -10,10 +10,13 @@ Knows contractions and JAX.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lmjax.precision.contraction import roles_of
 
@@ -53,10 +56,60 @@ def _rows(x: jax.Array, order: tuple[int, ...], shared: int, summed: int) -> jax
     return x.reshape([math.prod(part) for part in parts])
 
 
+def _on_device(x: jax.Array, w: jax.Array, of_x: jax.Array, of_w: jax.Array) -> jax.Array:
+    factors = jnp.float8_e4m3fn if x.dtype == jnp.float4_e2m1fn else jnp.float8_e8m0fnu
+    of_x, of_w = (jax.lax.bitcast_convert_type(bits, factors) for bits in (of_x, of_w))
+    return jax.nn.scaled_matmul(x, w, of_x, of_w, preferred_element_type=jnp.float32)
+
+
+_divided = custom_partitioning(_on_device)
+"""JAX's own rule sends factors between devices as e8m0, which NCCL does not know, and may send
+activations where weights would do. Here factors travel as integers, and rows stay in place."""
+
+
+def _specs(shapes: Sequence[Any]) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """How both operands and the result are divided."""
+    padded = [tuple(one.sharding.spec) + (None,) * (3 - len(one.sharding.spec)) for one in shapes]
+    (batch, rows, terms), (_, columns, others) = padded[:2]
+    terms = terms if terms == others else None
+    taken = {name for axes in (batch, rows, terms) for name in _names(axes)}
+    columns = None if taken & set(_names(columns)) else columns
+    spec = PartitionSpec
+    return spec(batch, rows, terms), spec(batch, columns, terms), spec(batch, rows, columns)
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _infer(mesh: Any, shapes: Sequence[Any], result: Any) -> NamedSharding:
+    return NamedSharding(mesh, _specs(shapes)[2])
+
+
+def _partition(mesh: Any, shapes: Sequence[Any], result: Any) -> tuple[Any, ...]:
+    left, right, whole = _specs(shapes)
+    terms = left[2]
+
+    def on_device(*operands: jax.Array) -> jax.Array:
+        product = _on_device(*operands)
+        return jax.lax.psum(product, _names(terms)) if _names(terms) else product
+
+    placed = tuple(NamedSharding(mesh, spec) for spec in (left, right, left, right))
+    return mesh, on_device, NamedSharding(mesh, whole), placed
+
+
+_divided.def_partition(
+    partition=_partition,
+    infer_sharding_from_operands=_infer,
+    sharding_rule="b m k, b n k, b m k, b n k -> b m n",
+)
+
+
 @jax.custom_batching.custom_vmap
 def _multiply(x: jax.Array, w: jax.Array, of_x: jax.Array, of_w: jax.Array) -> jax.Array:
     """`[B, M, K]` times `[B, N, K]`, with factors of blocks of K."""
-    return jax.nn.scaled_matmul(x, w, of_x, of_w, preferred_element_type=jnp.float32)
+    bits = [jax.lax.bitcast_convert_type(factors, jnp.uint8) for factors in (of_x, of_w)]
+    return _divided(x, w, *bits)
 
 
 @_multiply.def_vmap
