@@ -240,7 +240,7 @@ def _layers(
             output = None
             if calibration is not None:
                 gram = calibration.inputs[site.path].gram.astype(np.float64)
-                output = decibel(*(float(np.sum((gram @ m) * m)) for m in (signal, noise)))
+                output = decibel(*(float(np.sum(np.dot(gram, m) * m)) for m in (signal, noise)))
             found[site.path] = Layer(site.path, str(site.stores), snr, output, alone.get(site.path))
             if snr < worst:
                 worst, pair = snr, (*turned, site.path)

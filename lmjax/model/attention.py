@@ -145,21 +145,7 @@ class Attention(nnx.Module):
         """
         c = self.config
         batch, length, _ = x.shape
-        q = self.query(x, sites["query"], context.at("query"))
-        k = self.key(x, sites["key"], context.at("key"))
-        v = self.value(x, sites["value"], context.at("value"))
-        q = q.reshape(batch, length, c.heads, c.head_size)
-        k = k.reshape(batch, length, c.kv_head_count, c.head_size)
-        v = v.reshape(batch, length, c.kv_head_count, c.head_size)
-        if self.query_norm is not None and self.key_norm is not None:
-            q = self.query_norm(q, sites["query_norm"], context.at("query_norm"))
-            k = self.key_norm(k, sites["key_norm"], context.at("key_norm"))
-        if angles is not None:
-            # One site, but two tensors: probes look at the queries, which are as large as the keys.
-            q = rotate(q, angles, sites["rope"], context.at("rope"))
-            k = rotate(k, angles, sites["rope"])
-            k = within_site(k, sites["rope"], context.at("rope").probe, "keys")
-        q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
+        q, k, v = self.inputs(x, sites, angles, context)
         if cache is not None:
             cache = cache.extended(k, v, start, sites)
             k, v = cache.read(sites)
@@ -186,6 +172,36 @@ class Attention(nnx.Module):
         y = hand_on(y, sites["combine"], combine.probe)
         y = y.reshape(batch, length, c.heads * c.head_size)
         return self.out(y, sites["out"], context.at("out")), cache
+
+    def inputs(
+        self,
+        x: jax.Array,
+        sites: Sites,
+        angles: tuple[jax.Array, jax.Array] | None,
+        context: Context,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[B, T, K, G, H]`, with the heads that share keys side by side; keys and values.
+
+        Those are `[B, T, K, H]`. Arguments are those of a call.
+        """
+        c = self.config
+        batch, length, _ = x.shape
+        q = self.query(x, sites["query"], context.at("query"))
+        k = self.key(x, sites["key"], context.at("key"))
+        v = self.value(x, sites["value"], context.at("value"))
+        q = q.reshape(batch, length, c.heads, c.head_size)
+        k = k.reshape(batch, length, c.kv_head_count, c.head_size)
+        v = v.reshape(batch, length, c.kv_head_count, c.head_size)
+        if self.query_norm is not None and self.key_norm is not None:
+            q = self.query_norm(q, sites["query_norm"], context.at("query_norm"))
+            k = self.key_norm(k, sites["key_norm"], context.at("key_norm"))
+        if angles is not None:
+            # One site, but two tensors: probes look at the queries, which are as large as the keys.
+            q = rotate(q, angles, sites["rope"], context.at("rope"))
+            k = rotate(k, angles, sites["rope"])
+            k = within_site(k, sites["rope"], context.at("rope").probe, "keys")
+        q = q.reshape(batch, length, c.kv_head_count, c.heads // c.kv_head_count, c.head_size)
+        return q, k, v
 
     def read(
         self,

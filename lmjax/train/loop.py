@@ -127,9 +127,7 @@ def train(
             stop.promise = "finishing the evaluation; all steps are done and saved"
             result = _finish(run, programs)
         finish_audits()
-        if is_first():
-            with stages.stage("drawing the curves"):
-                draw(run)
+        _draw(run)
     return Outcome(workdir, run.step, result)
 
 
@@ -139,10 +137,16 @@ def _finished(run: Run, programs: Programs, stop: StopRequest, last: int, progre
         while (finished := _loop_or_rewind(run, programs, stop, last, progress)) is None:
             pass
     except TrainingFailed:
-        if is_first():
-            draw(run)
+        _draw(run)
         raise
     return finished
+
+
+def _draw(run: Run) -> None:
+    """Draws the curves, in one process."""
+    if is_first():
+        with stages.stage("drawing the curves"):
+            draw(run)
 
 
 def _loop_or_rewind(

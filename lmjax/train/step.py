@@ -7,7 +7,6 @@ params -> compute format -> logits -> loss in f32 -> times the loss scale -> bac
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -245,19 +244,21 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
     config, sites = phase.config, phase.sites
     objective = objective_of(config.model)
 
-    def eval_step(constrain: Constrain, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Summed nats and number of what counts."""
-        with jax.numpy_dtype_promotion("strict"):
-            model = assembled(params, config.model)
-            posed = objective.posed(batch, None)
-            x = model.trunk(
-                _documented(config, posed),
-                sites=sites,
-                context=QUIET,
-                cotangent_scales=None,
-                constrain=constrain,
-            )
-            return objective.evaluate(x, model, posed, sites, QUIET, constrain)
+    def of_part(constrain: Constrain) -> EvalStep:
+        def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            """Summed nats and number of what counts."""
+            with jax.numpy_dtype_promotion("strict"):
+                model = assembled(params, config.model)
+                posed = objective.posed(batch, None)
+                x = model.trunk(
+                    _documented(config, posed),
+                    sites=sites,
+                    context=QUIET,
+                    cotangent_scales=None,
+                    constrain=constrain,
+                )
+                return objective.evaluate(x, model, posed, sites, QUIET, constrain)
 
-    of_part = lambda constrain: functools.partial(eval_step, constrain)
+        return eval_step
+
     return sharding.traced_for(mesh, config.reductions.evaluation(of_part, mesh))

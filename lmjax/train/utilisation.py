@@ -168,6 +168,9 @@ def peak_memory_bytes() -> int | None:
         return max(known)
     if _local()[0].platform != "cpu" or sys.platform == "win32":
         return None
+    if sys.platform == "linux":  # ru_maxrss is inherited from the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     import resource
 
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

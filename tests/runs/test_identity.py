@@ -45,6 +45,7 @@ OTHER: dict[str, Any] = {
     "data.tokenizer": "bpe",
     "data.end_of_document": "</s>",
     "init_from": "elsewhere",
+    "optimizer.extensions": ("4:constant",),
     "optimizer.no_decay": (),
     "pruning.pattern": "2:4",
     "pruning.dense": ("blocks/mlp/up/kernel",),

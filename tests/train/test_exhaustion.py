@@ -50,7 +50,7 @@ def test_other_errors_are_not(error: Exception) -> None:
 
 
 PLACES = {
-    "lmjax.train.start.create_state": "while drawing the initial parameters",
+    "lmjax.train.start.create_state": "while making the initial parameters",
     "lmjax.train.loop._enter_phase": "while compiling the train step",
     "lmjax.train.loop._next_batch": "while training",
     "lmjax.train.loop.held_out_loss": "while evaluating",
