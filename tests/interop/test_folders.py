@@ -154,7 +154,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no type": (lambda f: config_with(f, model_type=None), "has no model_type"),
     "another architecture": (
         lambda f: config_with(f, model_type="mamba"),
-        "is a 'mamba', an architecture that lmjax does not know; it knows gpt2, llama",
+        "is a 'mamba', an architecture that lmjax does not know; it knows gpt2, bert, llama",
     ),
     "fields missing": (
         lambda f: config_with(f, num_hidden_layers=None, hidden_size=None),
