@@ -71,6 +71,7 @@ def quantize(
     runs = {run: before, str(to): after}
 
     def finish(folder: Path) -> None:
+        """Writes what the new run measures, its picture and its page into its directory."""
         from lmjax.compression.report_plot import draw_quantization
 
         runs[str(to)] = dataclasses.replace(after, disk=size_on_disk(folder))

@@ -96,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(guarded(lambda: resume_run(flags)))
 
     def run() -> int:
+        """Parses the flags of the verb and calls it; returns its exit code."""
         keep_programs()
         if verb in verbs:
             refuse_unknown(flags, known_flags(verbs[verb]))

@@ -126,6 +126,7 @@ def _sum_of_logits(phase: Phase) -> Any:
     """Anything that depends on every product, to be differentiated."""
 
     def total(params: Params, slots: Any, tokens: jax.Array) -> jax.Array:
+        """The sum of the logits of `tokens`, int32[B, T]; its gradient fills the slots."""
         context = Context(None, None, slots)
         with jax.numpy_dtype_promotion("strict"):
             model = assembled(params, phase.config.model)

@@ -82,6 +82,7 @@ def _rounded(
     alive = (w != 0).astype(w.dtype)
 
     def one_row(state: Any, index: jax.Array) -> Any:
+        """Rounds one row, f32[1, N], and moves its error to later rows of the chunk."""
         rows, own, factors, start = state
         # What was pruned stays zero: it takes no part of the error of others.
         row = jax.lax.dynamic_slice_in_dim(rows, index, 1)
@@ -95,6 +96,7 @@ def _rounded(
         )
 
     def one_chunk(w: jax.Array, start: jax.Array) -> Any:
+        """Rounds `chunk` rows from `start`, then moves their errors to all later rows."""
         rows = jax.lax.dynamic_slice_in_dim(w, start, chunk)
         reach = jax.lax.dynamic_slice_in_dim(upper, start, chunk)
         own = jax.lax.dynamic_slice_in_dim(reach, start, chunk, axis=1)

@@ -184,6 +184,7 @@ def twin_program(phase: Phase, reference: Phase, mesh: Mesh, outlines: Outlines)
     stack = phase.layout.stack
 
     def program(params: Any, key: Any, scale: Any, factors: Any, batch: Batch) -> Any:
+        """Three passes: the reference, the policy, and the policy on the reference's tensors."""
         inputs = batch, key, scale
 
         def values(under: Phase, slots: dict[str, Any], factors: Any) -> tuple[Any, dict[str, Any]]:

@@ -173,6 +173,7 @@ def _order(layout: Layout, judge: TracedJudge) -> list[str]:
     inside = lambda name: layout.stack.holds(name)
 
     def rank(name: str) -> tuple[int, str, int]:
+        """Sorts by place in the model; within a stack, by member first."""
         if inside(name):
             _, member, within = name.split("/", 2)
             path = layout.stack.path(within)

@@ -175,6 +175,7 @@ def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     nothing = (zeros(jnp.swapaxes(queries, -1, -2)), zeros(keys), zeros(values), inside)
 
     def step(state: Any, i: Index, j: Index) -> Any:
+        """Adds the gradients of one block of queries `i` and keys `j` to those so far."""
         *before, measured = state
         own = taken((queries, cotangents, logarithms, sums), i)
         blocks = _Blocks(*own, *taken((keys, turned, values), j))

@@ -35,6 +35,7 @@ def cudnn(
     """What queries `[B, T, K, G, H]` read, by cuDNN; all else as in `blockwise.attend`."""
 
     def read(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """The kernel on `[B, T, N, H]`, heads of one group side by side."""
         # The library promotes types by the rules of numpy.
         with jax.numpy_dtype_promotion("standard"):
             y = jax.nn.dot_product_attention(

@@ -180,6 +180,7 @@ def with_pruning(
         return PruningState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(gradients: Any, state: PruningState, params: Any = None) -> tuple[Any, PruningState]:
+        """The updates of `inner`; weights that are pruned become zero and stay zero."""
         updates, kept = inner.update(gradients, state.inner, params)
         count = state.taken + 1
         due = (count > config.start) & (
