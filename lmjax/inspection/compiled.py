@@ -169,7 +169,33 @@ class CompiledProgram:
             precision=_precision(one) if kind is OperationKind.PRODUCT else "",
             flops=times * operations.flops_of(one, running),
             key=key_of(source),
+            makers=self._makers(one) if kind is OperationKind.PRODUCT else frozenset(),
         )  # fmt: skip
+
+    def _makers(self, one: Instruction) -> frozenset[str]:
+        """The nearest sites or parts that the operands of an instruction come from."""
+        found, waiting, seen = set(), [one], {one.name}
+        while waiting:
+            for source in self._sources(waiting.pop()):
+                if source.name in seen:
+                    continue
+                seen.add(source.name)
+                scope = self.scope(source.source)
+                if scope is None or source.op == "parameter":
+                    waiting.append(source)
+                else:
+                    found.add(scope.path)
+        return frozenset(found)
+
+    def _sources(self, one: Instruction) -> list[Instruction]:
+        """What an instruction reads; of a parameter of a fusion, what that is given."""
+        home = self._home[one.name]
+        if one.op != "parameter":
+            return [home[name] for name in one.operands if name in home]
+        caller = self._callers.get(id(home))
+        if caller is None:
+            return []
+        return [self._home[caller.name][caller.operands[int(one.operands[0])]]]
 
     def _adds(self, one: Instruction) -> bool:
         """Whether a reduction rounds: a maximum does not."""

@@ -52,6 +52,7 @@ class Fact:
       flops: floating-point operations, over all executions of a step.
       key: what pairs an operation of a compiled program with the traced one it was made for.
       weak: whether it converts an array of a weak type, which follows whatever it meets.
+      makers: paths of the sites or parts that made the operands of a compiled product.
       origin: JAX's record of the Python lines that made it; None in compiled programs.
     """
 
@@ -66,6 +67,7 @@ class Fact:
     flops: float = 0.0
     key: str = ""
     weak: bool = False
+    makers: frozenset[str] = frozenset()
     origin: Any = field(default=None, compare=False, repr=False)
 
     @property

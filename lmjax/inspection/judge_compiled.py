@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -119,7 +119,13 @@ class CompiledJudge:
             self._say(row, fact.name)
             self._note(row, "kernel", f"{fact.name}: {documented(fact.name)}", AuditVerdict.OPAQUE)
         elif fact.kind is OperationKind.PRODUCT:
-            self._say(row, f"{fact.name} {' x '.join(fact.operands)} to {fact.result}")
+            text = f"{fact.name} {' x '.join(fact.operands)} to {fact.result}"
+            if (merged := self._merged(fact)) is not None and merged.scope is not None:
+                say = f"its operand is a product of {merged.scope.path}, and both are one: {text}"
+                self._note(row, "merged", say, AuditVerdict.PASS)
+                row = self._judge.row(merged.scope, merged.role or tensor)
+                fact = replace(fact, key=merged.key)
+            self._say(row, text)
             self._product(row, fact, scope)
         elif fact.kind is OperationKind.CAST:
             self._say(row, f"{fact.operands[0] if fact.operands else ''} to {fact.result}".strip())
@@ -129,6 +135,23 @@ class CompiledJudge:
         else:
             self._say(row, self._in_words(fact))
             self._narrowed(row, fact)
+
+    def _merged(self, fact: Fact) -> Fact | None:
+        """The traced product that this one is, if the compiler merged it with one that reads it.
+
+        A product with ones is a sum, which XLA makes part of the product that is summed. That one
+        is then missing; this has its operands, and sums in no fewer bits.
+        """
+        traced = self._operands.get(fact.key, set())
+        if not traced or not all(narrower(o, t) for o in fact.operands for t in traced):
+            return None
+        there = {one.key for one in self._compiled.facts if one.kind is OperationKind.PRODUCT}
+        for one in self._facts:
+            alike = one.operands == fact.operands and not narrower(fact.result, one.result)
+            missing = one.kind is OperationKind.PRODUCT and one.key not in there
+            if missing and alike and one.scope is not None and one.scope.path in fact.makers:
+                return one
+        return None
 
     def _in_words(self, fact: Fact) -> str:
         """Its format; and where that is wider than what was traced, that it is rounded after."""

@@ -18,6 +18,7 @@ from lmjax.inspection.compiled import CompiledProgram
 from lmjax.inspection.inspection import Inspection, inspect
 from lmjax.inspection.judge_compiled import CompiledFor, CompiledJudge
 from lmjax.inspection.judge_traced import TracedJudge
+from lmjax.inspection.rows import AuditVerdict
 from lmjax.inspection.traced import TracedProgram
 from lmjax.model import block, blockwise, layers, layout, loss, objectives
 from lmjax.optim import loss_scale, muon, optimizer, storage
@@ -304,7 +305,8 @@ def judged(
     CompiledJudge(
         judge, program, CompiledProgram(text, phase.layout, PARTS, target.mesh), target
     ).read()
-    return {finding.kind for row in judge.table for finding in row.findings}
+    findings = [finding for row in judge.table for finding in row.findings]
+    return {finding.kind for finding in findings if finding.verdict is not AuditVerdict.PASS}
 
 
 CPU = CompiledFor("cpu", "cpu", {"data": 1})
@@ -377,6 +379,37 @@ def test_products_that_a_chip_would_do_in_fewer_bits_are_found(
     target = CompiledFor(platform, platform, {"data": 1})
     kinds = judged(product, (x,), tiny("f32"), target, text) - {"kernel"}
     assert kinds == ({kind} if kind else set())
+
+
+def product_and_sum(x: jax.Array) -> jax.Array:
+    """Gradients of weights for one part of the rows, and their sum over the parts."""
+    with jax.named_scope("head"), jax.named_scope("dw"):
+        narrow = x.astype(BF16)
+        shares = jnp.einsum("bv,bd->vd", narrow, narrow, preferred_element_type=jnp.float32)[None]
+    with jax.named_scope("reduction"):
+        return jnp.einsum("p,pij->ij", jnp.ones(1), shares, precision="highest")
+
+
+BOTH = """\
+HloModule jit_step
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %narrow = bf16[8,8]{1,0} convert(%x), metadata={op_name="jit(f)/head/dw/convert_element_type"}
+  %dw = f32[8,8]{1,0} dot(%narrow, %narrow), metadata={op_name="jit(f)/DW/dot_general"}
+  %less = bf16[8,8]{1,0} convert(%dw), metadata={op_name="jit(f)/SUM/dot_general"}
+  ROOT %sum = f32[8,8]{1,0} dot(%less, %less), metadata={op_name="jit(f)/SUM/dot_general"}
+}
+""".replace("DW", "head/dw/bv,bd->vd").replace("SUM", "reduction/p,pij->ij")
+
+
+def test_a_sum_that_is_part_of_the_product_before_it_is_as_traced(tiny: Any) -> None:
+    x = (jnp.ones((8, 8)),)
+    assert judged(product_and_sum, x, tiny(MIXED), CPU, BOTH) == {"narrowed by the compiler"}
+    one = re.sub(r".*%(dw|less) = .*\n", "", BOTH).replace("%less", "%narrow")
+    assert judged(product_and_sum, x, tiny(MIXED), CPU, one) == set()
+    narrow = one.replace("%sum = f32", "%sum = bf16")
+    assert judged(product_and_sum, x, tiny(MIXED), CPU, narrow) == {"narrowed by the compiler"}
 
 
 ALL_REDUCE = """\
