@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from lmjax.model.mask import Bidirectional, Causal, CausalWithinDocuments, Mask
 from lmjax.model.sites import Sites
 from lmjax.precision.backend import Backend
+from lmjax.precision.formats import Format
 from lmjax.precision.policy import SitePolicy
 
 BLOCKWISE: Final = "blockwise"
@@ -79,6 +80,21 @@ def form_of(sites: Sites, situation: Situation) -> Form:
         return Form(BLOCKWISE)
     why = next(_no_kernel_because(sites, situation), "")
     return Form(BLOCKWISE, why) if why else Form(kernel)
+
+
+def unrounded_in(sites: Sites, site: str, role: str) -> Format | None:
+    """The format in which attention hands on a measured gradient that its product does not round.
+
+    Args:
+      sites: of one attention, by their names.
+      site: the name of a product.
+      role: of the gradient: `dx` or `dw`.
+
+    Returns:
+      None where the gradient is rounded to the compute format of the product.
+    """
+    inside = (site, role) == ("combine", "dx") and not any(_whole_because(sites))
+    return sites["softmax"].output if inside else None
 
 
 def _whole_because(sites: Sites) -> Iterator[str]:

@@ -38,6 +38,8 @@ from typing import Annotated, Any
 import numpy as np
 
 from lmjax.checks import at_least, validate
+from lmjax.model.attention_form import unrounded_in
+from lmjax.model.sites import within
 from lmjax.optim.storage import UpdateCensus
 from lmjax.precision import paths
 from lmjax.precision.policy import SitePolicy
@@ -126,13 +128,15 @@ def mechanisms(row: Mapping[str, Any]) -> dict[str, float]:
 def tensor_format(path: str, sites: Mapping[str, SitePolicy], layout: Layout) -> str:
     """The format that the tensor of a role at a site is rounded to: `blocks/0/mlp/up/g`."""
     site_path, _, role = path.rpartition("/")
+    part, _, name = site_path.rpartition("/")
     site = sites[site_path]
     operand = {"w": site.second, "x": site.activations, "g": site.grads}.get(role)
     if operand is not None:
         return str(operand.quantizer)
     if role == "y":
         return site.output.name
-    return (layout.input_format(site_path, sites) or site.compute).name
+    wide = unrounded_in(within(sites, part), name, role) if part else None
+    return (wide or layout.input_format(site_path, sites) or site.compute).name
 
 
 def draw_telemetry(rows: Sequence[Mapping[str, Any]], title: str, directory: Path) -> None:

@@ -87,10 +87,16 @@ def noting(path: str, seen: dict[str, set[str]]) -> Any:
     return Note(jnp.zeros((), jnp.float32))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_rows_name_the_formats_that_the_step_rounds_to(family, tiny, draw_params, draw_batch):
+@pytest.mark.parametrize(
+    ("family", "rule", "of_weights"),
+    [("gpt2", "", "f32"), ("llama", "", "f32"), ("llama", "; **/combine: x=e4m3", "f16")],
+)
+def test_rows_name_the_formats_that_the_step_rounds_to(
+    family, rule, of_weights, tiny, draw_params, draw_batch
+):
+    """`combine/dx` is rounded where attention needs its whole matrix, and not in blocks."""
     policy = "mixed_f16,w=e4m3@tensor,g=e5m2; **/residual: c=f32,o=bf16; head: o=bf16"
-    config = tiny(policy, family)
+    config = tiny(policy + rule, family)
     seen: dict[str, set[str]] = {}
     roles = ("w", "x", "g", "dx", "dw", "y")
     slots = site_tree(
@@ -112,10 +118,8 @@ def test_rows_name_the_formats_that_the_step_rounds_to(family, tiny, draw_params
         path: {tensor_format(path, phase_of(config).sites, places).partition("@")[0]}
         for path in seen
     }
-    # Attention in blocks hands this back in f32, without a rounding.
-    in_blocks = "blocks/0/attention/combine/dx"
-    assert (named.pop(in_blocks), seen.pop(in_blocks)) == ({"f16"}, {"f32"})
     assert named == seen
+    assert named["blocks/0/attention/combine/dx"] == {of_weights}
     assert {"e4m3", "e5m2", "bf16", "f16", "f32"} == set().union(*seen.values())
 
 
