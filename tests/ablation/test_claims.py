@@ -345,13 +345,14 @@ def test_a_claim_is_judged_by_the_runs_of_its_ablation(
     assert {directory for _, directory in ran} == {tmp_path / "runs"}
 
 
-def test_terminal_table_and_report_of_a_claim_say_all_that_a_reviewer_asks(
+@pytest.fixture
+def reproduced(
     known: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    """What was run, the paper beside ours, interval, margin and why, power, scope: the same."""
+) -> tuple[str, str, str]:
+    """What the terminal, the table and the page say of a claim about three arms, three seeds."""
     losses = {"f32": (2.0, 2.1, 2.2), "bf16": (2.0012, 2.1006, 2.2009), "raw": (2.5, 2.7, 2.6)}
     environment = {
         **{"python": "3.11", "backend": "cpu", "processor": "A <fast> CPU", "cpu_count": 2},
@@ -390,27 +391,38 @@ def test_terminal_table_and_report_of_a_claim_say_all_that_a_reviewer_asks(
     known(claim(judge=findings, ablation=chosen, paper=paper))
     monkeypatch.setattr(reproduce, "run_each", run_each)
     assert lmjax("A1", "--workdir", str(tmp_path)) == cli.DONE
-    effect = smallest_detectable(float(np.std([0.0012, 0.0006, 0.0009], ddof=1)), 3, 0.1)
     page = html.unescape((tmp_path / "example" / "report.html").read_text("utf-8"))
     out = capsys.readouterr().out
-    table = (tmp_path / "claims.md").read_text("utf-8").replace("\\<", "<")
-    for text in (out, table, page):
-        assert "3 arms; 3 seeds: 0, 1, 2" in text
-        assert "million parameters" in text
-        assert f"({base.steps} steps of {base.batch_size} x {base.context})" in text
-        assert "0.001 (adamw, cosine, warm-up 100 steps)" in text
-        assert "shakespeare, tokenizer bytes" in text
-        assert "A <fast> CPU, 2 cores" in text
-        assert "jax 0.10.2, Python 3.11" in text
-        assert "BERT <large>" in text
-        assert NOT_HERE in text
-        assert "+0.00090 ± 0.00051 (90% interval, 3 seeds)" in text
-        assert text.count("+0.500 ± 0.169 (90% interval, 3 seeds)") == 2, "also beside the paper"
-        assert "within ±0.005, because it is a quarter of the sd over seeds" in text
-        assert f"smallest detectable effect {effect:.2g}" in text
-        assert "says nothing about larger models." in text
     assert str(tmp_path / "example" / "report.html") in out
-    # The report judges no arm by rules of its own: one interval for one number, and no verdicts.
+    table = (tmp_path / "claims.md").read_text("utf-8").replace("\\<", "<")
+    return out, table, page
+
+
+@pytest.mark.parametrize("which", range(3), ids=("terminal", "table", "page"))
+def test_a_claim_says_all_that_a_reviewer_asks(reproduced: tuple[str, str, str], which: int):
+    """What was run, the paper beside ours, interval, margin and why, power, scope: the same."""
+    text = reproduced[which]
+    base = Config(steps=10)
+    effect = smallest_detectable(float(np.std([0.0012, 0.0006, 0.0009], ddof=1)), 3, 0.1)
+    assert "3 arms; 3 seeds: 0, 1, 2" in text
+    assert "million parameters" in text
+    assert f"({base.steps} steps of {base.batch_size} x {base.context})" in text
+    assert "0.001 (adamw, cosine, warm-up 100 steps)" in text
+    assert "shakespeare, tokenizer bytes" in text
+    assert "A <fast> CPU, 2 cores" in text
+    assert "jax 0.10.2, Python 3.11" in text
+    assert "BERT <large>" in text
+    assert NOT_HERE in text
+    assert "+0.00090 ± 0.00051 (90% interval, 3 seeds)" in text
+    assert text.count("+0.500 ± 0.169 (90% interval, 3 seeds)") == 2, "also beside the paper"
+    assert "within ±0.005, because it is a quarter of the sd over seeds" in text
+    assert f"smallest detectable effect {effect:.2g}" in text
+    assert "says nothing about larger models." in text
+
+
+def test_a_report_of_a_claim_judges_no_arm_by_rules_of_its_own(reproduced: tuple[str, str, str]):
+    """One interval for one number, and no verdicts."""
+    page = reproduced[2]
     assert set(re.findall(r"\+0\.5\d* ± [\d.]+", page)) == {"+0.500 ± 0.169"}
     assert set(re.findall(r"\+0\.0009\d* ± [\d.]+", page)) == {"+0.00090 ± 0.00051"}
     assert "undecided" not in re.sub("<style.*?</style>", "", page, flags=re.S)
