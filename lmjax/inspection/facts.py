@@ -18,7 +18,7 @@ import numpy as np
 
 from lmjax.hlo.module import word_set
 from lmjax.hlo.scopes import Scope
-from lmjax.precision.asides import ASIDES, ROUNDED
+from lmjax.precision.asides import ASIDES, rounding_named
 from lmjax.precision.formats import Format, parse_format
 
 ROLES: Final = ("y", "dx", "dw")
@@ -97,8 +97,7 @@ class Fact:
 
 def rounding_of(words: tuple[str, ...]) -> str:
     """The format or quantizer of the outermost rounding among nested scopes."""
-    found = (word.removeprefix(ROUNDED) for word in words if word.startswith(ROUNDED))
-    return next(found, "")
+    return next(filter(None, map(rounding_named, words)), "")
 
 
 _XLA_FLOATS: Final = {"f8": "float8_", "f4": "float4_", "f6": "float6_"}

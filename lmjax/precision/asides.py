@@ -15,8 +15,10 @@ from typing import Any, Final
 
 import jax
 
-ROUNDED: Final = "round_"
+_ROUNDED: Final = "round_"
 """Begins the names of scopes whose result was rounded to a format: `round_e4m3`."""
+_AT: Final = "~"
+"""Stands in scopes for the `@` of a quantizer: XLA cuts the name of an operation at an `@`."""
 
 ASIDES: Final[Mapping[str, str]] = {
     "sum": "what a sum of products is multiplied by before it is rounded, in the format of the sum",
@@ -44,5 +46,12 @@ def aside(name: str) -> Any:
 
 
 def rounded_to(number_format: str) -> AbstractContextManager[Any]:
-    """A scope whose result has been rounded to a format; the innermost one counts."""
-    return jax.named_scope(ROUNDED + number_format)
+    """A scope whose result has been rounded to a format, or by a quantizer; the outermost counts."""
+    return jax.named_scope(_ROUNDED + number_format.replace("@", _AT))
+
+
+def rounding_named(scope: str) -> str:
+    """What `rounded_to` was given where it opened a scope of this name; empty for other scopes."""
+    if not scope.startswith(_ROUNDED):
+        return ""
+    return scope.removeprefix(_ROUNDED).replace(_AT, "@")

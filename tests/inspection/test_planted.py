@@ -24,6 +24,8 @@ from lmjax.model import block, blockwise, layers, layout, loss, objectives
 from lmjax.optim import loss_scale, muon, optimizer, storage
 from lmjax.parallel import sharding
 from lmjax.precision import exact, matmul, summation
+from lmjax.precision.quantizer import parse_quantizer
+from lmjax.precision.scaling import fake_quantize
 from lmjax.runs.resolved import phase_of
 from lmjax.train import Config
 from lmjax.train.step import PARTS
@@ -338,6 +340,18 @@ def test_casts_that_the_compiler_drops_are_found(tiny: Any) -> None:
     without = re.sub(r".* convert\(.*\n", "", text).replace(f"%{second}", f"%{source}")
     assert first not in without
     assert judged(round_trip, x, config, CPU, without) == {"elided rounding"}
+
+
+def test_compiled_programs_name_the_quantizers_that_round(tiny: Any) -> None:
+    phase = phase_of(tiny(FP8))
+
+    def rounded(x: jax.Array) -> jax.Array:
+        with jax.named_scope(LAYOUT_SCOPE):
+            return fake_quantize(x, parse_quantizer("e4m3@tensor"))
+
+    text = jax.jit(rounded).lower(jnp.ones((8, 8))).compile().as_text()
+    there = CompiledProgram(text, phase.layout, PARTS, CPU.mesh).roundings()
+    assert {rounding for _, rounding in there} == {"e4m3@tensor"}
 
 
 def product(x: jax.Array) -> jax.Array:
