@@ -34,7 +34,7 @@ LLAMA = GPT2 | {
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA}
 
 # What hypothesis draws by default is the same every time, so that no change is refused for what was
-# wrong before it. `pytest --hypothesis-profile=search` draws anew, and more.
+# wrong before it. `pytest --hypothesis-profile=search` draws other examples, and more.
 settings.register_profile("fixed", max_examples=200, derandomize=True, deadline=None)
 settings.register_profile("search", max_examples=2000, deadline=None)
 settings.load_profile("fixed")

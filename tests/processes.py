@@ -97,7 +97,7 @@ def start_all(
 def start_run(
     home: Path, workdir: Path, processes: int = 2, *, seconds: float = 0.0
 ) -> list[subprocess.Popen[str]]:
-    """Starts the run in several processes, or goes on with it."""
+    """Starts or resumes the run in several processes."""
     arguments = (str(home), str(workdir), str(seconds))
     return start_all("tests.processes", *arguments, processes=processes, cwd=home)
 

@@ -150,7 +150,7 @@ def running(folder: Path) -> Iterator[Slurm]:
 
 def _daemons(folder: Path) -> dict[str, list[str]]:
     """Their commands by what they and their logs are called, in the order of starting."""
-    # munged would refuse a folder that others may not read; nobody else is to use this one.
+    # munged would refuse a folder that others may not read; and only this process uses this one.
     munged = [_found("munged"), "--foreground", "--force", f"--key-file={folder}/munge.key"]
     files = {"socket": "socket", "log-file": "log", "pid-file": "pid", "seed-file": "seed"}
     configuration = ["-D", "-f", f"{folder}/slurm.conf"]

@@ -162,7 +162,7 @@ def test_two_nodes_train_what_one_process_does(launch: Launch, alone: Path) -> N
         ["scontrol", "requeue"],
     ],
 )
-def test_a_job_that_has_to_stop_is_put_back_and_goes_on(
+def test_a_job_that_has_to_stop_is_requeued_and_resumes(
     command: list[str], launch: Launch, alone: Path
 ) -> None:
     job = launch.start()
@@ -193,7 +193,7 @@ def test_a_cancelled_job_saves_a_checkpoint_and_stays_away(launch: Launch, alone
 def ablation(
     slurm: Slurm, home: Path, workdir: Path, *more: str, jobs: int = 2
 ) -> subprocess.Popen[str]:
-    """Starts the tiny ablation, or goes on with it; so many of its two jobs run at a time."""
+    """Starts or resumes the tiny ablation, with at most so many of its two jobs at a time."""
     search = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "ablation")))
     slurms = ("--slurm", "--slurm-options", "timeout_min=30", f"slurm_array_parallelism={jobs}")
     return start(
@@ -255,10 +255,10 @@ def test_an_array_of_jobs_comes_to_the_same_table(
         ["scontrol", "requeue"],
     ],
 )
-def test_a_job_of_the_array_that_has_to_stop_goes_on(
+def test_a_job_of_the_array_that_has_to_stop_resumes(
     command: list[str], slurm: Slurm, home: Path, local: Table, tmp_path: Path
 ) -> None:
-    """The other job waits until this one is done, so nobody else does its work."""
+    """The other job waits until this one is done, so it alone does its work."""
     workdir = tmp_path / "ablation"
     process = ablation(slurm, home, workdir, jobs=1)
     job = training_job(slurm, workdir)
@@ -278,7 +278,7 @@ def test_a_stopped_command_takes_its_jobs_with_it(
     code, _, err = finish(process)
     assert code == 75, err
     assert slurm.queue() == []
-    # Processes go on with what jobs began.
+    # Processes resume what jobs began.
     assert table(ablation(slurm, home, workdir, jobs=0), workdir) == local
 
 

@@ -182,7 +182,7 @@ class State(NamedTuple):
 
     Attributes:
       status, value, reason: as in `Cell`.
-      step: the newest that was logged; None where nobody has begun.
+      step: the newest that was logged; None before it begins.
     """
 
     status: Status

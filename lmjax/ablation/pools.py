@@ -192,7 +192,7 @@ def _has_result(job: Any) -> bool:
 
 
 class _Queue:
-    """Which jobs of this user Slurm has: those that wait, also to go on after a preemption, or run.
+    """Which jobs of this user Slurm has: those that wait, also after a preemption, or run.
 
     Slurm is asked seldom, because it serves many.
     """

@@ -191,7 +191,7 @@ def _learning(report: Report) -> list[Chart]:
         ("eval_loss", "Held-out loss (nats per token)"),
     ):
         series = curves(report.arms, name)
-        # One evaluation, at the end, is no curve.
+        # One evaluation, at the end, is not a curve.
         if series and max(s.x.size for s in series) > 2:
             charts.append(_chart(title, series, y_range=robust_range(series)))
     return charts

@@ -12,9 +12,10 @@ fixed     the number of seeds was decided before the first was run: Student's t.
 anytime   seeds are added until the question is settled. Repeated t tests would then find a
           difference sooner or later; the anytime-valid t interval covers the true difference at
           every number of seeds at once with the stated probability, so that one may look after each
-          seed, stop for any reason, or go on past the planned budget. It is the confidence sequence
-          of Wang and Ramdas, "Anytime-valid t-tests and confidence sequences for Gaussian means
-          with unknown variance" (arXiv 2310.03722), from a Gaussian mixture over effect sizes.
+          seed, stop for any reason, or continue past the planned budget. It is the confidence
+          sequence of Wang and Ramdas, "Anytime-valid t-tests and confidence sequences for Gaussian
+          means with unknown variance" (arXiv 2310.03722), from a Gaussian mixture over effect
+          sizes.
 
 scipy has the distributions. What is by hand here it does not have, and each docstring says so;
 statsmodels has Holm's correction and TOST, but brings pandas and patsy for the five lines of the

@@ -277,7 +277,7 @@ def difference(comparison: Comparison) -> str:
 
 
 def _about(seeds: int) -> str:
-    """Exact below 100, then two digits: the estimate is no more precise than that."""
+    """Exact below 100, then two digits: the estimate has no more precision than that."""
     digits = max(0, len(str(seeds)) - 2)
     return f"{round(seeds, -digits):,}"
 

@@ -81,7 +81,7 @@ def _inspected(name: str, phase: Phase, mesh: sharding.Mesh, *, several: bool) -
 
 
 def _on_chips(phase: Phase, chip: Target) -> Inspection:
-    """The train step as it is traced and compiled for chips that this machine need not have."""
+    """The train step as it is traced and compiled for chips that this machine may lack."""
     text = compiled_for(phase.config, chip).text
     mesh = sharding.abstract_mesh(phase.config.mesh, chip.devices)
     with planned_for(chip.backend):

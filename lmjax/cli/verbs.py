@@ -225,7 +225,7 @@ def plan(
     roofline: bool = False,
     json: bool = False,
 ) -> int:
-    """How an experiment is divided over devices, which need not exist, and what a step sends.
+    """How an experiment is divided over devices, which may be absent, and what a step sends.
 
     A separate process compiles the step for that many CPU devices, or with --target with the
     compiler of the chips; nothing is allocated.

@@ -177,7 +177,7 @@ def _tokens(config: Config, tokenizer: Tokenizer, file: Path | None) -> np.ndarr
         raise InputError(f"cannot read {file}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{file} is not UTF-8: byte {error.start} is no part of a character; it may be cut off"
+            f"{file} is not UTF-8: byte {error.start} is not part of a character; it may be cut off"
         ) from error
 
 

@@ -58,7 +58,7 @@ def size_in_memory(params: Any) -> int:
 def measured(model: TrainedModel, run: Path | None) -> Measured:
     """Measures a model; `run` is its directory on this machine, if it has one."""
     loss = None
-    with contextlib.suppress(DataError, InputError):  # its text need not be on this machine
+    with contextlib.suppress(DataError, InputError):  # its text may be missing here
         loss = evaluate(model, progress=False).eval_loss
     return Measured(
         model.config.precision,

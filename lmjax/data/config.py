@@ -122,7 +122,7 @@ class DataConfig:
 
     @property
     def cache_path(self) -> Path:
-        """The cache folder of this config; it need not exist."""
+        """The cache folder of this config; it may not exist."""
         chosen = self.cache_dir or os.environ.get("LMJAX_CACHE", "")
         found = expanded(chosen) if chosen else user_cache()
         if found is None:

@@ -113,7 +113,7 @@ class FileTokenizer(Tokenizer):
                 yield np.asarray(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
-        """See `Tokenizer`; the space before the first word, if words carry it, is no text."""
+        """See `Tokenizer`; the space before the first word, if words carry it, is not text."""
         text = super().decode(ids)
         return text if self._spelling == "bytes" else text.removeprefix(" ")
 

@@ -74,7 +74,7 @@ def is_plain(path: str | os.PathLike[str]) -> bool:
 def plain(path: Path) -> Path:
     """A plain path to the same place: the path itself, or a symbolic link to it.
 
-    Links live in a private temporary directory that is removed at exit. The target need not exist
+    Links live in a private temporary directory that is removed at exit. The target may be missing
     yet.
 
     Raises:

@@ -82,7 +82,7 @@ class Fact:
 
     @property
     def rounding(self) -> str:
-        """What it rounds to, as a policy writes it: `e4m3@tensor`; empty: it is no rounding."""
+        """What it rounds to, as a policy writes it: `e4m3@tensor`; empty: it is not a rounding."""
         return rounding_of(self.words)
 
     @property
@@ -120,7 +120,7 @@ def format_name(dtype: str) -> str:
 
 @functools.cache
 def format_of(name: str) -> Format | None:
-    """The format of a name; None for what is no floating-point format."""
+    """The format of a name; None for anything but a floating-point format."""
     try:
         found = parse_format(name)
     except ValueError:

@@ -10,7 +10,7 @@ from lmjax.interop.gpt2 import ACTIVATIONS
 from lmjax.model import ModelConfig
 
 _POSITIONS = "only absolute positions are supported"
-_DECODER = "it reads in one direction; a decoder is no BERT here"
+_DECODER = "it reads in one direction; only bidirectional BERTs are supported"
 TOKENS, CLASSES = "BertForMaskedLM", "BertForSequenceClassification"
 _BLOCK = "bert.encoder.layer.{}"
 
@@ -41,7 +41,7 @@ class Bert(Architecture):
         """See `Architecture`."""
         fields.only("position_embedding_type", "absolute", "absolute", _POSITIONS)
         fields.only("is_decoder", False, False, _DECODER)
-        fields.only("add_cross_attention", False, False, "there is no cross attention here")
+        fields.only("add_cross_attention", False, False, "cross attention is not supported")
         wanted = fields.any("architectures", [TOKENS])
         head = wanted[0] if isinstance(wanted, list) and wanted else wanted
         if head not in (TOKENS, CLASSES):

@@ -128,7 +128,7 @@ def export_run(
       limit: bytes of a file.
 
     Raises:
-      InputError: there is no run, or its model is none that transformers has; nothing was written.
+      InputError: there is no run, or transformers has no such model; nothing was written.
       CheckpointError: the run has checkpoints, but none is intact.
     """
     _refuse_existing(folder)

@@ -87,7 +87,7 @@ class Fields:
         return known[value]
 
     def unread(self) -> list[str]:
-        """The fields that nobody asked for and that are not known to have no effect."""
+        """The fields that were not read and may have an effect."""
         return sorted(set(self._values) - self._read)
 
     def _typed(self, name: str, default: Any, kinds: tuple[type, ...], what: str) -> Any:

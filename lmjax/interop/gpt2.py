@@ -43,7 +43,7 @@ class GPT2(Architecture):
         """See `Architecture`."""
         fields.only("scale_attn_weights", True, True, _SCALES)
         fields.only("scale_attn_by_inverse_layer_idx", False, False, _SCALES)
-        fields.only("add_cross_attention", False, False, "there is no cross attention here")
+        fields.only("add_cross_attention", False, False, "cross attention is not supported")
         return {
             "vocab_size": fields.integer("vocab_size"),
             "max_positions": fields.integer("n_positions"),

@@ -155,4 +155,4 @@ def _not_splash(s: Situation) -> Iterator[str]:
     if s.mask not in (Causal, CausalWithinDocuments, Bidirectional):
         yield "padding"
     if s.queries // s.parts % LANES or s.keys % LANES:
-        yield f"a context that is no multiple of {LANES * s.parts}"
+        yield f"a context that is not a multiple of {LANES * s.parts}"

@@ -23,7 +23,7 @@ Sites = Mapping[str, SitePolicy]
 
 _KEYS, _VALUES = (0, 2, 1, 3), (0, 2, 3, 1)
 """How `[B, T, K, H]` is turned to be kept: the axis that a product sums over comes last. XLA on CPU
-would turn it anew for each token, and fails on bf16 that stands otherwise."""
+would transpose it for each token, and fails on bf16 that stands otherwise."""
 
 _POSITION, _WIDTH = 1, 3
 
@@ -52,7 +52,7 @@ class LayerCache(NamedTuple):
             jnp.zeros((1, 1, 1, width), carrier(sites[name].compute))
             for name in ("scores", "combine")
         )
-        zero = cls.of(k, v, sites)  # Stored, it need not be zeros: a factor in e8m0 has none.
+        zero = cls.of(k, v, sites)  # Not zeros when stored: e8m0 factors have no zero.
         return cls(_everywhere(zero.keys, shape, _KEYS), _everywhere(zero.values, shape, _VALUES))
 
     def extended(

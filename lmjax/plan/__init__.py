@@ -1,4 +1,4 @@
-"""Plans a run on devices that need not exist; start from `make_plan` and `roofline`."""
+"""Plans a run on devices that may be absent; start from `make_plan` and `roofline`."""
 
 from lmjax.chips import CHIPS, Chip
 from lmjax.hlo.collectives import Collective, collectives

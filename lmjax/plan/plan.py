@@ -1,4 +1,4 @@
-"""Plans a run on devices that need not exist: its sharding, traffic and memory.
+"""Plans a run on devices that may be absent: its sharding, traffic and memory.
 
 Knows everything else in this room.
 """

@@ -1,4 +1,4 @@
-"""Compiles a run's train step for devices that need not exist.
+"""Compiles a run's train step for devices that may be absent.
 
 A separate process, `child.py`, compiles it: for any number of devices on the CPU, of which the
 program is read after XLA's partitioner, which all backends share, and before CPU-specific passes,
@@ -127,7 +127,7 @@ def partitioned(config: Config, devices: int) -> Program:
 
 
 def compiled_for(config: Config, target: Target) -> Compiled:
-    """Compiles the train step of a run with the compiler of chips that this machine need not have.
+    """Compiles the train step of a run with the compiler of chips that this machine may lack.
 
     Args:
       config: the run; its policy must have one phase.

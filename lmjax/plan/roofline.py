@@ -1,4 +1,4 @@
-"""Bounds the time of a step: the roofline of a plan on a given chip, which need not be present.
+"""Bounds the time of a step: the roofline of a plan on a given chip, which may be absent.
 
 Arithmetic, memory and network each take a time at the chip's peak rate. A step takes at least the
 longest of the three, if everything overlaps, and at most their sum, if nothing does (Williams et

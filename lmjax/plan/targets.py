@@ -210,7 +210,7 @@ def _config(gpu: _Gpu) -> str:
 def _count(chip: str, shape: str) -> int:
     if not re.fullmatch(r"[1-9]\d*|", shape):
         raise ValueError(
-            f"'{shape}' is no number of GPUs; write {chip}:N, such as {chip}:8, whose mesh "
+            f"'{shape}' is not a number of GPUs; write {chip}:N, such as {chip}:8, whose mesh "
             "--mesh.data, --mesh.fsdp, --mesh.tensor and --mesh.sequence lay out"
         )
     count = int(shape or 1)
@@ -230,8 +230,8 @@ def _torus(chip: str, shape: str) -> tuple[int, ...]:
     example = "4x4" if tpu.axes == 2 else "4x4x4"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") != tpu.axes - 1:
         raise ValueError(
-            f"'{shape}' is no shape of {tpu.title} slices, which have {tpu.axes} dimensions; write "
-            f"tpu-{chip}:{example}"
+            f"'{shape}' is not a shape of {tpu.title} slices, which have {tpu.axes} dimensions; "
+            f"write tpu-{chip}:{example}"
         )
     sizes = tuple(map(int, shape.split("x")))
     chips, small, cubes = math.prod(sizes), _small(tpu), sizes == tuple(sorted(sizes))

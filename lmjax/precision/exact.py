@@ -43,7 +43,7 @@ def jit(function: Callable[..., Any], *, fixed_order: str = "", **options: Any) 
 
     Args:
       function: the function to compile.
-      fixed_order: platform whose compiler must always sum in the same order; empty: it need not.
+      fixed_order: platform whose compiler must always sum in the same order; empty: any order.
       options: options of `jax.jit`.
     """
     order = ORDER_OPTIONS.get(fixed_order, {})

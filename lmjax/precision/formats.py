@@ -13,7 +13,7 @@ overflow: rounding first and then comparing with the largest code gives the corr
 
 *An integer is a float that is subnormal everywhere.* Below the smallest normal number a float has a
 fixed quantum; `intN` has a fixed quantum of one over its whole range. It is the format with no
-exponent bits and N-1 mantissa bits, and the rounding code need not distinguish the two.
+exponent bits and N-1 mantissa bits, and the rounding code does not distinguish the two.
 
 Knows ml_dtypes and numpy; nothing of jax, nothing else of lmjax.
 """

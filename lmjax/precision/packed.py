@@ -133,7 +133,7 @@ def one_member(tree: Any, index: int) -> Any:
 
 
 def is_stored(node: Any) -> bool:
-    """Whether a node of a tree is a weight that is no array."""
+    """Whether a node of a tree is a weight that is not an array."""
     return isinstance(node, Packed | Pieces)
 
 

@@ -41,7 +41,7 @@ def finish_audits() -> None:
 def _write(phase: Phase, mesh: Any, jaxpr: Any, compiled: Any, workdir: Path) -> None:
     try:
         found = _found(phase, mesh, jaxpr, compiled)
-    except Exception as error:  # a program that cannot be read is no reason to stop a run
+    except Exception as error:  # a program that cannot be read does not stop a run
         found = {"verdict": AuditVerdict.OPAQUE.value, "error": f"{type(error).__name__}: {error}"}
     path = workdir / NAME
     try:

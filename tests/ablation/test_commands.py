@@ -30,7 +30,7 @@ SEARCH = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "ablat
 
 
 def launch(home: Path, workdir: Path, *flags: str) -> subprocess.Popen[str]:
-    """Starts the command, or goes on with it, in a process group of its own."""
+    """Starts or resumes the command, in its own process group."""
     return start(MODULE, "--workdir", str(workdir), *flags, cwd=home, group=True, PYTHONPATH=SEARCH)
 
 
@@ -69,7 +69,7 @@ def wait_for_step(process: subprocess.Popen[str], workdir: Path, step: int) -> N
 
 @pytest.fixture(scope="module")
 def undisturbed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory of an ablation that nobody interrupts, run by two processes, and its output.
+    """The directory of an uninterrupted ablation, run by two processes, and its output.
 
     The programs come out of its own compilation cache, which other tests use as well.
     """
@@ -121,7 +121,7 @@ def test_arms_that_compile_alike_compile_once(undisturbed: tuple[Path, str]) -> 
 def test_killed_and_gone_on_with_by_two_commands_at_once(
     home: Path, undisturbed: tuple[Path, str], tmp_path: Path
 ) -> None:
-    """SIGKILL at a random step; of the two that go on, one is asked to stop. The same bits."""
+    """SIGKILL at a random step; of the two that resume, one is asked to stop. The same bits."""
     process = launch(home, tmp_path)
     wait_for_step(process, tmp_path, random.Random(0).choice((5, 10, 15, 20)))
     os.killpg(process.pid, signal.SIGKILL)

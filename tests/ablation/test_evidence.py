@@ -210,7 +210,7 @@ def test_a_range(low, high, differences, outcome):
     assert between(low, high, *differences).outcome == outcome
 
 
-def test_parity_is_no_failure_to_find_a_difference():
+def test_failing_to_find_a_difference_is_not_parity():
     """These differ from 0 by less than their standard error, and might differ by 0.03."""
     assert between(-0.005, 0.005, 0.02, -0.01, -0.008).outcome == "undecided"
 

@@ -63,12 +63,12 @@ def test_differences_are_those_of_resolved_configs_and_say_what_follows() -> Non
         },
         False,
     )
-    # Nobody wrote it down: a policy with f16 brings its loss scale along.
+    # It is implicit: a policy with f16 brings its loss scale along.
     kinds = {"f32": "none", "mixed_bf16": "none", "mixed_f16": "dynamic"}
     assert kind == ("loss_scale.kind", kinds, True)
 
 
-def test_another_spelling_or_seed_is_no_difference() -> None:
+def test_another_spelling_or_seed_is_not_a_difference() -> None:
     same = dataclasses.replace(BASE, precision="p=float32,c=float32,o=float32", seed=7)
     assert grid.arm_differences(ablation(arms={"f32": BASE, "long": same}, varies=())) == []
 

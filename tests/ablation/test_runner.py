@@ -1,4 +1,4 @@
-"""Several ablations with the same workers: judged one by one, while the work goes on."""
+"""Several ablations with the same workers: judged one by one, during the work."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_undecided_arms_and_their_control_get_more_seeds(
     outcome = go(ablation(home), tmp_path)
     first, *later = started
     assert first == [(f"c={f}", seed) for seed in range(3) for f in ("f32", "bf16", "f16")]
-    # Four seeds settle bf16, which runs no more; f16 goes on to the last.
+    # Four seeds settle bf16, which stops; f16 runs to the last.
     assert [len(cells) for cells in later] == [3 + 1 + 3, 2 + 2]
     more = [(f"c={f}", seed) for seed in range(3, 8) for f in ("f32", "bf16", "f16")]
     assert [cell for cells in later for cell in cells] == [
@@ -115,7 +115,7 @@ def test_a_second_start_finds_the_same_seeds_and_runs_nothing(
     assert started == []
 
 
-def test_a_larger_budget_goes_on_and_a_fixed_number_of_seeds_stays(
+def test_a_larger_budget_continues_and_a_fixed_number_of_seeds_stays(
     home: Path, tmp_path: Path, started: list
 ) -> None:
     small = dataclasses.replace(ablation(home), max_seeds=4)

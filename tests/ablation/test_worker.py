@@ -118,7 +118,7 @@ def test_cells_run_once_and_failures_are_results(
     assert work(chosen, tmp_path) == [first, second]
     assert trained == [steady, explodes]
 
-    # A changed arm runs, the other does not; the cell that is no arm's any more stays.
+    # A changed arm runs, the other does not; the cell whose arm was removed stays.
     gentle = dataclasses.replace(chosen.base.optimizer, learning_rate=1e-4)
     arms = {**chosen.arms, "explodes": dataclasses.replace(chosen.base, optimizer=gentle)}
     changed = work(dataclasses.replace(chosen, arms=arms), tmp_path)

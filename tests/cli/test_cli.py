@@ -202,7 +202,7 @@ def test_help_lists_fields_defaults_and_their_meaning(
     assert "Query heads." in text
 
 
-def test_a_run_from_another_directory_stops_goes_on_and_is_done(
+def test_a_run_from_another_directory_stops_resumes_and_is_done(
     home: Path, tmp_path: Path, run: Path
 ) -> None:
     flags = tiny_flags(home, Path("run"))

@@ -13,7 +13,9 @@ from lmjax.diagnosis.advice import Loss, Trial
 
 
 @pytest.mark.parametrize("verb", ["twin", "replay", "attribute"])
-def test_what_is_no_run_is_refused(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_other_directories_are_refused(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     flags = ["--from", "3"] if verb == "replay" else []
     with pytest.raises(SystemExit) as ended:
         verbs.main([verb, str(tmp_path / "nothing"), *flags])

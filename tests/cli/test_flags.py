@@ -258,7 +258,7 @@ def test_a_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 # --- Resuming
 
 
-def test_a_run_goes_on_without_its_flags(
+def test_a_run_resumes_without_its_flags(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -164,7 +164,7 @@ def test_a_folder_is_not_a_file(tmp_path, cache):
 
 
 @pytest.mark.parametrize("name", ["a[v2].txt", "texts[v2]/a.txt", "*.txt", "caf\udce9.txt", "a\nb"])
-def test_a_path_that_exists_is_no_pattern(tmp_path, monkeypatch, name):
+def test_a_path_that_exists_is_not_a_pattern(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("This and no other. " * 20)
@@ -206,7 +206,7 @@ def test_a_byte_order_mark_of_another_encoding_is_named(text_files, tmp_path, ca
     refused(config, "wide.txt is UTF-16 or UTF-32, by its byte order mark: convert it", cache)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_document(text_files):
+def test_a_byte_order_mark_is_not_part_of_a_document(text_files):
     plain = tokenized_corpus(text_files(TEXTS), window=9)
     marked = tokenized_corpus(text_files(["\ufeff" + text for text in TEXTS]), window=9)
     np.testing.assert_array_equal(marked.train, plain.train)

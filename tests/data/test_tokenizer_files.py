@@ -176,7 +176,7 @@ def test_the_tokenizer_of_a_run_is_its_own(tmp_path: Path):
         ("", "<eot>", "has no token '<eot>' to end documents with"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(tmp_path: Path, content: Any, end: str, message: str):
+def test_other_files_are_refused(tmp_path: Path, content: Any, end: str, message: str):
     if content == "":
         saved(tmp_path / "a", like_gpt2())
     else:

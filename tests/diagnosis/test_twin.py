@@ -1,4 +1,4 @@
-"""The twin: errors of every tensor, where they come from, and nothing where there is no twin."""
+"""The twin: errors of every tensor, where they come from, and nothing when it is off."""
 
 from __future__ import annotations
 

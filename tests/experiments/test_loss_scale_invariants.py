@@ -38,7 +38,7 @@ def halve_on_growth(patch: pytest.MonkeyPatch) -> None:
 
 
 def advance_adam_on_skips(patch: pytest.MonkeyPatch) -> None:
-    """A skipped step is one with zero gradients: moments decay, and their count goes on."""
+    """A skipped step is one with zero gradients: moments decay, and their count increases."""
 
     def broken(inner: Any, config: LossScaleConfig, *others: Any) -> Any:
         sound = with_loss_scale(inner, config, *others)
@@ -57,7 +57,7 @@ def advance_adam_on_skips(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_scale_on_resume(patch: pytest.MonkeyPatch) -> None:
-    """A checkpoint is restored without its loss scale, which starts anew."""
+    """A checkpoint is restored without its loss scale, which starts again at its first value."""
     sound = Checkpoints.restore
 
     def broken(self: Checkpoints, *arguments: Any, **options: Any) -> Restored:

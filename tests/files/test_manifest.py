@@ -78,7 +78,7 @@ def test_other_damage(change: str, folder: Path) -> None:
     assert is_damaged(folder)
 
 
-def test_what_file_systems_leave_behind_is_no_damage(folder: Path) -> None:
+def test_what_file_systems_leave_behind_is_not_damage(folder: Path) -> None:
     (folder / ".nfs0001").write_bytes(b"x")
     assert not is_damaged(folder)
 

@@ -106,6 +106,6 @@ def test_another_custom_call_is_said_to_be_one():
     assert Kernel("XLA", "ConcatBitcast", 1, attention=False) in kernels(text)
 
 
-def test_what_is_no_program_is_refused():
+def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         kernels("")

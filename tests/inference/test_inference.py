@@ -132,7 +132,7 @@ def test_seeds_that_share_their_low_word_are_different_texts(model: TrainedModel
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, True])
-def test_a_number_that_is_no_seed_is_refused(seed: Any, model: TrainedModel) -> None:
+def test_a_number_that_is_not_a_seed_is_refused(seed: Any, model: TrainedModel) -> None:
     with pytest.raises(ValueError, match=r"seed is .* at most 2\*\*64 - 1"):
         generate(model, "the", seed=seed)
 

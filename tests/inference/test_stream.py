@@ -119,7 +119,7 @@ def test_a_character_that_the_limit_cuts_off_is_left_out(
         assert generate(model, "", tokens=limit) == text
 
 
-def test_a_limit_is_no_end_of_the_document(
+def test_a_limit_is_not_the_end_of_the_document(
     model: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = says(monkeypatch, b"xxxxx")
@@ -201,7 +201,7 @@ def test_a_model_that_computes_nan_says_nothing(
         generate(poisoned(model, value), "the", **flags)
 
 
-def test_a_nan_is_no_score_and_no_evaluation(model: TrainedModel) -> None:
+def test_a_nan_is_neither_a_score_nor_an_evaluation(model: TrainedModel) -> None:
     bad = poisoned(model, math.nan)
     with pytest.raises(NonFiniteError, match=r"logits of token 1 of the text are not finite"):
         score(bad, "the")

@@ -82,7 +82,7 @@ def test_logits_of_padded_texts_are_theirs_and_it_leaves_as_it_came(
         assert (again(**given).logits == theirs(**given).logits).all()
 
 
-def test_what_is_no_such_bert_is_refused(tmp_path: Path):
+def test_other_berts_are_refused(tmp_path: Path):
     values = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 8}
     values |= {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     values |= {"intermediate_size": 4, "position_embedding_type": "relative_key"}

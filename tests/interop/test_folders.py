@@ -230,7 +230,7 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path: Path, case: st
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
-def test_a_copy_of_the_embedding_is_no_surplus(tmp_path: Path):
+def test_a_copy_of_the_embedding_is_not_surplus(tmp_path: Path):
     """Files of tied models may repeat the table as the head, lack the prefix, and hold buffers."""
     _, params = written(tmp_path / "hf", "gpt2")
 

@@ -77,7 +77,7 @@ def test_a_skipped_step_keeps_everything_bit_for_bit(kind: str, poison: float):
     jax.tree.map(np.testing.assert_array_equal, after.inner, before.inner)
 
 
-def test_after_a_skip_training_goes_on_as_if_nothing_had_happened():
+def test_after_a_skip_training_continues_as_if_nothing_had_happened():
     transformation = with_loss_scale(adamw(), DYNAMIC)
     first = transformation.init(PARAMS)
     _, skipped = transformation.update(BAD, first, PARAMS)

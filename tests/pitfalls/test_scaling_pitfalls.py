@@ -35,7 +35,7 @@ def test_jmp_minimum_is_lost_in_tree_flatten():
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_jmp_scale_is_no_leaf(kind: str):
+def test_jmp_scale_is_not_a_leaf(kind: str):
     """A static scale is trace-time metadata: it is not checkpointed."""
     transformation = optimizer(kind=kind, initial=2.0**7)
     leaves, structure = jax.tree.flatten(transformation.init(PARAMS))
@@ -96,7 +96,7 @@ def test_mpx_unscales_with_the_grown_scale():
     assert float(used) == 4.0, "the step read its scale before it grew"
 
 
-def test_mpx_scale_that_is_no_power_of_two():
+def test_mpx_scale_that_is_not_a_power_of_two():
     """65504 as a scale is exact for 0.2% of all f16 numbers."""
     with pytest.raises(ValueError, match="power of two"):
         LossScaleConfig(initial=65504.0)

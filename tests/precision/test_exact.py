@@ -62,7 +62,7 @@ def test_accumulation_is_never_narrower_than_f32(dtype: str, wide: str):
 def uses_of_jax_jit(source: str) -> list[int]:
     """Lines on which a source compiles with `jax.jit` (or `pjit`) instead of `exact.jit`.
 
-    `jax.jit(..., inline=True)` is no program of its own: it dissolves into the program that calls
+    `jax.jit(..., inline=True)` is not a separate program: it dissolves into the program that calls
     it, which is the one that has compiler options.
     """
     tree = ast.parse(source)

@@ -105,7 +105,7 @@ def test_operands_are_rounded_to_the_compute_format():
 @pytest.mark.parametrize(
     "spec", ["bk,kn->b", "bk,bk->", "bb,bn->bn", "bx,bn->bn", "btk,kn->bn", "bk,kkn->bn"]
 )
-def test_specs_whose_gradient_is_no_product_are_refused(spec: str):
+def test_specs_whose_gradient_is_not_a_product_are_refused(spec: str):
     inputs, _, _ = spec.partition("->")
     x, w = (jnp.ones((2,) * len(axes), jnp.float32) for axes in inputs.split(","))
     site = parse_policy("f32").resolve("head")

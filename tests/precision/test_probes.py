@@ -94,7 +94,7 @@ def test_a_spread_samples_large_tensors_and_misses_no_maximum():
     assert np.abs(np.asarray(spread.histogram) - whole).sum() / x.size < 0.15
 
 
-def test_counts_go_on_where_a_sum_of_ones_in_f32_would_stop():
+def test_counts_grow_where_a_sum_of_ones_in_f32_would_stop():
     size = 2**24 + 5 * 128
 
     def counts() -> list[jax.Array]:

@@ -1,4 +1,4 @@
-"""Any policy that can be written: it survives its canonical string, or is refused inside the text."""
+"""Any policy text: it survives its canonical string, or is refused inside the text."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path / "c").latest() == 9
 
 
-def test_saving_a_step_again_is_no_error(tmp_path: Path) -> None:
+def test_saving_a_step_again_is_not_an_error(tmp_path: Path) -> None:
     saved(tmp_path / "c", small_state(), steps=(3, 3))
     assert Checkpoints(tmp_path / "c").latest() == 3
 

@@ -124,7 +124,7 @@ def config(home: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody stopped."""
+    """The uninterrupted run."""
     run = tmp_path_factory.mktemp("identity") / "whole"
     train(config, run, progress=False)
     return run
@@ -182,5 +182,5 @@ def test_a_launch_that_changes_nothing_leaves_no_history(
     assert not (tmp_path / "run" / HISTORY).exists()
 
 
-def test_every_field_that_is_no_identity_says_why() -> None:
+def test_every_field_outside_the_identity_says_why() -> None:
     assert all(len(why.split()) > 2 for why in HOUSEKEEPING.values())

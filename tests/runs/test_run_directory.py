@@ -36,7 +36,7 @@ from lmjax.train import RestoreConfig, resolve
 
 @pytest.fixture
 def config() -> Any:
-    """A resolved config whose files nobody reads."""
+    """A resolved config whose files are never read."""
     return tiny(Path("anywhere"), "mixed_f16").resolved()
 
 
@@ -62,7 +62,7 @@ DAMAGED = {
     "no JSON": "{",
     "not UTF-8": b"\xff",
     "no object": "[]",
-    "a part is no object": '{"model": "large"}',
+    "a part is not an object": '{"model": "large"}',
     "unknown field": '{"presicion": "f32"}',
     "wrong type": '{"steps": "many"}',
     "refused value": '{"precision": "c=f33"}',
@@ -198,7 +198,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(config: Any, tmp_pa
     assert said == []
 
 
-def test_where_nothing_can_be_locked_the_run_goes_on_with_a_warning(
+def test_where_nothing_can_be_locked_the_run_continues_with_a_warning(
     config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(*_: object) -> None:

@@ -75,7 +75,7 @@ def test_a_service_is_told_every_row(
 
 
 @pytest.mark.parametrize("fails_at", ["init", "log", "finish"])
-def test_a_service_that_fails_is_left_out_and_the_run_goes_on(
+def test_a_service_that_fails_is_left_out_and_the_run_continues(
     fails_at: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken, working = Service("wandb", fails_at), Service("trackio")

@@ -74,7 +74,7 @@ def test_a_directory_that_jax_was_told_stays(cache: Path, tmp_path: Path):
     assert not cache.exists()
 
 
-def test_a_directory_that_cannot_be_written_is_no_error(
+def test_a_directory_that_cannot_be_written_is_not_an_error(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""Out of memory: one line that says what helps, and a directory that nobody's failure occupies."""
+"""Out of memory: one line that says what helps, and a failure leaves the directory usable."""
 
 from __future__ import annotations
 

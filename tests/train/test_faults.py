@@ -156,7 +156,7 @@ def test_the_clock_jumps(
 def test_a_metrics_file_that_blocks(
     config: Any, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
-    """Training and its checkpoints go on; the rows are written by the run that comes after."""
+    """Training and its checkpoints continue; the rows are written by the run that comes after."""
     from lmjax.runs.metrics import MetricsWriter
 
     run = tmp_path / "run"
@@ -247,7 +247,7 @@ MODULE = "experiments.quickstart"
 
 
 def launch(home: Path, workdir: Path) -> subprocess.Popen[str]:
-    """Starts the run, or goes on with it."""
+    """Starts or resumes the run."""
     return start(MODULE, *tiny_flags(home, workdir, steps=STEPS), cwd=home)
 
 
@@ -303,7 +303,7 @@ def test_signals_at_random_moments(
 
 @pytest.mark.long
 def test_meshes_of_one_eight_four_and_one_device(home: Path, tmp_path: Path, row: Row) -> None:
-    """Losses go on within f32 rounding, which sums over devices in another order."""
+    """Losses agree within f32 rounding, which sums over devices in another order."""
     lossless = ["--precision", "f32", "--batch-size", "8", "--log-every", "1"]
 
     def run(workdir: Path, devices: int, *flags: str) -> int:

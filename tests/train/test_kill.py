@@ -19,7 +19,7 @@ MODULE = "experiments.quickstart"
 
 
 def launch(home: Path, workdir: Path) -> subprocess.Popen[str]:
-    """Starts the run, or goes on with it."""
+    """Starts or resumes the run."""
     return start(MODULE, *tiny_flags(home, workdir, steps=STEPS), cwd=home)
 
 
@@ -48,7 +48,7 @@ def assert_same_run(workdir: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the run that nobody interrupts."""
+    """The directory of the uninterrupted run."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     complete(home, workdir)
     return workdir

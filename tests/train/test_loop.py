@@ -97,7 +97,7 @@ def test_gradients_that_stay_non_finite_fail_the_run(
     assert _parameters(tmp_path / "run") == before
 
 
-def test_a_short_run_that_skipped_every_step_is_no_success(
+def test_a_short_run_that_skipped_every_step_is_not_a_success(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shorter than the limit of consecutive skips, so that only its end can notice."""

@@ -30,7 +30,7 @@ def losses(workdir: Path) -> list[float]:
 
 
 def assert_same_losses(workdir: Path, other: Path) -> None:
-    """Within f32 rounding; the loss of the poisoned step is no number in either."""
+    """Within f32 rounding; the loss of the poisoned step is NaN in both."""
     assert losses(workdir) == pytest.approx(losses(other), rel=TOLERANCE, nan_ok=True)
     expected = pytest.approx(result(other)["eval_loss"], rel=TOLERANCE)
     assert result(workdir)["eval_loss"] == expected
@@ -126,7 +126,7 @@ def test_a_killed_process_ends_the_others_with_a_message(restarted: Restarted) -
     assert "resumes from the newest checkpoint" in last
 
 
-def test_one_process_goes_on_where_two_were(home: Path, alone: Path, restarted: Restarted) -> None:
+def test_one_process_resumes_a_run_of_two(home: Path, alone: Path, restarted: Restarted) -> None:
     assert_same_losses(train_alone(home, restarted.fewer), alone)
 
 

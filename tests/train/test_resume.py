@@ -195,7 +195,7 @@ def test_another_text_is_refused_and_nothing_is_overwritten(home: Path, tmp_path
 
 
 @pytest.mark.long
-def test_a_run_goes_on_in_another_precision_if_it_may_cast(home: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_in_another_precision_if_it_may_cast(home: Path, tmp_path: Path) -> None:
     from lmjax.runs.checkpoint import CheckpointError
     from lmjax.train import InputError, train
 

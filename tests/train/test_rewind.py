@@ -125,7 +125,7 @@ def test_without_an_older_checkpoint_it_stops_and_says_what_would_help(
         train(config(home, "rewind"), tmp_path / "run", progress=False)
 
 
-def test_a_run_that_stopped_may_go_on_by_skipping_or_rewinding(
+def test_a_run_that_stopped_may_resume_by_skipping_or_rewinding(
     home: Path, tmp_path: Path, poison: Any
 ) -> None:
     """What to do about faults is not a run's identity."""

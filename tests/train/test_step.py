@@ -84,7 +84,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(
     assert float(metrics["learning_rate"]) == pytest.approx(1e-2 * 2 / 5), "skips do not count"
 
 
-def test_the_scale_falls_until_training_goes_on(tiny, draw_state, draw_batch, compiled_step):
+def test_the_scale_falls_until_training_continues(tiny, draw_state, draw_batch, compiled_step):
     config = tiny("pure_f16")
     state, batch, step = draw_state(config), draw_batch(config), compiled_step(config)
     state = with_scale(state, scale=2.0**24)

@@ -79,7 +79,7 @@ class Lease:
         found = _read(self._store)
         if not self._is_mine(found):
             raise StorageFailed(
-                f"{_words(found)} has taken over {self._store.url}, for nothing was heard from "
+                f"{_words(found)} has taken over {self._store.url}, because nothing was heard from "
                 "this process; nothing more is written there"
             )
 

@@ -71,7 +71,7 @@ def test_a_fresh_machine_resumes(home: Path, undisturbed: Path) -> None:
 def test_a_store_that_refuses_stops_the_run(
     home: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half way through a checkpoint; the one before is there and here, and serves to resume."""
+    """Half way through a checkpoint; the one before is there and here, and is resumed from."""
     config = tiny(home, checkpoint={"every": 10, "keep": 1})
     with monkeypatch.context() as patch:
         fail_at(patch, "checkpoints/20/progress.json")
