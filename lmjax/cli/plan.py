@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from lmjax import plan
 from lmjax.checks import validate
 from lmjax.cli.common import print_json
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
+from lmjax.model.config import Remat
 from lmjax.parallel.sharding import MeshSize
 from lmjax.plan import Plan, Roofline
 from lmjax.train import Config
@@ -64,7 +65,7 @@ class MeshSizes:
 class ModelChanges:
     """What differs from the experiment's own model."""
 
-    remat: Literal["none", "dots", "full"] | None = None
+    remat: Remat | None = None
     """What the backward pass recomputes."""
 
     def __post_init__(self) -> None:

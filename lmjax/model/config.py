@@ -15,6 +15,9 @@ Size = Annotated[int, at_least(1)]
 DerivedSize = Annotated[int, at_least(0)]
 """0: derived from other fields."""
 
+Remat = Literal["none", "dots", "attention", "full", "offload"]
+"""What can be recomputed in the backward pass, in the order of what is kept on the device."""
+
 DEEPEST = 1024
 """Blocks: the deepest published Transformer has 1,000 layers (DeepNet, Wang et al. 2022)."""
 
@@ -110,7 +113,7 @@ class ModelConfig:
     init_std: Annotated[float, at_least(0)] = 0.02
     """Standard deviation of initial weights; divided by sqrt(2 layers) where a block ends. With
     unit scaling it is 1, whatever stands here."""
-    remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
+    remat: Remat = "none"
     """What the backward pass computes again: nothing; all but products with weights; all but what
     attention read; everything; or everything, from block inputs kept in the memory of the host,
     which CPUs refuse."""

@@ -10,10 +10,11 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from lmjax.hlo.collectives import Collective, collectives
 from lmjax.hlo.kernels import Kernel, Product, kernels, products
+from lmjax.model.config import Remat
 from lmjax.parallel import sharding
 from lmjax.plan.memory import CPU_ONLY, expected_memory
 from lmjax.plan.program import Compiled, DoesNotFit, Memory, compiled_for
@@ -176,9 +177,8 @@ Option = tuple[str, dict[str, Any]]
 
 def _remat(config: Config) -> Iterator[Option]:
     yield "", {}
-    names: tuple[Any, ...] = ("none", "dots", "full")
-    now = names.index(config.model.remat) if config.model.remat in names else len(names)
-    for name in names[now + 1 :]:
+    names = get_args(Remat)
+    for name in names[names.index(config.model.remat) + 1 :]:
         model = dataclasses.replace(config.model, remat=name)
         yield f"--model.remat {name}", {"model": model}
 

@@ -46,7 +46,7 @@ def aside(name: str) -> Any:
 
 
 def rounded_to(number_format: str) -> AbstractContextManager[Any]:
-    """A scope whose result has been rounded to a format, or by a quantizer; the outermost counts."""
+    """A scope whose result is rounded to a format, or by a quantizer; the outermost counts."""
     return jax.named_scope(_ROUNDED + number_format.replace("@", _AT))
 
 

@@ -109,6 +109,20 @@ def test_more_than_one_setting_changes_where_one_is_not_enough(llama: Config, co
     assert "--mesh.data 1 --mesh.fsdp" in found.flags
 
 
+def test_every_rematerialisation_that_keeps_less_is_tried(llama: Config):
+    """In the order of what it keeps."""
+    of = lambda config: [fields for flags, fields in fitting._remat(config) if flags]
+    names = [fields["model"].remat for fields in of(llama)]
+    assert names == ["dots", "attention", "full", "offload"]
+    sizes = [fitting._expected(dataclasses.replace(llama, **fields), GPUS) for fields in of(llama)]
+    assert sizes == sorted(sizes, reverse=True)
+    least = dataclasses.replace(llama.model, remat="full")
+    assert [flags for flags, _ in fitting._remat(dataclasses.replace(llama, model=least))] == [
+        "",
+        "--model.remat offload",
+    ]
+
+
 def test_what_nothing_helps_is_said(llama: Config, compile_by, capsys: pytest.CaptureFixture[str]):
     compile_by(1.0)
     one = dataclasses.replace(llama, batch_size=1, mesh=MeshConfig())
@@ -153,7 +167,7 @@ def test_a_plan_shows_what_is_multiplied_and_sent(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target", "h200:3x3"], "no number of GPUs"),
+        (["--target", "h200:3x3"], "not a number of GPUs"),
         (["--target", "h100:8", "--devices", "8"], "leave out --devices"),
         (["--target", "h100:8", "--roofline"], "leave out --roofline"),
         (["--target", "tpu-v5e:4x4"], r"needs libtpu.*\[aot-tpu\]"),
