@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from lmjax.audit.programs import NAMES, Traced, trace
 from lmjax.audit.report import AuditReport
 from lmjax.console import stages
+from lmjax.inspection.beside import side_by_side
 from lmjax.inspection.inspection import Inspection, default_target, inspect
 from lmjax.inspection.judge_compiled import CompiledFor
 from lmjax.parallel import sharding
 from lmjax.plan import Target, compiled_for, parse_target
 from lmjax.precision import exact
-from lmjax.precision.backend import planned_for
+from lmjax.precision.backend import Backend, planned_for, this_backend
 from lmjax.runs.resolved import Phase, resolve
 from lmjax.train import Config
 from lmjax.train.step import PARTS
@@ -52,23 +53,31 @@ def audit(
     chips = [parse_target(target) for target in targets]
     resolved = resolve(config)
     mesh = sharding.make_mesh(resolved.config.mesh)
+    several = len(resolved.phases) > 1
     found = [
-        _inspected(name, phase, mesh, several=len(resolved.phases) > 1)
+        _inspected(name, _title(name, phase, several), phase, mesh)
         for phase in resolved.phases
         for name in programs
     ]
-    found += [_on_chips(phase, chip) for phase in resolved.phases for chip in chips]
-    return AuditReport(str(resolved.config.policy), default_target(mesh).name, tuple(found))
+    found += [
+        _on_chips(_title("train", phase, several), phase, chip)
+        for phase in resolved.phases
+        for chip in chips
+    ]
+    return AuditReport(str(resolved.config.policy), default_target(mesh).name, side_by_side(found))
 
 
-def _inspected(name: str, phase: Phase, mesh: sharding.Mesh, *, several: bool) -> Inspection:
+def _title(name: str, phase: Phase, several: bool) -> str:
+    return f"{name} from step {phase.start}" if several else name
+
+
+def _inspected(name: str, title: str, phase: Phase, mesh: sharding.Mesh) -> Inspection:
     with stages.stage(f"tracing the program that {name}s"):
         made: Traced = trace(name, phase, mesh)
     with stages.stage(f"compiling the program that {name}s"):
         options = exact.COMPILER_OPTIONS | FAST
         text = made.traced.lower().compile(compiler_options=options).as_text()
     with stages.stage("comparing it with the policy"):
-        title = f"{name} from step {phase.start}" if several else name
         return inspect(
             title,
             made.traced.jaxpr,
@@ -77,10 +86,16 @@ def _inspected(name: str, phase: Phase, mesh: sharding.Mesh, *, several: bool) -
             phase.sites,
             PARTS,
             exact.COMPILER_OPTIONS,
+            {} if name == "decode" else _forms(phase, this_backend(), mesh.shape["sequence"]),
         )
 
 
-def _on_chips(phase: Phase, chip: Target) -> Inspection:
+def _forms(phase: Phase, backend: Backend, parts: int) -> dict[str, str]:
+    """How each attention is computed, and why so; a decoded token has few scores, read at once."""
+    return {path: str(form) for path, form in phase.attention_forms(backend, parts).items()}
+
+
+def _on_chips(title: str, phase: Phase, chip: Target) -> Inspection:
     """The train step as it is traced and compiled for chips that this machine may lack."""
     text = compiled_for(phase.config, chip).text
     mesh = sharding.abstract_mesh(phase.config.mesh, chip.devices)
@@ -88,7 +103,6 @@ def _on_chips(phase: Phase, chip: Target) -> Inspection:
         jaxpr = trace("train", phase, mesh).traced.jaxpr
     sizes = sharding.mesh_shape(phase.config.mesh, chip.devices)
     column = CompiledFor(chip.name, chip.backend.platform, sizes)
-    name, options = f"train for {chip.name}", exact.COMPILER_OPTIONS
-    return inspect(
-        name, jaxpr, [(column, text)], phase.layout, phase.sites, PARTS, options
-    )  # fmt: skip
+    options = exact.COMPILER_OPTIONS
+    forms = _forms(phase, chip.backend, sizes["sequence"])
+    return inspect(title, jaxpr, [(column, text)], phase.layout, phase.sites, PARTS, options, forms)

@@ -30,16 +30,10 @@ from lmjax.cli.plan import MeshSizes, ModelChanges, changed
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
 from lmjax.errors import InputError
-from lmjax.inspection.inspection import Inspection
+from lmjax.inspection.inspection import ATTENTION, Inspection
 from lmjax.inspection.rows import AuditRow, AuditVerdict
 
 WORDS = {AuditVerdict.PASS: "pass", AuditVerdict.OPAQUE: "opaque", AuditVerdict.FAIL: "FAIL"}
-FOLDED = (
-    Column("module", "key"),
-    Column("rows", "number"),
-    *(Column(word, "number") for word in WORDS.values()),
-    Column("asked", "text"),
-)
 
 
 def audit(
@@ -113,10 +107,13 @@ def show_audit(report: AuditReport, module: str, *, everything: bool) -> None:
     for one in report.inspections:
         rows = [row for row in one.rows if module_of(row.site) == module or not module]
         print(f"{one.name}: {WORDS[one.verdict]}")
+        for row in rows:
+            if row.tensor == ATTENTION:
+                print(f"{module_of(row.site)}: {row.traced}")
         if everything or module:
             _print_rows(rows, one.targets)
         else:
-            _print_folded(rows)
+            _print_folded(rows, one.targets)
         _print_findings(rows)
         _print_shares(one)
         print()
@@ -125,15 +122,33 @@ def show_audit(report: AuditReport, module: str, *, everything: bool) -> None:
     print(f"{WORDS[report.verdict]}: {report.precision} on {report.devices}; {say}")
 
 
-def _print_folded(rows: Sequence[AuditRow]) -> None:
+def _print_folded(rows: Sequence[AuditRow], targets: Sequence[str]) -> None:
+    """One row a module: how many rows it has of each verdict, or what is worst on each target."""
+    several = targets if len(targets) > 1 else ()
+    columns = (
+        Column("module", "key"),
+        Column("rows", "number"),
+        *(Column(word, "number") for word in WORDS.values() if not several),
+        *(Column(target) for target in several),
+        Column("asked", "text"),
+    )
     cells = []
     for module, inside in groupby(rows, key=lambda row: module_of(row.site)):
         own = list(inside)
         counts = counted_verdicts(own)
         asked = dict.fromkeys(row.asked for row in own if row.tensor in _TELLING and row.asked)
-        shown = [str(counts[verdict] or "") for verdict in WORDS]
+        shown = [str(counts[verdict] or "") for verdict in WORDS if not several]
+        shown += [_worst(own, target) for target in several]
         cells.append((module, str(len(own)), *shown, "; ".join(asked)))
-    print_table(FOLDED, cells, each="module")
+    print_table(columns, cells, each="module")
+
+
+def _worst(rows: Sequence[AuditRow], target: str) -> str:
+    """The worst verdict of rows on a target, and of how many of them."""
+    verdicts = [row.verdict_for(target) for row in rows]
+    worst = AuditVerdict.worst(verdicts)
+    count = verdicts.count(worst)
+    return WORDS[worst] if worst is AuditVerdict.PASS else f"{count} {WORDS[worst]}"
 
 
 _TELLING = ("y", "arithmetic", "parameters")

@@ -54,12 +54,16 @@ def located(
     plain = re.sub(r"\b(p?jit|custom_\w+_call)\([^()]*\)", "", op_name)
     words = [word for word in re.split(r"[/()]", plain) if word]
     for start in range(len(words) - 1, -1, -1):
-        inside = layout.stack.name in words[:start]
-        if words[start] in parts or (layout.has(words[start]) and not inside):
+        if words[start] in parts:
             return Scope(words[start], "", backward), tuple(words[start + 1 :])
-        if words[start] == layout.stack.name and start + 2 < len(words):
-            for end in range(len(words), start + 2, -1):
-                path = layout.stack.path("/".join(words[start + 2 : end]))
-                if layout.has(path):
-                    return Scope(path, words[start + 1], backward), tuple(words[end:])
+        stacked = words[start] == layout.stack.name
+        if not stacked and layout.stack.name in words[:start]:
+            continue
+        first = start + 2 if stacked else start
+        for end in range(len(words), first, -1):
+            path = "/".join(words[first:end])
+            path = layout.stack.path(path) if stacked else path
+            if layout.has(path):
+                members = words[start + 1] if stacked else ""
+                return Scope(path, members, backward), tuple(words[end:])
     return None, tuple(words[-1:])

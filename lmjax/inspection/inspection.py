@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 from lmjax.inspection.compiled import CompiledProgram
@@ -25,6 +26,8 @@ LEAST_ATTRIBUTED: Final = 0.999
 """Share of the floating-point operations of a program that must be known by site or part."""
 
 COMPILER: Final = "compiler"
+ATTENTION: Final = "attention"
+"""The tensor in rows that say how an attention is computed."""
 _OFF: Final = ("false", "0", False)
 _DANGEROUS: Final = {
     "xla_allow_excess_precision": "roundings may be dropped",
@@ -104,6 +107,7 @@ def inspect(
     sites: Mapping[str, SitePolicy],
     parts: Collection[str],
     options: Mapping[str, Any],
+    forms: Mapping[str, str] = MappingProxyType({}),
 ) -> Inspection:
     """Compares a program with a policy.
 
@@ -115,6 +119,7 @@ def inspect(
       sites: the policy of every site.
       parts: names of scopes that are not sites.
       options: compiler options that it was compiled with.
+      forms: how each attention is computed, and why so, by the path of its softmax.
     """
     judge, program = TracedJudge(layout, sites), TracedProgram(jaxpr, layout, parts)
     judge.read(program)
@@ -127,6 +132,9 @@ def inspect(
         shares[target.name] = _share(read.facts)
         _enough(judge, shares[target.name], target.name)
     _flags(judge, options)
+    for site, form in layout.merged({path: forms.get(path) for path in layout.paths}).items():
+        if form is not None:
+            judge.table.row(site, "", ATTENTION).traced = form
     rows = judge.table.ordered(_order(layout, judge))
     return Inspection(name, rows, shares, tuple(target.name for target, _ in compiled))
 

@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 from lmjax.hlo.module import Module, shapes
 from lmjax.inspection.asked import same, stores
 from lmjax.inspection.facts import dtype_name, format_name, is_float
-from lmjax.inspection.judge_traced import TRACED, TracedJudge
+from lmjax.inspection.judge_traced import TracedJudge
+from lmjax.inspection.rows import TRACED
 from lmjax.inspection.traced import TracedProgram
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.policy import NATIVE, SitePolicy, carrier

@@ -12,13 +12,12 @@ from typing import Final
 from lmjax.hlo.scopes import Scope
 from lmjax.inspection.asked import Asked, AskedProduct, asked_of, same
 from lmjax.inspection.facts import Fact, OperationKind, is_float, narrower
-from lmjax.inspection.rows import AuditRow, AuditTable, AuditVerdict, Direction
+from lmjax.inspection.rows import TRACED, AuditRow, AuditTable, AuditVerdict, Direction
 from lmjax.inspection.traced import Equation, RoundedTo, TracedProgram
 from lmjax.precision.asides import ASIDES
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.sites import Layout
 
-TRACED: Final = "traced"
 TENSORS: Final = {
     OperationKind.ARITHMETIC: "arithmetic",
     OperationKind.EXPONENTIAL: "exponentials",

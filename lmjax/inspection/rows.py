@@ -8,9 +8,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Direction = Literal["", "forward", "backward"]
+
+
+TRACED: Final = "traced"
+"""The column of findings about a traced program."""
+
+
+def traced_for(target: str) -> str:
+    """The column of findings about what was traced for one of several targets alone."""
+    return f"{target}, {TRACED}"
 
 
 class AuditVerdict(enum.Enum):
@@ -34,7 +43,7 @@ class AuditFinding:
     Attributes:
       kind: what it is, in two or three words: `silent upcast`.
       text: what was found where what was asked.
-      column: `traced`, or the target whose compiled program shows it.
+      column: `traced`, or the target whose compiled program shows it; see `traced_for`.
       verdict: of the row because of it; PASS for a remark.
     """
 
@@ -70,6 +79,11 @@ class AuditRow:
     def verdict(self) -> AuditVerdict:
         """The worst of what was found."""
         return AuditVerdict.worst(finding.verdict for finding in self.findings)
+
+    def verdict_for(self, target: str) -> AuditVerdict:
+        """That of one target of several: what was compiled for it, and what was traced."""
+        own = (target, TRACED, traced_for(target))
+        return AuditVerdict.worst(one.verdict for one in self.findings if one.column in own)
 
     def note(
         self, kind: str, text: str, column: str, verdict: AuditVerdict = AuditVerdict.FAIL

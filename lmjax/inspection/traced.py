@@ -309,7 +309,8 @@ def _fits(rounded_to: str, dtype: str) -> bool:
         elements = parse_quantizer(rounded_to).format
     except ValueError:
         return False
-    return parse_format(dtype).contains(elements)
+    held = parse_format(dtype)
+    return held == elements or held.contains(elements)
 
 
 def _facts(equation: Equation) -> Iterator[Fact]:

@@ -17,6 +17,7 @@ from flax import nnx
 from lmjax.model.config import ModelConfig
 from lmjax.model.head import Backward, Head
 from lmjax.model.layers import ANYWHERE, Constrain
+from lmjax.model.mask import Mask
 from lmjax.model.sites import Context, Sites
 from lmjax.precision.sites import Layout
 
@@ -42,6 +43,11 @@ class Assembly(nnx.Module):
     @staticmethod
     def objective(config: ModelConfig) -> Objective:
         """What a model is trained for, and evaluated by."""
+        raise NotImplementedError
+
+    @staticmethod
+    def mask(*, documents: bool) -> type[Mask]:
+        """The mask that it is trained under; of `documents`, rows may hold several."""
         raise NotImplementedError
 
     def trunk(

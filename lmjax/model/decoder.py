@@ -15,7 +15,7 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.head import Head
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Embedding, Norm, dropout, embedded
 from lmjax.model.layout import decoder_layout
-from lmjax.model.mask import mask_and_positions
+from lmjax.model.mask import Causal, CausalWithinDocuments, Mask, mask_and_positions
 from lmjax.model.objectives import NextToken
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import Context, Sites
@@ -62,6 +62,11 @@ class Decoder(Assembly):
     def objective(config: ModelConfig) -> Objective:
         """The next token."""
         return NextToken(parametrisation_of(config), config.z_loss)
+
+    @staticmethod
+    def mask(*, documents: bool) -> type[Mask]:
+        """See `Assembly`."""
+        return CausalWithinDocuments if documents else Causal
 
     def trunk(
         self,

@@ -20,7 +20,7 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.decoder import check_length
 from lmjax.model.layers import Constrain, Dense, Embedding, Norm, constant, dropout, embedded
 from lmjax.model.layout import encoder_layout
-from lmjax.model.mask import Bidirectional, Padded, indices_from
+from lmjax.model.mask import Bidirectional, Mask, Padded, indices_from
 from lmjax.model.masking import MaskedTokens
 from lmjax.model.objectives import TextClass
 from lmjax.model.parametrisation import parametrisation_of
@@ -117,6 +117,11 @@ class Encoder(Assembly):
         """The class of a text, or its masked tokens."""
         scales = parametrisation_of(config)
         return TextClass(scales) if config.classes else MaskedTokens(scales, config)
+
+    @staticmethod
+    def mask(*, documents: bool) -> type[Mask]:
+        """See `Assembly`; without lengths, rows have no padding."""
+        return Bidirectional
 
     def trunk(
         self,

@@ -24,7 +24,6 @@ from lmjax.model.decoder import Decoder
 from lmjax.model.encoder import Encoder
 from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.layout import BLOCKS
-from lmjax.model.mask import Causal, CausalWithinDocuments
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Context, Sites, within
 from lmjax.precision import paths
@@ -101,7 +100,13 @@ def apply(
 
 
 def attention_forms(
-    config: ModelConfig, sites: Sites, backend: Backend, context: int, *, documents: bool
+    config: ModelConfig,
+    sites: Sites,
+    backend: Backend,
+    context: int,
+    *,
+    documents: bool,
+    parts: int = 1,
 ) -> dict[str, Form]:
     """How each attention of a model is computed in training, by the path of its softmax.
 
@@ -109,16 +114,17 @@ def attention_forms(
       config: the model.
       sites: the formats of every site.
       backend: what its devices are.
-      context: number of tokens in a row, which devices do not divide.
+      context: number of tokens in a row.
       documents: whether tokens attend within their document.
+      parts: into how many parts devices divide a row.
     """
-    mask = CausalWithinDocuments if documents else Causal
     situation = Situation(
         backend,
-        mask,
+        FAMILIES[config.family].mask(documents=documents),
         context,
         context,
         config.head_size,
+        parts=parts,
         unit=parametrisation_of(config).unit_products,
         dropout=config.dropout > 0,
     )

@@ -47,15 +47,19 @@ class Phase:
         sums = product_sums(self.config.model, rows, self.config.context)
         return products(self.sites, sums, backend)
 
-    def attention_forms(self, backend: Backend | None = None) -> dict[str, Form]:
+    def attention_forms(self, backend: Backend | None = None, parts: int = 1) -> dict[str, Form]:
         """How each attention is computed in an unwatched step, by the path of its softmax.
 
-        On a backend, by default this machine's, with a mesh that leaves the context whole.
+        On a backend, by default this machine's, with rows that devices divide into so many parts.
         """
         config = self.config
-        masked = config.data.document_mask
         return attention_forms(
-            config.model, self.sites, backend or this_backend(), config.context, documents=masked
+            config.model,
+            self.sites,
+            backend or this_backend(),
+            config.context,
+            documents=config.data.document_mask,
+            parts=parts,
         )
 
 

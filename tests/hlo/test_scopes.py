@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from experiments import bert_tiny_mlm
 from lmjax.hlo.scopes import Scope, scope_of
 from lmjax.model import layout
 
@@ -32,3 +33,10 @@ PARTS = ("optimizer", "loss_scale")
 )
 def test_a_name_leads_to_its_site(name: str, scope: Scope | None, tiny):
     assert scope_of(f"{STEP}/{name}", layout(tiny().model), PARTS) == scope
+
+
+def test_a_part_outside_of_the_stack_may_have_sites_of_its_own():
+    places = layout(bert_tiny_mlm.config().model)
+    names = {"jvp(transform/dense)/y/dot_general": "transform/dense", "jvp(norm)/mul": "norm"}
+    for name, path in names.items():
+        assert scope_of(f"{STEP}/{name}", places, PARTS) == Scope(path)

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import pytest
 
+from experiments import bert_tiny_mlm
 from lmjax.audit import audit
 from lmjax.audit.programs import trace
 from lmjax.inspection.inspection import LEAST_ATTRIBUTED, inspect
 from lmjax.parallel import sharding
 from lmjax.precision import exact
+from lmjax.precision.backend import Backend, planned_for
 from lmjax.runs.resolved import phase_of
 from lmjax.train.step import PARTS
 
@@ -68,6 +70,19 @@ def test_a_traced_step_obeys_its_policy(family: str, tiny: Any) -> None:
     assert traced_failures(tiny("mixed_bf16", family), "train") == []
 
 
+def test_fp8_products_of_a_gpu_are_the_ones_asked_for(tiny: Any) -> None:
+    with planned_for(Backend("gpu", (9, 0))):
+        assert traced_failures(tiny("fp8"), "evaluate") == []
+
+
+def test_the_products_of_an_encoder_belong_to_sites(tiny: Any) -> None:
+    config = bert_tiny_mlm.config()
+    small = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 64, "max_positions": 16}
+    model = dataclasses.replace(config.model, **small)
+    config = dataclasses.replace(config, model=model, context=16, precision="mixed_bf16")
+    assert traced_failures(config, "evaluate") == []
+
+
 def test_a_compiled_program_obeys_its_policy(tiny: Any) -> None:
     report = audit(tiny("mixed_bf16"), programs=("evaluate",))
     assert report.failures == []
@@ -75,6 +90,7 @@ def test_a_compiled_program_obeys_its_policy(tiny: Any) -> None:
     (share,) = one.shares.values()
     assert share.attributed >= LEAST_ATTRIBUTED
     kinds = {row.tensor for row in one.rows}
+    assert {row.traced for row in one.rows if row.tensor == "attention"} == {"blockwise"}
     assert {"y", "arithmetic", "exponentials", "result", "parameters", "flags"} <= kinds
     compiled = [row for row in one.rows if row.tensor == "y"]
     assert compiled
