@@ -91,11 +91,13 @@ SHAPES = {
     for shape in (
         _shape("S", 4, 256, 4, 8192, context=256, batch=8, steps=3),
         _shape("M", 12, 768, 12, 50304, context=512, batch=2, steps=1),
+        _shape("L", 12, 768, 12, 50304, context=4096, batch=1, steps=1),
         _shape("char", 4, 128, 4, 256, context=64, batch=12, steps=30),
         _shape("tiny", 1, 16, 2, 64, context=16, batch=2, steps=2),
     )
 }
-"""S and M: 5.3 and 124 million parameters; char: `experiments.char_shakespeare`; tiny: a test."""
+"""S and M: 5.3 and 124 million parameters; L: M at 8 times the context; char:
+`experiments.char_shakespeare`; tiny: a test."""
 
 
 PROCESS_BYTES = GIB // 2

@@ -69,8 +69,9 @@ def start(
     peers: Sequence[str],
     torch_python: str,
     max_bytes: int | None = None,
+    forms: Sequence[str] = tuple(TORCH),
 ) -> tuple[list[Contestant], Missing]:
-    """All that can run here, and why the others cannot.
+    """All that can run here, and why the others cannot; `forms` are those of the peer `torch`.
 
     They are started one after another, and each takes a first step before the next is started, so
     that the memory which is free then is what the others leave.
@@ -85,7 +86,7 @@ def start(
     if "torch" in peers:
         starts += [
             functools.partial(torch_contestant, name, torch_python, shape, max_bytes)
-            for name in TORCH
+            for name in forms
         ]
     contestants: list[Contestant] = []
     missing: Missing = []
@@ -258,6 +259,13 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--policies", type=names, default=list(FORMATS), help="presets, by commas")
     parser.add_argument("--peers", type=names, default=["jnp"], help="jnp, torch, or nothing")
+    parser.add_argument(
+        "--torch",
+        type=names,
+        default=list(TORCH),
+        metavar="FORMS",
+        help=f"forms of the peer torch, by commas: {', '.join(TORCH)}",
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
     parser.add_argument(
@@ -270,6 +278,8 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if unknown := set(flags.peers) - {"jnp", "torch"}:
         parser.error(f"no peer {sorted(unknown)[0]!r}; the peers are jnp and torch")
+    if unknown := set(flags.torch) - set(TORCH):
+        parser.error(f"no form {sorted(unknown)[0]!r}; the forms are {', '.join(TORCH)}")
     if flags.rounds < 1:
         parser.error(f"rounds is {flags.rounds}; it must be at least 1")
     if flags.max_memory is not None and not 0 < flags.max_memory < math.inf:
@@ -290,7 +300,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = _flags(arguments)
     shape = SHAPES[flags.shape]
     max_bytes = None if flags.max_memory is None else int(flags.max_memory * GIB)
-    contestants, missing = start(shape, flags.policies, flags.peers, flags.torch_python, max_bytes)
+    contestants, missing = start(
+        shape, flags.policies, flags.peers, flags.torch_python, max_bytes, flags.torch
+    )
     for reason, _ in missing:
         print(reason, file=sys.stderr)
     try:

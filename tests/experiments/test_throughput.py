@@ -33,7 +33,9 @@ def test_lmjax_and_its_peer_train_alike(capsys):
     assert "left out: torch bf16" in printed.err
 
 
-@pytest.mark.parametrize("flags", ["--peers keras", "--rounds 0", "--policies nonsense"])
+@pytest.mark.parametrize(
+    "flags", ["--peers keras", "--torch jit", "--rounds 0", "--policies nonsense"]
+)
 def test_bad_flags_end_with_code_2(flags: str, capsys):
     with pytest.raises(SystemExit) as end:
         throughput.main(["--shape", "tiny", *flags.split()])
