@@ -31,6 +31,7 @@ Knows JAX, optax, formats and how forecasts are made.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
@@ -47,6 +48,7 @@ from lmjax.precision.exact import at_least_f32
 from lmjax.precision.formats import Format, parse_format
 from lmjax.precision.probes import Spread
 from lmjax.precision.sites import Stack
+from lmjax.precision.squares import Root, tree_root
 
 ScaleKind = Literal["auto", "none", "static", "dynamic", "predictive"]
 
@@ -127,33 +129,33 @@ def with_loss_scale(
     inner: optax.GradientTransformation,
     config: LossScaleConfig,
     stack: Stack | None = None,
-    norm: Callable[[Any], jax.Array] = optax.tree.norm,
+    norm: Callable[[Any], Root] = tree_root,
+    clip: Callable[[Root], tuple[jax.Array, ...]] = lambda _: (),
+    foretold: Callable[[Root], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that non-finite gradients skip the step and adjust the scale.
 
     Args:
-      inner: everything that may only see finite, unscaled f32 gradients: clipping, the optimizer.
+      inner: everything that may only see finite, unscaled and clipped f32 gradients.
       config: with `kind` and `format` resolved; see `resolve_kind`.
       stack: the blocks of the model, for `per_block`.
       norm: of all gradients; a step where it is not finite is skipped as well.
+      clip: from their norm to what gradients are multiplied by, one factor after another.
+      foretold: from their norm to whether all that `inner` makes of them is finite, which it then
+        does in place. None: only results tell, which are held beside the old ones until then.
 
     Returns:
       A transformation whose `update` takes *unscaled* f32 gradients (see `unscale`), over all
       micro-batches, and for a predictive scale `cotangents`, a `Spread` with the shape of the scale
-      in front. On a skipped step the updates are zeros and `inner`'s state is unchanged.
+      in front. On a skipped step the updates are zeros and `inner`'s state is unchanged. Given
+      `take` and `kept`, it returns `take(updates)`, and `kept` on a skipped step.
     """
     if config.kind == "auto":
         raise ValueError("loss_scale.kind is 'auto'; resolve it against a policy first")
-    predictive = config.kind == "predictive"
-    initial = 1.0 if config.kind == "none" else config.initial
     shape = (_of(stack).size + 1,) if config.per_block else ()
 
     def init(params: optax.Params) -> LossScaleState:
-        forecast = initial_forecast(shape) if predictive else ()
-        # Separate arrays: a buffer that occurs twice in the state cannot be donated.
-        good, skipped, consecutive = (jnp.zeros(s, jnp.int32) for s in (shape, (), ()))
-        scale = jnp.full(shape, initial, jnp.float32)
-        return LossScaleState(scale, good, skipped, consecutive, forecast, inner.init(params))
+        return _initial_state(config, shape, inner.init(params))
 
     def update(
         gradients: optax.Updates,
@@ -161,26 +163,88 @@ def with_loss_scale(
         params: optax.Params | None = None,
         *,
         cotangents: Spread | None = None,
+        take: Callable[[Any], Any] = lambda updates: updates,
+        kept: Any = None,
         **extra: Any,
-    ) -> tuple[optax.Updates, LossScaleState]:
+    ) -> tuple[Any, LossScaleState]:
         """Unscaled f32 gradients to f32 updates, zeros where the step is skipped."""
-        finite_groups = finite_by_scale(gradients, state.scale, stack)
-        updates, inner_state = inner.update(gradients, state.inner, params)
-        # Weight decay of a non-finite parameter does not skip the step: the broken embedding of a
-        # token that never occurs harms nothing else.
-        fresh = updates if params is None else jax.tree.map(_where_finite, updates, params)
-        finite = jnp.all(finite_groups) & all_finite((norm(gradients), fresh, inner_state))
-        # A select, not a branch: it costs nothing beside the arithmetic, works under vmap, and
-        # never multiplies a NaN by 0.
-        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner)
-        if predictive:
+        root = norm(gradients)
+        finite_groups = _finite_by_scale(gradients, root, state.scale, stack)
+        kept = jax.tree.map(jnp.zeros_like, gradients) if kept is None else kept
+        attempt = functools.partial(_attempt, inner, clip(root), gradients, state.inner, params)
+        sound, skipped = jnp.all(finite_groups) & jnp.isfinite(root.value), (kept, state.inner)
+        if foretold is None:
+            finite, (result, kept) = _side_by_side(sound, attempt, take, skipped, params)
+        else:
+            finite = sound & foretold(root)
+            result, kept = _in_place(finite, attempt, take, skipped)
+        if config.kind == "predictive":
             state = _foresee(state, finite_groups, cotangents, config)
         else:
             state = _adjust(state, finite_groups, config)
-        return updates, _counted(state, finite)._replace(inner=kept)
+        return result, _counted(state, finite)._replace(inner=kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _initial_state(config: LossScaleConfig, shape: tuple[int, ...], inner: Any) -> LossScaleState:
+    initial = 1.0 if config.kind == "none" else config.initial
+    forecast = initial_forecast(shape) if config.kind == "predictive" else ()
+    # Separate arrays: a buffer that occurs twice in the state cannot be donated.
+    good, skipped, consecutive = (jnp.zeros(s, jnp.int32) for s in (shape, (), ()))
+    scale = jnp.full(shape, initial, jnp.float32)
+    return LossScaleState(scale, good, skipped, consecutive, forecast, inner)
+
+
+Attempt = Callable[[], tuple[Any, Any]]
+"""The updates of an optimizer and its state after them."""
+
+
+def _attempt(
+    inner: optax.GradientTransformation,
+    factors: Iterable[jax.Array],
+    gradients: Any,
+    state: Any,
+    params: Any,
+) -> tuple[Any, Any]:
+    """What an optimizer makes of gradients times these factors."""
+    for factor in factors:
+        gradients = jax.tree.map(lambda g, f=factor: g * f, gradients)
+    return inner.update(gradients, state, params)
+
+
+def _in_place(
+    finite: jax.Array, attempt: Attempt, take: Callable[[Any], Any], skipped: tuple[Any, Any]
+) -> tuple[Any, Any]:
+    """What is taken of an attempt and the state after it, or `skipped`.
+
+    A branch, in which XLA writes over the arrays that it reads: a select would compute parameters
+    from moments that it has to copy first.
+    """
+
+    def taken() -> tuple[Any, Any]:
+        updates, state = attempt()
+        return take(updates), state
+
+    return jax.lax.cond(finite, taken, lambda: skipped)
+
+
+def _side_by_side(
+    sound: jax.Array,
+    attempt: Attempt,
+    take: Callable[[Any], Any],
+    skipped: tuple[Any, Any],
+    params: Any,
+) -> tuple[jax.Array, tuple[Any, Any]]:
+    """Whether all that an attempt computes is finite, and the same as `_in_place`."""
+    updates, state = attempt()
+    # Weight decay of a non-finite parameter does not skip the step: the broken embedding of a token
+    # that never occurs harms nothing else.
+    fresh = updates if params is None else jax.tree.map(_where_finite, updates, params)
+    finite = sound & all_finite((fresh, state))
+    # A select never multiplies a NaN by 0.
+    select = lambda new, old: jnp.where(finite, new, old)
+    return finite, jax.tree.map(select, (take(updates), state), skipped)
 
 
 def _counted(state: LossScaleState, finite: jax.Array) -> LossScaleState:
@@ -241,9 +305,12 @@ def metrics(scale: jax.Array, state: LossScaleState) -> dict[str, jax.Array]:
     }
 
 
-def current(state: LossScaleState) -> jax.Array:
-    """f32[] or f32[blocks + 1]: what this step multiplies its loss (and its cotangents) by."""
-    return state.scale
+def current(state: LossScaleState, kind: ScaleKind = "auto") -> jax.Array:
+    """f32[] or f32[blocks + 1]: what this step multiplies its loss (and its cotangents) by.
+
+    Without a scale, a constant, so that XLA divides nothing by 1.
+    """
+    return jnp.ones_like(state.scale) if kind == "none" else state.scale
 
 
 def of_the_loss(scale: jax.Array) -> jax.Array:
@@ -291,10 +358,15 @@ def _of(stack: Stack | None) -> Stack:
 
 
 @jax.named_scope("loss_scale")
-def finite_by_scale(gradients: Any, scale: jax.Array, stack: Stack | None = None) -> jax.Array:
-    """bool, of the shape of `scale`: the gradients that each scale applies to are all finite."""
+def _finite_by_scale(
+    gradients: Any, root: Root, scale: jax.Array, stack: Stack | None
+) -> jax.Array:
+    """bool, of the shape of `scale`: the gradients that each scale applies to are all finite.
+
+    Their norm is finite, before it is scaled back, just where all of them are.
+    """
     if not scale.ndim:
-        return all_finite(gradients)
+        return jnp.isfinite(root.scaled)
     flat = paths.flatten(gradients)
     holds = _of(stack).holds
     outside = [leaf for path, leaf in flat.items() if not holds(path)]

@@ -25,6 +25,7 @@ from lmjax.optim.pruning import PruningConfig, with_pruning
 from lmjax.optim.storage import ParamSites, with_stored_moments
 from lmjax.precision import paths
 from lmjax.precision.exact import at_least_f32
+from lmjax.precision.policy import STORED_AS_F32
 from lmjax.precision.sites import Stack
 from lmjax.precision.squares import Root, tree_root
 
@@ -170,15 +171,39 @@ def make_optimizer(
       A transformation of unscaled f32 gradients into f32 updates. Parameters are widened to f32
       before they reach it, so moments and decay never see a narrow format: eps = 1e-8 is 0 in f16.
     """
-    clip = [_clip(config.clip_norm, norm)] if config.clip_norm else []
+    clipped = [optax.identity()] if config.clip_norm else []  # its place in checkpoints
     multiply = [_multiply(rates)] if rates else []
-    chain = optax.chain(*clip, _direction(config, steps, stack), *multiply)
+    chain = optax.chain(*clipped, _direction(config, steps, stack), *multiply)
     inner = _in_f32(with_stored_moments(chain, sites))
     if pruning.pattern != "none":
         if stack is None:
             raise ValueError("pruning needs `stack`, the blocks of the model")
         inner = with_pruning(inner, pruning, sites, stack)
-    return with_loss_scale(inner, loss_scale, stack, lambda tree: norm(tree).value)
+    clip = functools.partial(_clip, config.clip_norm)
+    foretold = functools.partial(_stays_finite, config.clip_norm)
+    bounded = _is_bounded(config, sites) and pruning.pattern == "none"
+    return with_loss_scale(inner, loss_scale, stack, norm, clip, foretold if bounded else None)
+
+
+def _is_bounded(config: OptimizerConfig, sites: ParamSites) -> bool:
+    """Whether moments and updates are finite as long as the squares of gradients are.
+
+    A moment in f32 is a mean of gradients or of their squares, and so no larger than the largest of
+    them; with settings no stranger than these, a quotient of moments is far from overflow.
+    """
+    usual = (
+        max(config.b1, config.b2) <= 1 - 2.0**-20
+        and config.eps >= 1e-15
+        and max(config.learning_rate, config.weight_decay) <= 1
+    )
+    wide = all(s.mu == s.nu == STORED_AS_F32 for s in sites.values())
+    return usual and wide and config.name in ("adamw", "lion")
+
+
+def _stays_finite(limit: float, root: Root) -> jax.Array:
+    """bool[]: the norm is finite, and so is the square of every clipped gradient."""
+    largest = jnp.minimum(root.value, limit) if limit else root.value
+    return jnp.isfinite(root.value) & jnp.isfinite(jnp.square(largest))
 
 
 def _direction(
@@ -216,8 +241,8 @@ def _direction(
     )
 
 
-def _clip(limit: float, norm: TreeNorm) -> optax.GradientTransformation:
-    """Multiplies gradients by the factor, at most 1, that makes their norm at most `limit`.
+def _clip(limit: float, root: Root) -> tuple[jax.Array, ...]:
+    """Factors, at most 1 each, that make the norm of gradients at most `limit`; none for 0.
 
     XLA may write x / sqrt(s) as x rsqrt(s), which rounds otherwise, and does so where it sees both;
     that depends on how arrays are cut. Behind a barrier the factor is one number for all of them.
@@ -225,15 +250,11 @@ def _clip(limit: float, norm: TreeNorm) -> optax.GradientTransformation:
     A large norm is compared with the limit, and gradients are multiplied, after both were scaled as
     for the squares: the quotient of limit and norm alone may be too small for f32.
     """
-
-    def update(gradients: Any, _: Any) -> Any:
-        root = norm(gradients)
-        lowered = jnp.minimum(root.scale, 1.0)
-        factor = limit / jnp.maximum(root.scaled * (lowered / root.scale), limit * lowered)
-        lowered, factor = jax.lax.optimization_barrier((lowered, factor))
-        return jax.tree.map(lambda g: g * lowered * factor, gradients)
-
-    return optax.stateless(update)
+    if not limit:
+        return ()
+    lowered = jnp.minimum(root.scale, 1.0)
+    factor = limit / jnp.maximum(root.scaled * (lowered / root.scale), limit * lowered)
+    return jax.lax.optimization_barrier((lowered, factor))
 
 
 def _multiply(rates: Mapping[str, float]) -> optax.GradientTransformation:

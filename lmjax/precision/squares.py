@@ -84,8 +84,10 @@ def tree_root(tree: Any, *, in_order: bool = False) -> Root:
     leaves = [leaf.astype(dtype) for leaf in leaves]
     # Of floats and not of bit patterns, which takes XLA's CPU backend fifteen times as long. A NaN
     # it leaves out, and a subnormal it may take for 0: both change nothing here.
-    largest = (jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves)
-    scale = scale_for_squares(functools.reduce(jnp.maximum, largest))
+    each = (jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves)
+    largest = functools.reduce(jnp.maximum, each)
+    # Of constant zeros, XLA would multiply the square by the square of the scale, 0 by infinity.
+    scale = jnp.where(largest == 0, jnp.ones_like(largest), scale_for_squares(largest))
     flat = (leaf.reshape(-1) if in_order else leaf for leaf in leaves)
     squares = (jnp.sum(jnp.square(leaf * scale)) for leaf in flat)
     return Root(jnp.sqrt(functools.reduce(jnp.add, squares)), scale)

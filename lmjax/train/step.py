@@ -75,7 +75,7 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimizer step on `int32[batch_size, context]` inputs and targets."""
-        scale = loss_scale.current(state.opt_state)
+        scale = loss_scale.current(state.opt_state, config.loss_scale.kind)
         factors = measure.factors(state.scaling, scale, stack)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
@@ -89,9 +89,21 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
         gradients, measured, loss = _over_micro_batches(of_part, batch, config.micro_batches)
         gradients = config.reductions.gathered(gradients, mesh)
         cotangents = measure.cotangent_spread(measured, scale, stack)
+        key = jax.random.fold_in(step_key, config.micro_batches)
+
+        def stored(updates: Any) -> tuple[Any, Any, Any]:
+            new = apply_updates(state.params, updates, state.residuals, sites, key)
+            return *new, updates if telemetry else ()
+
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(
-                gradients, state.opt_state, state.params, cotangents=cotangents
+            still = jax.tree.map(jnp.zeros_like, gradients) if telemetry else ()
+            (params, residuals, updates), opt_state = optimizer.update(
+                gradients,
+                state.opt_state,
+                state.params,
+                cotangents=cotangents,
+                take=stored,
+                kept=(state.params, state.residuals, still),
             )
             norm = config.reductions.norm(gradients).value
         with jax.named_scope("metrics"):
@@ -101,15 +113,10 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
                 "learning_rate": schedule(state.step - state.opt_state.skipped_steps),
                 **loss_scale.metrics(scale, opt_state),
             }
-        key = jax.random.fold_in(step_key, config.micro_batches)
-        with jax.named_scope("optimizer"):
-            stored = apply_updates(state.params, updates, state.residuals, sites, key)
         scaling = measure.updated_scaling(state.scaling, measured, scale, phase.layout, phase.sites)
         skipped = opt_state.consecutive_skips > 0
-        params, residuals, scaling = jax.tree.map(
-            lambda old, new: jnp.where(skipped, old, new),
-            (state.params, state.residuals, state.scaling),
-            (*stored, scaling),
+        scaling = jax.tree.map(
+            lambda old, new: jnp.where(skipped, old, new), state.scaling, scaling
         )
         if telemetry:
             metrics["telemetry"] = measure.census(measured)
