@@ -70,7 +70,10 @@ OWN_FLAGS: Any = tyro.conf.arg(name="")
 Experiment = Annotated[str, tyro.conf.Positional]
 """A module, such as `experiments.quickstart`."""
 
-Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+REPEATED: Any = tyro.conf.UseAppendAction
+"""Of a parameter whose values, or those of its fields, are given by one flag each."""
+
+Repeated = Annotated[tuple[str, ...], REPEATED]
 """A flag that may be given several times."""
 
 RunDirectory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]

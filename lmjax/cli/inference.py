@@ -3,76 +3,106 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Annotated
 
-from lmjax.checks import at_least
-from lmjax.cli.common import DONE, RunDirectory, bad_input, print_json, write_text
+from lmjax.cli.common import (
+    DONE,
+    OWN_FLAGS,
+    REPEATED,
+    Repeated,
+    RunDirectory,
+    bad_input,
+    print_json,
+    write_text,
+)
 from lmjax.console import stages
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
+from lmjax.inference import Continuations, Generation, load_model, stream_batch
 from lmjax.inference import evaluate as evaluate_run
-from lmjax.inference import load_model
 from lmjax.inference import score as score_text
-from lmjax.inference import stream as stream_text
-from lmjax.runs.config import Seed
 
 
 def generate(
     run: RunDirectory,
     /,
-    prompt: str = "",
-    tokens: Annotated[int, at_least(0)] = 200,
-    temperature: Annotated[float, at_least(0)] = 0.8,
-    top_k: Annotated[int, at_least(0)] = 0,
-    seed: Seed = 0,
+    prompt: Repeated = (),
+    config: Annotated[Generation, OWN_FLAGS, REPEATED] = Generation(),  # noqa: B008 - frozen
     precision: str | None = None,
     json: bool = False,
 ) -> int:
-    """Continues a text with the newest checkpoint of a run.
+    """Continues texts with the newest checkpoint of a run.
 
-    Standard output gets the prompt and the text, as it is generated, and a newline. If the model
-    ends the document, a line on standard error says so.
+    Standard output gets each prompt and its continuation, as it is generated, and a newline. A line
+    on standard error says so if the model ends the document or a stop string ends the text.
 
     Args:
       run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
-      prompt: Text to continue; empty: the start of a document.
-      tokens: Maximum number of tokens to generate.
-      temperature: Divides the logits; 0 takes the likeliest token.
-      top_k: Sample from this many likeliest tokens only; 0: from all.
-      seed: Seed of the random draws, 0 to 2^64 - 1. The same seed gives the same text.
+      prompt: Text to continue; none, or empty: the start of a document. May be given several times:
+        all are continued at once, each as it would be alone.
       precision: Policy to compute with, if not the run's own.
       json: Print JSON.
     """
     model = load_model(run, precision=precision)
-    pieces = bad_input(
-        stream_text, model, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
-    )
-    if json:
-        with stages.stage("generating text"):
-            text = "".join(pieces)
-        print_json({"prompt": prompt, "text": text, "step": model.step, "ended": pieces.ended})
+    prompts = prompt or ("",)
+    how = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    pieces = bad_input(stream_batch, model, prompts, **how)
+    if not json:
+        _show_stream(prompts, pieces)
         return DONE
-    _show_stream(prompt, pieces)
-    if pieces.ended:
-        count = f"{pieces.tokens} token{'' if pieces.tokens == 1 else 's'}"
-        print(f"the model ended the document after {count}", file=sys.stderr)
+    with stages.stage("generating text"):
+        texts = _collected(pieces)
+    rows = [
+        {
+            "prompt": prompt,
+            "text": text,
+            "tokens": state.tokens,
+            "ended": state.ended,
+            "stopped_by": state.stopped_by or None,
+        }
+        for prompt, text, state in zip(prompts, texts, pieces.texts, strict=True)
+    ]
+    found = {**rows[0], "step": model.step} if len(rows) == 1 else None
+    print_json(found or {"step": model.step, "continuations": rows})
     return DONE
 
 
-def _show_stream(prompt: str, pieces: Iterator[str]) -> None:
-    """Writes a prompt and its continuation as it comes."""
+def _collected(pieces: Continuations) -> list[str]:
+    """The whole texts."""
+    texts = [""] * len(pieces.texts)
+    for row, piece in pieces:
+        texts[row] += piece
+    return texts
+
+
+def _show_stream(prompts: Sequence[str], pieces: Continuations) -> None:
+    """Writes prompts and their continuations: the first as it comes, others after it."""
     with stages.stage("generating text"):
-        first = next(pieces, "")
+        begun = list(itertools.islice(pieces, 1))
+    waiting = [""] * len(prompts)
     with stages.stage("generating text"), ExitStack() as stack:
         if sys.stdout.isatty():  # a live line would interrupt the text
             stack.enter_context(stages.hidden())
         stack.callback(write_text, "\n")
-        write_text(prompt + first)
-        for piece in pieces:
-            write_text(piece)
+        first = "".join(piece for row, piece in begun if row == 0)
+        write_text(prompts[0] + first)
+        for row, piece in itertools.chain((pair for pair in begun if pair[0]), pieces):
+            if row:
+                waiting[row] += piece
+            else:
+                write_text(piece)
+    for prompt, text in list(zip(prompts, waiting, strict=True))[1:]:
+        write_text(f"\n{prompt}{text}\n")
+    for number, state in enumerate(pieces.texts, start=1):
+        which = f"prompt {number}: " if len(prompts) > 1 else ""
+        why = "the model ended the document" if state.ended else ""
+        why = f"stopped before {state.stopped_by!r}" if state.stopped_by else why
+        if why:
+            print(f"{which}{why} after {counted(state.tokens, 'token')}", file=sys.stderr)
 
 
 def score(run: RunDirectory, /, text: str, precision: str | None = None, json: bool = False) -> int:

@@ -22,8 +22,9 @@ from lmjax.compression.written import size_on_disk
 from lmjax.console import stages
 from lmjax.data import DataError
 from lmjax.errors import InputError
-from lmjax.inference import TrainedModel, evaluate
-from lmjax.inference.generate import Reader
+from lmjax.inference import Generation, TrainedModel, evaluate
+from lmjax.inference.growing import Growing
+from lmjax.inference.sampling import Sampler
 
 TOKENS = 32
 """Tokens over which decoding is timed."""
@@ -72,16 +73,17 @@ def measured(model: TrainedModel, run: Path | None) -> Measured:
 
 def _seconds_per_token(model: TrainedModel) -> float:
     """The time of one token, once its program is compiled."""
-    count = min(TOKENS, model.config.context - 2)
-    ids = [model.tokenizer.end_of_document]
-    reader = Reader(model, 1)
-    times = []
+    how = Generation(tokens=min(TOKENS, model.config.context - 2) + 1, temperature=0.0, window=1)
+    start = [model.tokenizer.start_of_document]
+    sampler = Sampler(model.tokenizer.vocab_size, how, how.seed)
+    times: list[float] = []
     with stages.stage("timing decoding"):
-        for _ in range(max(count, 2)):
-            start = time.perf_counter()
-            token = int(np.argmax(np.asarray(reader.logits(ids), np.float32)))
-            times.append(time.perf_counter() - start)
-            ids.append(token)
+        while len(times) < max(how.tokens, 2):
+            growing = Growing(model, [start], [sampler], how)
+            while growing.unfinished:
+                begin = time.perf_counter()
+                growing.drawn()
+                times.append(time.perf_counter() - begin)
     return float(np.median(times[1:]))
 
 

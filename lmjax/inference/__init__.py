@@ -2,20 +2,34 @@
 
 from lmjax.inference.evaluate import Evaluation, evaluate
 from lmjax.inference.finite import NonFiniteError
-from lmjax.inference.generate import Continuation, generate, stream
+from lmjax.inference.generate import (
+    Continuation,
+    Continuations,
+    generate,
+    generate_batch,
+    stream,
+    stream_batch,
+)
+from lmjax.inference.growing import Generation
 from lmjax.inference.run import TrainedModel, load_model
+from lmjax.inference.sampling import Sampling
 from lmjax.inference.score import Piece, Score, score
 
 __all__ = [
     "Continuation",
+    "Continuations",
     "Evaluation",
+    "Generation",
     "NonFiniteError",
     "Piece",
+    "Sampling",
     "Score",
     "TrainedModel",
     "evaluate",
     "generate",
+    "generate_batch",
     "load_model",
     "score",
     "stream",
+    "stream_batch",
 ]

@@ -55,6 +55,12 @@ class LayerCache(NamedTuple):
         zero = cls.of(k, v, sites)  # Not zeros when stored: e8m0 factors have no zero.
         return cls(_everywhere(zero.keys, shape, _KEYS), _everywhere(zero.values, shape, _VALUES))
 
+    @property
+    def positions(self) -> int:
+        """S."""
+        leaf, *_ = jax.tree.leaves(self.keys)
+        return leaf.shape[_KEYS.index(_POSITION)]
+
     def extended(
         self, k: jax.Array, v: jax.Array, start: int | jax.Array, sites: Sites
     ) -> LayerCache:

@@ -11,7 +11,7 @@ from run_helpers import result, tiny
 
 from lmjax.data import document_starts, tokenized_corpus
 from lmjax.inference import TrainedModel, evaluate, load_model, score
-from lmjax.inference.generate import Reader
+from lmjax.inference.reading import Reader
 from lmjax.model import log_probabilities
 from lmjax.train import InputError, train
 

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_helpers import result, tiny
@@ -23,7 +21,7 @@ from lmjax.train import InputError, make_eval_step, train
 
 CONTEXT = 16
 
-generate_module = importlib.import_module("lmjax.inference.generate")
+reading = importlib.import_module("lmjax.inference.reading")
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +35,6 @@ def workdir(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(workdir: Path) -> TrainedModel:
     return load_model(workdir)
-
-
-class Scripted:
-    """Logits of a model that says x three times and ends the document, whatever it reads."""
-
-    def __init__(self, end: int):
-        self.calls = 0
-        self._end = end
-
-    def logits(self, ids: list[int]) -> jax.Array:
-        """f32[256]."""
-        self.calls += 1
-        said = self._end if self.calls > 3 else ord("x")
-        return jnp.where(jnp.arange(256) == said, 0.0, -1e9)
-
-
-@pytest.fixture
-def scripted(model: TrainedModel, monkeypatch: pytest.MonkeyPatch) -> Scripted:
-    """Puts a script in the place of the model."""
-    script = Scripted(model.tokenizer.end_of_document)
-    monkeypatch.setattr(generate_module.Reader, "logits", lambda _, ids: script.logits(ids))
-    return script
 
 
 # --- The model ---
@@ -164,7 +140,7 @@ def test_temperature_0_takes_the_likeliest_token_at_every_step(
     prompt: str, chunk: int, exact: TrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Past the context too, and from prompts shorter, as long, and longer than it."""
-    monkeypatch.setattr(generate_module, "CHUNK", chunk)
+    monkeypatch.setattr(reading, "CHUNK", chunk)
     expected = read_whole(exact, prompt, 40)
     assert len(expected) == 40
     assert generate(exact, prompt, tokens=40, temperature=0.0) == expected
@@ -175,8 +151,8 @@ def test_temperature_0_takes_the_likeliest_token_at_every_step(
 def test_every_token_is_read_once_until_the_context_is_full(
     precision: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate_module, "CHUNK", 4)
-    reader = generate_module.Reader(load_model(workdir, precision=precision), 6)
+    monkeypatch.setattr(reading, "CHUNK", 4)
+    reader = reading.Reader(load_model(workdir, precision=precision), 6)
     ids = list(range(1, 7))
     seen = []
     for token in range(7, 20):
@@ -187,28 +163,24 @@ def test_every_token_is_read_once_until_the_context_is_full(
     assert seen[11:] == [(9, 8), (9, 9)], "half of the context is left when it overflows"
 
 
-def test_programs_are_compiled_once_for_all_prompts(exact: TrainedModel) -> None:
+def test_programs_are_compiled_once_for_all_prompts_and_settings(exact: TrainedModel) -> None:
     generate(exact, "the", tokens=2)
-    read = generate_module._programs(exact.phase).read
-    compiled = read._cache_size()
+    programs = reading.programs_of(exact)
+    compiled = programs.read._cache_size(), programs.draw._cache_size()
     for prompt in ("a", "the lazy", "the quick brown fox jumps over"):
-        generate(dataclasses.replace(exact), prompt, tokens=3, seed=1)
-    assert read._cache_size() == compiled
+        more = {"top_p": 0.5, "top_k": 3, "repetition_penalty": 1.5, "window": 3}
+        generate(dataclasses.replace(exact), prompt, tokens=7, seed=1, **more)
+    assert (programs.read._cache_size(), programs.draw._cache_size()) == compiled
 
 
 def test_the_cache_is_that_of_the_phase_the_run_ended_in(
     workdir: Path, exact: TrainedModel
 ) -> None:
     ids = [exact.tokenizer.end_of_document, *map(int, exact.tokenizer.encode("the quick"))]
-    logits = lambda model: np.asarray(generate_module.Reader(model, len(ids)).logits(ids))
+    logits = lambda model: np.asarray(reading.Reader(model, len(ids)).logits(ids))
     coarse = load_model(workdir, precision="0: f32 | 30: f32,kv=int4@channel")
     difference = np.abs(logits(coarse) - logits(exact)).max()
     assert 1e-3 < difference < 2.0
-
-
-def test_stops_where_the_document_ends(scripted: Scripted, model: TrainedModel) -> None:
-    assert generate(model, "", tokens=50) == "xxx"
-    assert scripted.calls == 4
 
 
 def test_no_more_tokens_than_asked_for(model: TrainedModel) -> None:
@@ -218,7 +190,7 @@ def test_no_more_tokens_than_asked_for(model: TrainedModel) -> None:
 
 @pytest.mark.parametrize("name", ["tokens", "temperature", "top_k"])
 def test_negative_numbers_are_refused(name: str, model: TrainedModel) -> None:
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match=rf"^{name} is -1(\.0)?; it must be at least 0"):
         generate(model, "the", **{name: -1})
 
 

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_helpers import strict_loads, tiny
@@ -28,6 +26,7 @@ from lmjax.inference import (
     score,
     stream,
 )
+from lmjax.inference.sampling import NOT_FINITE
 from lmjax.train import train
 
 generate_module = importlib.import_module("lmjax.inference.generate")
@@ -46,22 +45,36 @@ def model(workdir: Path) -> TrainedModel:
     return load_model(workdir)
 
 
+class Script:
+    """In the place of what grows the texts: says its tokens one by one, whatever it reads."""
+
+    def __init__(self, tokens: Iterator[int | float], calls: list[int], limit: int):
+        self.unfinished, self._tokens, self._calls, self._limit = True, tokens, calls, limit
+        self._count = 0
+
+    def drawn(self) -> list[list[int]]:
+        """The next token, NOT_FINITE for a NaN."""
+        self._count += 1
+        self._calls.append(self._count)
+        token = next(self._tokens)
+        token = NOT_FINITE if math.isnan(token) else int(token)
+        self.unfinished = self._count < self._limit and token not in (END, NOT_FINITE)
+        return [[token]]
+
+    def finish(self, row: int) -> None:
+        """Says no more."""
+        self.unfinished = False
+
+
 def says(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int | float]) -> list[int]:
     """Makes models say these bytes, whatever they read; a NaN stands for logits with one.
 
     Returns:
-      How many tokens each call had read.
+      How many tokens each call had drawn.
     """
     script, calls = iter(tokens), []
-
-    def logits(_: Any, ids: Sequence[int]) -> jax.Array:
-        calls.append(len(ids))
-        token = next(script)
-        if math.isnan(token):
-            return jnp.zeros(300, jnp.float32).at[7].set(jnp.nan)
-        return jnp.where(jnp.arange(300) == token, 0.0, -1e9)
-
-    monkeypatch.setattr(generate_module.Reader, "logits", logits)
+    make = lambda model, ids, samplers, how: Script(script, calls, how.tokens)
+    monkeypatch.setattr(generate_module, "Growing", make)
     return calls
 
 
@@ -139,9 +152,13 @@ def test_streaming_changes_no_text(model: TrainedModel) -> None:
 
 
 def test_settings_are_refused_before_the_first_token(model: TrainedModel) -> None:
-    for change in ({"tokens": -1}, {"tokens": 1.5}, {"temperature": math.nan}, {"top_k": -1}):
-        with pytest.raises(ValueError, match="must not be negative"):
-            stream(model, "", **change)
+    refused = {"tokens": (-1, 1.5), "temperature": (math.nan,), "stop": ("", ["a", ""], [1])}
+    for name, values in (refused | {"window": (0, 65), "top_p": (0,), "seed": (-1,)}).items():
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{name}\b"):
+                stream(model, "", **{name: value})
+    with pytest.raises(TypeError, match="top_q"):
+        stream(model, "", top_q=1)
 
 
 # --- The command line ---
@@ -175,7 +192,8 @@ def test_json_says_whether_the_model_ended_the_document(
     says(monkeypatch, [*b"ab", END, *b"abc"])
     for limit, ended in (("5", True), ("2", False)):
         code, out, err = show(capsys, workdir, "--prompt", "x", "--tokens", limit, "--json")
-        found = {"prompt": "x", "text": "ab", "step": 2, "ended": ended}
+        found = {"prompt": "x", "text": "ab", "tokens": 2, "ended": ended}
+        found |= {"stopped_by": None, "step": 2}
         assert (code, strict_loads(out), err) == (cli.DONE, found, "")
 
 

@@ -17,7 +17,7 @@ from run_helpers import home, tiny
 
 from lmjax.data import tokenized_corpus
 from lmjax.inference import evaluate
-from lmjax.inference.generate import Reader
+from lmjax.inference.reading import Reader
 from lmjax.inference.run import load_model
 from lmjax.interop import export_run, import_run, pretrained
 from lmjax.interop.architectures import ARCHITECTURES
