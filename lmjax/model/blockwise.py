@@ -37,6 +37,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lmjax.model.sheet import INSIDE, Given, Measured, Rules, Sheet
 from lmjax.model.tiling import Index, put, taken, visit
 from lmjax.precision.asides import aside
+from lmjax.precision.contraction import not_before
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.probes import Rounded, measure
 
@@ -153,6 +154,9 @@ def _read(
 
 def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     q, k, v, given, slots, logarithms, wide = saved
+    # Else XLA would compute the scores again early, or not at all, and keep those of every block.
+    with rules.scores.scope, aside("entering"):
+        q = not_before(g, q)
     sheet = Sheet(rules, q, k, given, slots)
     tiling = sheet.tiling
     with rules.scores.scope:

@@ -24,8 +24,8 @@ from lmjax.model.parametrisation import IDENTITY, Parametrisation, parametrisati
 from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within_site
 from lmjax.precision.asides import aside
 from lmjax.precision.backend import Backend, this_backend
-from lmjax.precision.bits import largest_magnitude
 from lmjax.precision.broadcast import add_to_rows
+from lmjax.precision.exact import at_least_f32
 from lmjax.precision.matmul import RandomKey, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.squares import scale_for_squares
@@ -253,7 +253,9 @@ def _scale_of_rows(x: jax.Array, epsilon: float) -> jax.Array:
     if x.dtype == jnp.float16:  # as narrow as asked: half of the ordinary numbers would be scaled
         return jnp.ones((*x.shape[:-1], 1), x.dtype)
     with aside("range"):
-        largest = largest_magnitude(jax.lax.stop_gradient(x), axis=-1)[..., None]
+        # Of floats, as in `squares.tree_root`: a NaN left out makes the row NaN all the same.
+        magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(at_least_f32(x.dtype))
+        largest = jnp.max(magnitudes, axis=-1, keepdims=True)
         floor = jnp.asarray(math.sqrt(epsilon), largest.dtype)
         return scale_for_squares(jnp.maximum(largest, floor)).astype(x.dtype)
 

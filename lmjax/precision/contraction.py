@@ -122,10 +122,23 @@ def relaid(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     On one CPU it stands in memory as its shape says. XLA would otherwise give the dot another
     layout, for which it has no bf16 kernel.
     """
-    one_cpu = this_backend().platform == "cpu" and jax.device_count() == 1
-    if one_cpu and x.shape[order[-1]] % 2 == 0:
+    if _is_one_cpu() and x.shape[order[-1]] % 2 == 0:
         return _materialised(x, order)
     return jnp.transpose(x, order)
+
+
+def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, which a program for one CPU reads only once `g` is known; NaN if `g` begins with one.
+
+    Barriers and control dependences do not survive XLA's CPU pipeline until it schedules.
+    """
+    if not _is_one_cpu():
+        return x
+    return x * (1 + 0 * g.reshape(-1)[:1].astype(x.dtype)).reshape((1,) * x.ndim)
+
+
+def _is_one_cpu() -> bool:
+    return this_backend().platform == "cpu" and jax.device_count() == 1
 
 
 def _materialised(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
