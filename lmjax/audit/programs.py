@@ -46,22 +46,31 @@ def trace(name: str, phase: Phase, mesh: Any) -> Traced:
     return Traced(name, makers[name](phase, mesh))
 
 
-def _rows(phase: Phase, mesh: Any, rows: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-    shape = (rows, phase.config.context)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, shape))
+def _rows(phase: Phase, mesh: Any, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of so many rows, with weights too."""
+    config = phase.config
+    shapes = config.data.batch_shapes(rows, config.context)
+    weights = (rows,) if config.data.labelled else (rows, config.context)
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape,
+            jnp.float32 if name == "weights" else jnp.int32,
+            sharding=sharding.batch_sharding(mesh, shape),
+        )
+        for name, shape in (shapes | {"weights": weights}).items()
+    }
 
 
 def _train(phase: Phase, mesh: Any) -> Any:
-    tokens = _rows(phase, mesh, phase.config.batch_size)
-    batch = dict.fromkeys(phase.config.data.batch_fields, tokens)
+    batch = _rows(phase, mesh, phase.config.batch_size)
+    del batch["weights"]
     return make_train_step(phase, mesh).trace(abstract_state(phase, mesh), batch)
 
 
 def _evaluate(phase: Phase, mesh: Any) -> Any:
     parts = sharding.batch_parts(mesh)
     rows = -(-phase.config.evaluation.batch_size // parts) * parts
-    fields = dict.fromkeys(phase.config.data.batch_fields, _rows(phase, mesh, rows))
-    batch = fields | {"weights": _rows(phase, mesh, rows, jnp.float32)}
+    batch = _rows(phase, mesh, rows)
     return make_eval_step(phase, mesh).trace(abstract_state(phase, mesh).params, batch)
 
 

@@ -215,8 +215,12 @@ def _launched(launch: TrainFlags) -> int:
             if is_first():
                 write_text(f"A sample:\n{text}\n")
     loss = float(outcome.result["eval_loss"])
+    each, right = "token", ""
+    if "accuracy" in outcome.result:
+        each = "text"
+        right = ", accuracy {accuracy:.4f} and F1 {f1:.4f}".format_map(outcome.result)
     console.print(
-        f"held-out loss {loss:.4f} nats per token after {counted(outcome.step, 'step')} "
+        f"held-out loss {loss:.4f} nats per {each}{right} after {counted(outcome.step, 'step')} "
         f"({outcome.result['train_seconds']:.1f} s of training); everything is in "
         f"{printable(launch.workdir)}",
         markup=False,

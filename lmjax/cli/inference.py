@@ -157,6 +157,8 @@ def evaluate(run: RunDirectory, /, precision: str | None = None, json: bool = Fa
         print_json(dataclasses.asdict(result))
     else:
         bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+        if result.accuracy is not None:
+            print(f"accuracy {result.accuracy:.4f}, F1 {result.f1:.4f}")
         print(
             f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
             f"{result.perplexity:.3f}{bits} ({counted(result.tokens, 'token')})"

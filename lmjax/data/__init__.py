@@ -11,6 +11,7 @@ from lmjax.data.config import DataConfig
 from lmjax.data.corpus import TokenizedCorpus, prepare, tokenized_corpus
 from lmjax.data.errors import CacheFailed, DataError
 from lmjax.data.pipeline import document_starts, train_iterator, validation_batches
+from lmjax.data.rows import document_rows
 from lmjax.data.tokenizer_files import load_tokenizer, read_tokenizer
 from lmjax.data.tokenizers import ByteTokenizer, Tokenizer
 
@@ -21,6 +22,7 @@ __all__ = [
     "DataError",
     "TokenizedCorpus",
     "Tokenizer",
+    "document_rows",
     "document_starts",
     "load_tokenizer",
     "prepare",

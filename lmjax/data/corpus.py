@@ -71,6 +71,12 @@ class TokenizedCorpus:
     """Which documents are held out, and who chose them; unknown for older caches."""
     directory: Path | None = None
     """Its directory."""
+    classes: tuple[str, ...] = ()
+    """The labels of its documents, in the order of their numbers; empty where they have none."""
+    train_classes: Tokens | None = None
+    """uint16 [documents]: the number of each document's class."""
+    validation_classes: Tokens | None = None
+    """As `train_classes`."""
 
 
 def tokenized_corpus(config: DataConfig, *, window: int, progress: bool = True) -> TokenizedCorpus:
@@ -220,6 +226,7 @@ def _build(
         train = _write(tokenizer, texts.train, directory / "train.bin", dtype, advance)
         held_out = _write(tokenizer, texts.validation, directory / "validation.bin", dtype, advance)
     _check_window(train.tokens, held_out.tokens, window)
+    classes = _write_classes(texts, directory)
     content = {
         "dataset": config.dataset,
         "dtype": dtype.str,
@@ -227,6 +234,7 @@ def _build(
         "validation_documents": held_out.documents,
         "validation_bytes": held_out.text_bytes,
         "held_out": texts.held_out,
+        **({"classes": classes} if classes else {}),
     }
     seal(directory, content)
     # Sealing reads the files back: does the disk hold what was written?
@@ -261,6 +269,23 @@ def _write(
             text_bytes += sum(len(text.encode("utf-8")) for text in batch)
             advance(len(batch))
     return _Written(tokens, documents, text_bytes, digest.hexdigest())
+
+
+def _write_classes(texts: TextSplits, directory: Path) -> list[str]:
+    """Writes the class of each document, if they have one; returns the labels.
+
+    Raises:
+      DataError: all documents have the same.
+    """
+    labels = sorted({*texts.labels[0], *texts.labels[1]})
+    if len(labels) == 1:
+        raise DataError(f"all texts have the label {labels[0]}: two classes are the fewest to tell")
+    numbers = {label: number for number, label in enumerate(labels)}
+    for name, own in zip(("train", "validation"), texts.labels, strict=True) if labels else ():
+        np.asarray([numbers[label] for label in own], "<u2").tofile(
+            directory / f"{name}_classes.bin"
+        )
+    return labels
 
 
 def _batches(texts: Collection[str]) -> Iterator[list[str]]:
@@ -299,6 +324,10 @@ def _open(directory: Path) -> TokenizedCorpus | None:
         tokenizer = load_tokenizer(directory / "tokenizer.json")
         train = np.memmap(directory / "train.bin", dtype=dtype, mode="r")
         validation = np.memmap(directory / "validation.bin", dtype=dtype, mode="r")
+        own = [
+            np.memmap(directory / f"{name}_classes.bin", dtype="<u2", mode="r")
+            for name in (("train", "validation") if content.get("classes") else ())
+        ]
     # Another process discarded it after the check.
     except (OSError, DataError):
         return None
@@ -312,4 +341,7 @@ def _open(directory: Path) -> TokenizedCorpus | None:
         fingerprint=json_sha256({k: v["sha256"] for k, v in content["files"].items()}),
         held_out=content.get("held_out", ""),
         directory=directory,
+        classes=tuple(content.get("classes", ())),
+        train_classes=own[0] if own else None,
+        validation_classes=own[1] if own else None,
     )

@@ -39,6 +39,8 @@ class TextSplits:
     validation: Collection[str]
     held_out: str
     """Which documents `validation` has, and who chose them: a phrase for display."""
+    labels: tuple[Sequence[str], Sequence[str]] = ((), ())
+    """The class of each document of `train` and of `validation`; empty where they have none."""
 
 
 # --- Built-in corpora ---
@@ -227,7 +229,10 @@ class _StoredDocuments(Documents):
         # Documents without ids are identified by position, which TFDS keeps stable per version.
         identity = record.get("id", str(index))
         text = _as_str(record[self._feature]).removeprefix("\ufeff")  # a byte order mark
-        return Document(id=_as_str(identity), text=text)
+        document = Document(id=_as_str(identity), text=text)
+        if "label" in record:
+            document["label"] = _as_str(record["label"])
+        return document
 
 
 def _as_str(value: Any) -> str:
@@ -264,19 +269,24 @@ def split_documents(documents: Documents, validation_fraction: float) -> TextSpl
         return TextSplits(
             [head], [tail], f"the last {validation_fraction:.0%} of the only document"
         )
-    sizes, hashes = [], []
+    sizes, hashes, labels = [], [], []
     for document in map(documents.__getitem__, range(len(documents))):
         sizes.append(len(document["text"].encode("utf-8")))
         hashes.append(hashlib.sha256(document["id"].encode("utf-8")).digest())
+        labels += [document["label"]] if "label" in document else []
     held_out = choose_held_out(sizes, hashes, validation_fraction)
     kept = [index for index in range(len(documents)) if index not in held_out]
     names = _listed([documents[index]["id"] for index in sorted(held_out)[: _MOST_NAMED + 1]])
     share = sum(sizes[index] for index in held_out) / sum(sizes)
+    by = "the text" if labels else f"their names: {names}"
     chosen = (
-        f"{len(held_out)} of {_count(documents)}, {share:.1%} of the text, chosen by a hash of "
-        f"their names: {names}"
+        f"{len(held_out):,} of {_count(documents)}, {share:.1%} of the text, chosen by a hash of "
+        f"{by}"
     )
-    return TextSplits(_Selection(documents, kept), _Selection(documents, sorted(held_out)), chosen)
+    held = sorted(held_out)
+    of = lambda split: [labels[index] for index in split] if labels else []
+    own = of(kept), of(held)
+    return TextSplits(_Selection(documents, kept), _Selection(documents, held), chosen, own)
 
 
 def _named_split(documents: Documents, source: TextSource) -> TextSplits:

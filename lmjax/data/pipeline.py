@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lmjax.data.corpus import TokenizedCorpus, Tokens
 from lmjax.data.errors import DataError
+from lmjax.data.rows import DocumentRows
 
 Batch = dict[str, np.ndarray]
 
@@ -49,14 +50,19 @@ def train_iterator(
       `targets[:, t]` the token after `inputs[:, t]`, and with `document_mask` also
       `"document_starts": int32[b, length]`, of `inputs`; see `document_starts`. Its `get_state`
       counts global batches: the same JSON on every host, so `set_state` resumes exactly on any
-      number of hosts.
+      number of hosts. Where documents have classes, each row holds one of them instead of a window;
+      see `DocumentRows.batch`.
 
     Raises:
       DataError: the batch does not divide among the hosts, or the split has no whole window.
     """
     rows = _host_rows(batch_size, process_index, process_count)
     end = corpus.tokenizer.start_of_document if document_mask else None
-    windows = (corpus.train.size - 1) // length
+    windows, documents = (corpus.train.size - 1) // length, None
+    if corpus.train_classes is not None:
+        ends = corpus.tokenizer.end_of_document
+        documents = DocumentRows(corpus.train, corpus.train_classes, ends)
+        windows = len(documents)
     if windows < 1:
         raise DataError(
             f"the training split has {corpus.train.size} tokens, fewer than one window of "
@@ -64,6 +70,8 @@ def train_iterator(
         )
 
     def gather(indices: npt.NDArray[np.int64]) -> Batch:
+        if documents is not None:
+            return documents.batch(indices[rows], length)
         return _batch(_windows(corpus.train, indices[rows], length), end)
 
     # Batch indices, not windows: a host reads only its own rows.
@@ -112,16 +120,30 @@ def validation_batches(
       of the last window, rows that fill up the last batch, and rows beyond batch_size. The latter
       repeat the first row, so that formats whose factors rows share find no new values in them.
       Every other weight is 1. With `document_mask` also `document_starts`, as in `train_iterator`.
+      Where documents have classes, `weights` are f32[b], beside what `DocumentRows.batch` has.
 
     Raises:
       DataError: the batch does not divide among the hosts.
     """
     padded = -(-batch_size // multiple) * multiple
     rows = _host_rows(padded, process_index, process_count)
-    windows = -(-(corpus.validation.size - 1) // length)
+    windows, documents = -(-(corpus.validation.size - 1) // length), None
+    if corpus.validation_classes is not None:
+        ends = corpus.tokenizer.end_of_document
+        documents = DocumentRows(corpus.validation, corpus.validation_classes, ends)
+        windows = len(documents)
     limit = max_batches * batch_size if max_batches else windows
     chosen = np.arange(min(limit, windows), dtype=np.int64) * windows // min(limit, windows)
     end = corpus.tokenizer.start_of_document if document_mask else None
+    if documents is not None:
+        size = chosen.size
+        chosen = np.concatenate([chosen, np.full(-size % batch_size, chosen[0])])
+        counts = np.arange(chosen.size) < size
+        parts = chosen.reshape(-1, batch_size), counts.reshape(-1, batch_size)
+        return (
+            _counted(documents, part, counting, length, padded, rows)
+            for part, counting in zip(*parts, strict=True)
+        )
     # A row past the end starts where no token remains to predict: all padding.
     beyond = -(-corpus.validation.size // length)
     filler = np.full(-chosen.size % batch_size, beyond, dtype=np.int64)
@@ -134,7 +156,7 @@ def document_starts(
 ) -> npt.NDArray[np.int32]:
     """Where the document of each token starts, for a document mask.
 
-    Documents follow each other with an end-of-document token after each. As input, that token
+    DocumentRows follow each other with an end-of-document token after each. As input, that token
     belongs to the next document: only that document's first token is predicted from it. A document
     in the middle of a window thus looks like a text that is scored or continued, which is also
     read after an end-of-document token.
@@ -149,6 +171,21 @@ def document_starts(
     """
     starts = np.where(tokens == start_of_document, np.arange(tokens.shape[1], dtype=np.int32), 0)
     return np.maximum.accumulate(starts, axis=1, dtype=np.int32)
+
+
+def _counted(
+    documents: DocumentRows,
+    indices: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.bool_],
+    length: int,
+    padded: int,
+    rows: slice,
+) -> Batch:
+    """Some rows of a batch of documents, padded with copies of weight 0."""
+    copies = padded - indices.size
+    mine = np.concatenate([indices, np.full(copies, indices[0])])[rows]
+    weights = np.concatenate([counts, np.zeros(copies, bool)])[rows].astype(np.float32)
+    return {**documents.batch(mine, length), "weights": weights}
 
 
 def _weighted(

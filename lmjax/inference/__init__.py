@@ -1,5 +1,6 @@
-"""Using a trained run: generate, score, evaluate."""
+"""Using a trained run: generate, score, evaluate, embed."""
 
+from lmjax.inference.embedding import sentence_embeddings
 from lmjax.inference.evaluate import Evaluation, evaluate
 from lmjax.inference.finite import NonFiniteError
 from lmjax.inference.generate import (
@@ -30,6 +31,7 @@ __all__ = [
     "generate_batch",
     "load_model",
     "score",
+    "sentence_embeddings",
     "stream",
     "stream_batch",
 ]

@@ -18,6 +18,7 @@ from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
 from lmjax.parallel import sharding
 from lmjax.train import make_eval_step, phase_of
+from lmjax.train.classes import held_out_classes
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.start import refuse_running_text
 
@@ -33,6 +34,7 @@ class Evaluation:
       perplexity: exp(eval_loss).
       bits_per_byte: cross entropy per byte of text, comparable between tokenizers; None for an
         encoder, which does not predict every token.
+      accuracy, f1: of a model that tells classes apart; see `Confusion`.
     """
 
     step: int
@@ -40,6 +42,8 @@ class Evaluation:
     eval_loss: float
     perplexity: float
     bits_per_byte: float | None
+    accuracy: float | None = None
+    f1: float | None = None
 
 
 def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
@@ -56,15 +60,20 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
         corpus = tokenized_corpus(config.data, window=config.context + 1, progress=progress)
     mesh = sharding.make_mesh(config.mesh, config.reductions.devices(jax.devices()))
     with stages.stage("evaluating on the whole validation split"):
-        eval_step = _refusing_non_finite(make_eval_step(phase, mesh), model)
-        loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
+        scores: tuple[float | None, float | None] = None, None
+        if config.model.classes:
+            loss, classes = held_out_classes(phase, model.params, corpus, mesh)
+            scores = classes.accuracy, classes.f1
+        else:
+            eval_step = _refusing_non_finite(make_eval_step(phase, mesh), model)
+            loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
     bits = None
     if config.model.family == "decoder":
         bits = loss * tokens / math.log(2) / corpus.validation_bytes
     # Beyond exp(709) Python raises, where IEEE 754 gives infinity.
     perplexity = math.exp(loss) if not loss > 709 else math.inf
-    return Evaluation(model.step, tokens, loss, perplexity, bits)
+    return Evaluation(model.step, tokens, loss, perplexity, bits, *scores)
 
 
 def _refusing_non_finite(eval_step: Callable[..., Any], model: TrainedModel) -> Callable[..., Any]:

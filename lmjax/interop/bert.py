@@ -1,7 +1,8 @@
-"""BERT (Devlin et al. 2019): an encoder with a head for masked tokens, or one for classes."""
+"""BERT (Devlin et al. 2019): an encoder with a head for masked tokens, for classes, or none."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from lmjax.interop.architecture import Architecture, TensorRule, linear
@@ -12,16 +13,19 @@ from lmjax.model import ModelConfig
 _POSITIONS = "only absolute positions are supported"
 _DECODER = "it reads in one direction; only bidirectional BERTs are supported"
 TOKENS, CLASSES = "BertForMaskedLM", "BertForSequenceClassification"
+HEADLESS = "BertModel"
+_INSIDE = "bert."
+"""What the names of all tensors but those of a head begin with, where there is a head."""
 _BLOCK = "bert.encoder.layer.{}"
 
 
 class Bert(Architecture):
-    """`BertForMaskedLM` and `BertForSequenceClassification`."""
+    """`BertForMaskedLM`, `BertForSequenceClassification` and `BertModel`, which has no head."""
 
     name = "bert"
     class_name = TOKENS
     prefix = ""
-    buffers = (r"bert\.embeddings\.position_ids", r"cls\.predictions\.(decoder\.)?bias")
+    buffers = (r"(bert\.)?embeddings\.position_ids", r"cls\.predictions\.(decoder\.)?bias")
     needs: ClassVar[dict[str, Any]] = {
         "family": "encoder",
         "positions": "learned",
@@ -35,7 +39,7 @@ class Bert(Architecture):
 
     def class_of(self, model: ModelConfig) -> str:
         """See `Architecture`."""
-        return CLASSES if model.classes else TOKENS
+        return HEADLESS if model.headless else CLASSES if model.classes else TOKENS
 
     def settings(self, fields: Fields) -> dict[str, Any]:
         """See `Architecture`."""
@@ -44,9 +48,13 @@ class Bert(Architecture):
         fields.only("add_cross_attention", False, False, "cross attention is not supported")
         wanted = fields.any("architectures", [TOKENS])
         head = wanted[0] if isinstance(wanted, list) and wanted else wanted
-        if head not in (TOKENS, CLASSES):
+        if head not in (TOKENS, CLASSES, HEADLESS):
             fields.problems.append(
-                f"architectures is {wanted!r}; supported are {TOKENS} and {CLASSES}"
+                f"architectures is {wanted!r}; supported are {TOKENS}, {CLASSES} and {HEADLESS}"
+            )
+        if head == HEADLESS:
+            fields.notes.append(
+                "it has no head: it encodes texts, and --init-from starts training with a new one"
             )
         names = fields.any("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
         return {
@@ -65,6 +73,7 @@ class Bert(Architecture):
             ),
             "tied": fields.flag("tie_word_embeddings", True),
             "classes": len(names) if head == CLASSES else 0,
+            "headless": head == HEADLESS,
         }
 
     def fields(self, model: ModelConfig) -> dict[str, Any]:
@@ -90,6 +99,22 @@ class Bert(Architecture):
 
     def rules(self, model: ModelConfig) -> list[TensorRule]:
         """See `Architecture`."""
+        rules = self._trunk()
+        if model.pooled:
+            rules += linear("bert.pooler.dense", "pool/dense", bias=True)
+        if model.headless:
+            bare = lambda rule: replace(rule, tensor=rule.tensor.removeprefix(_INSIDE))
+            return [bare(rule) for rule in rules]
+        if model.classes:
+            return rules + linear("classifier", "head", bias=True)
+        rules += linear("cls.predictions.transform.dense", "transform/dense", bias=True)
+        rules += _norm("cls.predictions.transform.LayerNorm", "transform/norm")
+        if model.tied:
+            return [*rules, TensorRule("cls.predictions.bias", ("head/bias",))]
+        return rules + linear("cls.predictions.decoder", "head", bias=True)
+
+    def _trunk(self) -> list[TensorRule]:
+        """The tensors of embeddings and blocks."""
         tables = {"word": "embed", "position": "positions", "token_type": "types"}
         rules = [
             TensorRule(f"bert.embeddings.{theirs}_embeddings.weight", (f"{ours}/table",))
@@ -108,14 +133,7 @@ class Bert(Architecture):
             rules += linear(f"{_BLOCK}.{theirs}", f"blocks/{ours}", bias=True)
         for theirs, ours in {"attention.output": "attention", "output": "mlp"}.items():
             rules += _norm(f"{_BLOCK}.{theirs}.LayerNorm", f"blocks/{ours}/norm")
-        if model.classes:
-            rules += linear("bert.pooler.dense", "pool/dense", bias=True)
-            return rules + linear("classifier", "head", bias=True)
-        rules += linear("cls.predictions.transform.dense", "transform/dense", bias=True)
-        rules += _norm("cls.predictions.transform.LayerNorm", "transform/norm")
-        if model.tied:
-            return [*rules, TensorRule("cls.predictions.bias", ("head/bias",))]
-        return rules + linear("cls.predictions.decoder", "head", bias=True)
+        return rules
 
     def more_obstacles(self, model: ModelConfig) -> list[str]:
         """See `Architecture`."""

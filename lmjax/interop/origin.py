@@ -15,7 +15,15 @@ from lmjax import strict_json
 from lmjax.data import DataError, Tokenizer, load_tokenizer, read_tokenizer
 from lmjax.errors import InputError
 from lmjax.interop.reading import POLICIES, Pretrained, is_pretrained, pretrained, read_model
-from lmjax.model import ModelConfig, Params, dense_weights, param_sites, resolve_sites, structure
+from lmjax.model import (
+    ModelConfig,
+    Params,
+    dense_weights,
+    is_of_objective,
+    param_sites,
+    resolve_sites,
+    structure,
+)
 from lmjax.parallel import sharding
 from lmjax.parallel.agreement import is_first
 from lmjax.precision import paths
@@ -123,7 +131,9 @@ def settings_of(name: str) -> dict[str, Any]:
             model, builtin = config.model, config.data.tokenizer in ("bytes", "gpt2")
             tokenizer = config.data.tokenizer if builtin else here
     fields = dataclasses.asdict(model)
-    kept = {name: value for name, value in fields.items() if name not in OF_TRAINING}
+    # What an encoder is trained for stays the run's own, unless the origin tells classes apart.
+    own = (*OF_TRAINING, "headless", *(() if model.classes else ("classes",)))
+    kept = {name: value for name, value in fields.items() if name not in own}
     return {"model": kept, **({"data": {"tokenizer": tokenizer}} if tokenizer else {})}
 
 
@@ -139,6 +149,7 @@ def refuse_unfit(name: str, model: ModelConfig, tokenizer: Tokenizer) -> None:
             f"{path} is {_shape(found.get(path))} there and {_shape(wanted.get(path))} here"
             for path in sorted(wanted.keys() | found.keys())
             if _shape(found.get(path)) != _shape(wanted.get(path))
+            and not (is_of_objective(model, path) and is_of_objective(origin.model, path))
         ]
         if unequal:
             more = f" and {len(unequal) - 4} more" if len(unequal) > 4 else ""
@@ -162,23 +173,37 @@ def started_from(
     It is recorded in `origin.json`: where they are from, their digest, and what was cast.
     """
     with opened(name) as origin:
-        params = origin.parameters(mesh)
-        cast = casts(origin.stored, phase.param_sites)
-        for text in (*origin.notes, *_changes(origin.model, phase.config.model), *cast):
-            note(f"{name}: {text}")
+        params, model = origin.parameters(mesh), phase.config.model
         digest = parameters_sha256(params)
+        params, heads = _fitting(params, model)
+        cast = casts(origin.stored, phase.param_sites)
+        for text in (*origin.notes, *_changes(origin.model, model), *heads, *cast):
+            note(f"{name}: {text}")
         if is_first():
             record = {"from": name, "step": origin.step, "parameters_sha256": digest}
-            text = strict_json.dumps(record | {"casts": cast}, indent=2)
+            own = {"casts": cast, "heads": heads} if heads else {"casts": cast}
+            text = strict_json.dumps(record | own, indent=2)
             replace_text(workdir / FILE, text + "\n")
         return adopt(params, origin.stored, phase, mesh)
+
+
+def _fitting(params: Params, model: ModelConfig) -> tuple[Params, list[str]]:
+    """The parameters that a model has too; which others it draws, and which it leaves, in words."""
+    flat, shapes = paths.flatten(params), paths.flatten(structure(model)[1])
+    kept = {p: x for p, x in flat.items() if _shape(x) == _shape(shapes.get(p))}
+    places = lambda found: ", ".join(sorted({path.rpartition("/")[0] for path in found}))
+    words = {
+        "new, drawn from the seed": shapes.keys() - kept.keys(),
+        "left out": flat.keys() - shapes.keys(),
+    }
+    return paths.unflatten(kept), [f"{places(f)}: {how}" for how, f in words.items() if f]
 
 
 def casts(old: dict[str, SitePolicy], new: dict[str, SitePolicy]) -> list[str]:
     """Which parameters change their format, in words."""
     changed: dict[tuple[str, str], list[str]] = {}
     for path, site in new.items():
-        if old[path].params != site.params:
+        if path in old and old[path].params != site.params:
             changed.setdefault((old[path].params.name, site.params.name), []).append(path)
     return [
         f"{'all' if len(found) == len(new) else ', '.join(found)} cast from {was} to {now}"
@@ -192,7 +217,7 @@ def _changes(old: ModelConfig, new: ModelConfig) -> list[str]:
     return [
         f"model.{name} is {was[name]} there and {now[name]} here"
         for name in was
-        if was[name] != now[name] and name not in OF_TRAINING
+        if was[name] != now[name] and name not in (*OF_TRAINING, "classes", "headless")
     ]
 
 

@@ -27,6 +27,7 @@ from lmjax.model.families import (
     weights,
 )
 from lmjax.model.layers import ANYWHERE, Constrain
+from lmjax.model.layout import is_of_objective
 from lmjax.model.loss import log_probabilities, token_losses
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import QUIET, Context, Sites
@@ -56,6 +57,7 @@ __all__ = [
     "gpt2",
     "initial_cache",
     "initial_params",
+    "is_of_objective",
     "layout",
     "learning_rate_factors",
     "llama_1b",

@@ -96,6 +96,9 @@ class ModelConfig:
     """
     classes: DerivedSize = 0
     """Encoder: classes of texts to predict; 0: masked tokens."""
+    headless: bool = False
+    """Encoder: it ends with the pooled first token (`BertModel` of transformers), to be read, or
+    started from with a new head; nothing is predicted."""
     mask_token: DerivedSize = 0
     """Encoder: id that stands for a masked token; 0: the last of the vocabulary."""
     mask_rate: Annotated[float, between(0, 1)] = 0.15
@@ -152,12 +155,17 @@ class ModelConfig:
                 f"model.mask_token is {self.mask_token}, but model.vocab_size is {self.vocab_size};"
                 " choose a smaller id or raise --model.vocab-size"
             )
-        for name in ("token_types", "classes", "mask_token"):
+        for name in ("token_types", "classes", "mask_token", "headless"):
             if self.family == "decoder" and getattr(self, name):
                 raise ValueError(
                     f"model.{name} is {getattr(self, name)}, which a decoder does not have; leave "
-                    "it at 0 or set --model.family encoder"
+                    "it at its default or set --model.family encoder"
                 )
+        if self.headless and self.classes:
+            raise ValueError(
+                f"model.classes is {self.classes}, but model.headless leaves out the head that "
+                "predicts them; leave one of both out"
+            )
 
     # The fields that 0 leaves open are derived here and not filled in, so that
     # `dataclasses.replace(config, width=...)` keeps deriving them.
@@ -190,13 +198,18 @@ class ModelConfig:
     @property
     def tied_head(self) -> bool:
         """Whether the head multiplies by the embedding table."""
-        return self.tied and not self.classes
+        return self.tied and not self.pooled
+
+    @property
+    def pooled(self) -> bool:
+        """Whether an encoder pools the first token, which stands for the whole text."""
+        return self.headless or self.classes > 0
 
     def predicted(self, length: int) -> int:
         """How many positions of a row of this length an objective reads."""
         if self.family == "decoder":
             return length
-        return 1 if self.classes else max(1, round(self.mask_rate * length))
+        return 1 if self.pooled else max(1, round(self.mask_rate * length))
 
     @property
     def mlp_size(self) -> int:

@@ -96,13 +96,15 @@ class Encoder(Assembly):
         block = functools.partial(Block, config=c, norm_position="after")
         self.blocks = stacked(block, jax.random.split(next(keys), c.layers))
         part = next(keys)
-        self.pool = FirstToken(part, c) if c.classes else None
-        self.transform = None if c.classes else Transform(part, c)
+        self.pool = FirstToken(part, c) if c.pooled else None
+        self.transform = None if c.pooled else Transform(part, c)
         head = functools.partial(
             Dense, next(keys), c.width, std=scales.weight_std, bias=True, scales=scales
         )
-        if c.tied_head:
-            self.head: TiedHead | Dense = TiedHead(c.vocab_size)
+        if c.headless:
+            self.head: TiedHead | Dense | None = None
+        elif c.tied_head:
+            self.head = TiedHead(c.vocab_size)
         else:
             size, axis = (c.classes, "classes") if c.classes else (c.vocab_size, "vocab")
             self.head = head(size, axes=("embed", axis))
@@ -166,11 +168,15 @@ class Encoder(Assembly):
     def logits(self, x: jax.Array, sites: Sites, context: Context) -> jax.Array:
         """The logits of what stands at each position, `[B, N, V]`, or of each class, `[B, 1, C]`.
 
+        Without a head, the pooled first token, `[B, 1, D]`.
+
         `x` may hold some positions of what left the trunk; classes are told by the first one.
         """
         for name, part in (("transform", self.transform), ("pool", self.pool)):
             if part is not None:
                 x = part(x, within(sites, name), context.at(name))
+        if self.head is None:
+            return x
         site, head = sites["head"], context.at("head")
         if isinstance(self.head, TiedHead):
             return self.embed.logits(x, site, head, self.head.bias)

@@ -50,13 +50,19 @@ def encoder_layout(config: ModelConfig) -> Layout:
     tables += ["positions"] if config.positions == "learned" else []
     tables += ["types"] if config.token_types else []
     before = [outside(table, Source(table, "params")) for table in tables]
-    part = "pool" if config.classes else "transform"
+    part = "pool" if config.pooled else "transform"
     after = [outside(f"{part}/dense"), outside(f"{part}/activation", Source(f"{part}/dense"))]
-    if not config.classes:
+    if not config.pooled:
         after.append(outside("transform/norm", Source("transform/activation")))
-    after += [outside("head"), outside("loss", Source("head"))]
+    if not config.headless:
+        after += [outside("head"), outside("loss", Source("head"))]
     places = (*before, outside("norm", Source("embed")), *block_places(config), *after)
     return Layout(places, stack_of(config))
+
+
+def is_of_objective(config: ModelConfig, path: str) -> bool:
+    """Whether a parameter belongs to what an encoder is trained for, and may be new in another."""
+    return config.family == "encoder" and path.startswith(("transform/", "pool/", "head/"))
 
 
 def _inside(config: ModelConfig) -> list[tuple[str, Source | None]]:

@@ -183,7 +183,7 @@ def batch_sharding(mesh: Mesh | AbstractMesh, shape: Sequence[int]) -> NamedShar
             f"a batch of {shape[0]} rows cannot be divided among {parts} devices (mesh.data x "
             "mesh.fsdp); choose a batch size that is a multiple"
         )
-    return named_sharding(mesh, ("batch", "length"), shape)
+    return named_sharding(mesh, ("batch", "length")[: len(shape)], shape)
 
 
 @dataclass(frozen=True)

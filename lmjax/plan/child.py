@@ -43,9 +43,12 @@ OPTIONS: Final[dict[str, Any]] = {
 def lowered(config: Config, mesh: sharding.Mesh, platform: str) -> tuple[jax.stages.Lowered, int]:
     """The step of a config on a mesh for a JAX platform; and bytes of a device's arguments."""
     phase = phase_of(config)
-    shape = (config.batch_size, config.context)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
-    arguments = abstract_state(phase, mesh), dict.fromkeys(config.data.batch_fields, tokens)
+    shapes = config.data.batch_shapes(config.batch_size, config.context)
+    placed = lambda shape: jax.ShapeDtypeStruct(
+        shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape)
+    )
+    batch = {name: placed(shape) for name, shape in shapes.items()}
+    arguments = abstract_state(phase, mesh), batch
     traced = make_train_step(phase, mesh).trace(*arguments)
     size = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return traced.lower(lowering_platforms=(platform,)), sum(map(size, jax.tree.leaves(arguments)))

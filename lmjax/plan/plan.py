@@ -128,11 +128,10 @@ def cuts(config: Config, devices: int) -> Iterator[Cut]:
             dtypes = sorted({str(leaf.dtype) for leaf in leaves if leaf.ndim})
             yield Cut(name, (), " ".join(dtypes), (), sum(map(_bytes, leaves)))
     shape = (config.batch_size, config.context)
-    placed = sharding.batch_sharding(mesh, shape)
-    spec = tuple(_used(axes, mesh) for axes in placed.spec)
-    fields = config.data.batch_fields
-    size = len(fields) * 4 * math.prod(placed.shard_shape(shape))
-    yield Cut(", ".join(fields), shape, "int32", spec, size)
+    spec = tuple(_used(axes, mesh) for axes in sharding.batch_sharding(mesh, shape).spec)
+    shapes = config.data.batch_shapes(*shape)
+    sizes = (math.prod(sharding.batch_sharding(mesh, s).shard_shape(s)) for s in shapes.values())
+    yield Cut(", ".join(shapes), shape, "int32", spec, 4 * sum(sizes))
 
 
 def _used(axes: str | tuple[str, ...] | None, mesh: jax.sharding.AbstractMesh) -> str:

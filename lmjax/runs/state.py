@@ -26,7 +26,7 @@ from lmjax.optim.loss_scale import LossScaleState
 from lmjax.optim.optimizer import make_optimizer
 from lmjax.optim.storage import ParamSites, convert_moments, convert_params, initial_residuals
 from lmjax.parallel.sharding import Mesh, state_shardings
-from lmjax.precision import exact
+from lmjax.precision import exact, paths
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase, phase_of
 from lmjax.telemetry.measure import carried_scaling, initial_scaling
@@ -174,7 +174,8 @@ def adopt(params: Params, stored: ParamSites, phase: Phase, mesh: Mesh) -> Train
     """A fresh state around parameters that exist already, which it donates.
 
     Args:
-      params: on the devices of the mesh, where the state has them.
+      params: on the devices of the mesh, where the state has them; those that are missing are
+        drawn from the seed.
       stored: how they are stored; they are converted to the formats of the phase.
       phase: the first one.
       mesh: where the state lives.
@@ -184,6 +185,12 @@ def adopt(params: Params, stored: ParamSites, phase: Phase, mesh: Mesh) -> Train
     def init(params: Params, data: jax.Array) -> TrainState:
         fresh = initial_state(phase, jax.random.wrap_key_data(data, impl=KEY_KIND))
         own, residuals = convert_params(params, {}, stored, phase.param_sites)
+        if missing := paths.flatten(fresh.params).keys() - paths.flatten(own).keys():
+            pick = lambda tree: {p: x for p, x in paths.flatten(tree).items() if p in missing}
+            own, residuals = (
+                paths.unflatten(paths.flatten(given) | pick(drawn))
+                for given, drawn in ((own, fresh.params), (residuals, fresh.residuals))
+            )
         optimizer = optimizer_of(phase).init(own)
         return fresh._replace(params=own, residuals=residuals, opt_state=optimizer)
 

@@ -36,6 +36,7 @@ from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import local_path, staged
 from lmjax.train.audited import audit_beside, finish_audits
 from lmjax.train.cautions import warnings
+from lmjax.train.classes import held_out_classes
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog
@@ -322,6 +323,10 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
     if from_first(finished_result(run.workdir, run.config) is not None):
         return strict_json.read(run.workdir / RESULT)
     with stages.stage("evaluating on the whole validation split"):
+        if run.config.model.classes:
+            phase = run.resolved.after(run.step)
+            found = held_out_classes(phase, run.state.params, run.corpus, run.mesh)
+            return record_result(run, *found)
         return record_result(run, _held_out(run, programs))
 
 

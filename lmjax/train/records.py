@@ -30,6 +30,7 @@ from lmjax.runs.metrics import (
 from lmjax.runs.run_directory import parameters_sha256, record_environment
 from lmjax.runs.sinks import open_sinks
 from lmjax.telemetry.rows import draw_telemetry
+from lmjax.train.classes import Confusion, draw_confusion
 from lmjax.train.log import StepLog
 from lmjax.train.start import Run
 
@@ -84,7 +85,7 @@ def save(run: Run, log: StepLog) -> None:
     run.checkpoints.save(run.step, run.state, run.data.get_state(), progress, prune=prune)
 
 
-def record_result(run: Run, loss: float) -> dict[str, Any]:
+def record_result(run: Run, loss: float, classes: Confusion | None = None) -> dict[str, Any]:
     """Writes the last row and `result.json` of a finished run.
 
     The row may exist already, written by a process killed before it wrote the result.
@@ -92,6 +93,8 @@ def record_result(run: Run, loss: float) -> dict[str, Any]:
     Args:
       run: as the last step left it.
       loss: held-out loss over the whole validation split.
+      classes: what the model took the texts of that split for, if it tells classes apart; drawn
+        too.
 
     Returns:
       The result, as written to the file.
@@ -109,10 +112,15 @@ def record_result(run: Run, loss: float) -> dict[str, Any]:
         "tokens": config.steps * config.batch_size * config.context,
         "train_seconds": run.clock.seconds,
         "parameters_sha256": parameters_sha256(run.state.params),
+        **(classes.as_result() if classes else {}),
     }
     text = strict_json.dumps(result, indent=2)
     if is_first():
         replace_text(run.workdir / "result.json", text + "\n")
+        if classes:
+            title = printable(f"{run.workdir.name}   {config.precision}")
+            with decoration("confusion.png", run.note):
+                draw_confusion(classes, title, run.workdir / "confusion.png")
     return strict_json.loads(text)
 
 

@@ -64,7 +64,7 @@ def _record_batches(run: Run, first: int, last: int) -> Path:
     """Writes the batches of some steps, from all hosts.
 
     Returns:
-      A `.npz` with `steps`, int32[n], and each array of the batches, int32[n, batch_size, context].
+      A `.npz` with `steps`, int32[n], and each array of the batches, int32[n, batch_size, ...].
       After a resumption it starts at this process's first step.
     """
     path = run.workdir / "rewound" / f"batches-{last}.npz"
@@ -82,7 +82,7 @@ def _record_batches(run: Run, first: int, last: int) -> Path:
             data.set_state(state)
             batches.append(next(data))
         arrays: dict[str, Any] = {
-            name: np.stack([batch[name] for batch in batches]) for name in config.data.batch_fields
+            name: np.stack([batch[name] for batch in batches]) for name in batches[0]
         }
         path.parent.mkdir(exist_ok=True)
         np.savez(path, steps=np.array(list(states), np.int32), **arrays)

@@ -137,6 +137,12 @@ def _checked_here(
             f"the model embeds {config.model.vocab_size}; raise --model.vocab-size"
         )
     refuse_running_text(config, corpus.tokenizer)
+    if len(corpus.classes) > config.model.classes:
+        raise InputError(
+            f"the text has {len(corpus.classes)} classes, but the model tells "
+            f"{config.model.classes} apart; set --model.family encoder and --model.classes "
+            f"{len(corpus.classes)}"
+        )
     if config.init_from and (workdir is None or is_untrained(workdir)):
         with stages.stage(f"looking at {printable(config.init_from)}"):
             origin.refuse_unfit(config.init_from, config.model, corpus.tokenizer)
@@ -149,13 +155,19 @@ def refuse_running_text(config: Config, tokenizer: Tokenizer) -> None:
     Raises:
       InputError: it lacks classes, or no token stands for masked ones.
     """
-    model, given = config.model, config.data.batch_fields
+    model, given = config.model, config.data.batch_shapes(1, 1)
+    if model.headless:
+        raise InputError(
+            "the model has no head, so it predicts nothing; start from it with --init-from and "
+            "--model.classes N, or train it on masked tokens with --model.no-headless"
+        )
     missing = [name for name in objective_of(model).reads if name not in given]
     if missing:
+        what = f"dataset {config.data.dataset} does not have"
         raise InputError(
-            f"the model needs {' and '.join(missing)}, which running text does not have; "
-            "set --model.classes 0 to train it on masked tokens, or call make_train_step with "
-            "batches of your own"
+            f"the model needs {' and '.join(missing)}, which {what}; choose --data.dataset "
+            "movie_reviews or labelled_files for classes, text for anything else, and set "
+            "--model.classes 0 to train an encoder on masked tokens"
         )
     if config.data.document_mask and model.family == "encoder":
         raise InputError(

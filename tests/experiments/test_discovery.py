@@ -159,10 +159,14 @@ def test_config_is_complete_and_survives_json(name: str) -> None:
 def test_one_step_lowers_for_eight_devices(name: str) -> None:
     config = experiment(name).config().resolved()
     mesh = sharding.abstract_mesh(MESHES.get(name, sharding.MeshConfig(fsdp=2, tensor=2)), 8)
-    shape = (config.batch_size, config.context)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
+    shapes = config.data.batch_shapes(config.batch_size, config.context)
+    placed = lambda shape: sharding.batch_sharding(mesh, shape)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed(shape))
+        for name, shape in shapes.items()
+    }
     state = abstract_state(config, mesh)
-    traced = make_train_step(config, mesh).trace(state, {"inputs": tokens, "targets": tokens})
+    traced = make_train_step(config, mesh).trace(state, batch)
     new_state, metrics = traced.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state

