@@ -95,7 +95,7 @@ def flags() -> Iterator[str]:
 
 @every_page
 def test_flags_that_a_page_names_exist(page: Path) -> None:
-    elsewhere = {"--worker", "--command", "--strict", "--nproc-per-node", "--help"}
+    elsewhere = {"--worker", "--command", "--strict", "--nproc-per-node", "--help", "--no-deps"}
     sources = [*ROOT.glob("experiments/benchmarks/*.py"), ROOT / "lmjax/cli/ablation.py"]
     declared = "".join(source.read_text("utf-8") for source in sources)
     known = {f"--{name.lstrip('-')}" for name in flags()} | elsewhere

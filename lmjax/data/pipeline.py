@@ -50,19 +50,15 @@ def train_iterator(
       `targets[:, t]` the token after `inputs[:, t]`, and with `document_mask` also
       `"document_starts": int32[b, length]`, of `inputs`; see `document_starts`. Its `get_state`
       counts global batches: the same JSON on every host, so `set_state` resumes exactly on any
-      number of hosts. Where documents have classes, each row holds one of them instead of a window;
-      see `DocumentRows.batch`.
+      number of hosts. Documents with classes have a row each; see `DocumentRows.batch`.
 
     Raises:
       DataError: the batch does not divide among the hosts, or the split has no whole window.
     """
     rows = _host_rows(batch_size, process_index, process_count)
     end = corpus.tokenizer.start_of_document if document_mask else None
-    windows, documents = (corpus.train.size - 1) // length, None
-    if corpus.train_classes is not None:
-        ends = corpus.tokenizer.end_of_document
-        documents = DocumentRows(corpus.train, corpus.train_classes, ends)
-        windows = len(documents)
+    documents = _documents(corpus, corpus.train, corpus.train_classes)
+    windows = (corpus.train.size - 1) // length if documents is None else len(documents)
     if windows < 1:
         raise DataError(
             f"the training split has {corpus.train.size} tokens, fewer than one window of "
@@ -70,9 +66,9 @@ def train_iterator(
         )
 
     def gather(indices: npt.NDArray[np.int64]) -> Batch:
-        if documents is not None:
-            return documents.batch(indices[rows], length)
-        return _batch(_windows(corpus.train, indices[rows], length), end)
+        own = indices[rows]
+        windows = lambda: _batch(_windows(corpus.train, own, length), end)
+        return windows() if documents is None else documents.batch(own, length)
 
     # Batch indices, not windows: a host reads only its own rows.
     batches = (
@@ -83,8 +79,7 @@ def train_iterator(
         .batch(batch_size, drop_remainder=True)
         .map(gather)
     )
-    # The tokens are memory-mapped and a batch takes microseconds: threads would cost more, in
-    # contention for the interpreter lock, than they hide.
+    # Tokens are memory-mapped: threads would contend for the interpreter lock and hide nothing.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
 
@@ -127,23 +122,14 @@ def validation_batches(
     """
     padded = -(-batch_size // multiple) * multiple
     rows = _host_rows(padded, process_index, process_count)
-    windows, documents = -(-(corpus.validation.size - 1) // length), None
-    if corpus.validation_classes is not None:
-        ends = corpus.tokenizer.end_of_document
-        documents = DocumentRows(corpus.validation, corpus.validation_classes, ends)
-        windows = len(documents)
+    documents = _documents(corpus, corpus.validation, corpus.validation_classes)
+    windows = -(-(corpus.validation.size - 1) // length) if documents is None else len(documents)
     limit = max_batches * batch_size if max_batches else windows
     chosen = np.arange(min(limit, windows), dtype=np.int64) * windows // min(limit, windows)
     end = corpus.tokenizer.start_of_document if document_mask else None
     if documents is not None:
-        size = chosen.size
-        chosen = np.concatenate([chosen, np.full(-size % batch_size, chosen[0])])
-        counts = np.arange(chosen.size) < size
-        parts = chosen.reshape(-1, batch_size), counts.reshape(-1, batch_size)
-        return (
-            _counted(documents, part, counting, length, padded, rows)
-            for part, counting in zip(*parts, strict=True)
-        )
+        parts = (chosen[first : first + batch_size] for first in range(0, chosen.size, batch_size))
+        return (_counted(documents, part, length, padded, rows) for part in parts)
     # A row past the end starts where no token remains to predict: all padding.
     beyond = -(-corpus.validation.size // length)
     filler = np.full(-chosen.size % batch_size, beyond, dtype=np.int64)
@@ -173,18 +159,20 @@ def document_starts(
     return np.maximum.accumulate(starts, axis=1, dtype=np.int32)
 
 
+def _documents(
+    corpus: TokenizedCorpus, tokens: Tokens, classes: Tokens | None
+) -> DocumentRows | None:
+    """The documents of a split, if they have classes."""
+    ends = corpus.tokenizer.end_of_document
+    return None if classes is None else DocumentRows(tokens, classes, ends)
+
+
 def _counted(
-    documents: DocumentRows,
-    indices: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.bool_],
-    length: int,
-    padded: int,
-    rows: slice,
+    documents: DocumentRows, indices: npt.NDArray[np.int64], length: int, padded: int, rows: slice
 ) -> Batch:
     """Some rows of a batch of documents, padded with copies of weight 0."""
-    copies = padded - indices.size
-    mine = np.concatenate([indices, np.full(copies, indices[0])])[rows]
-    weights = np.concatenate([counts, np.zeros(copies, bool)])[rows].astype(np.float32)
+    mine = np.concatenate([indices, np.full(padded - indices.size, indices[0])])[rows]
+    weights = (np.arange(padded) < indices.size)[rows].astype(np.float32)
     return {**documents.batch(mine, length), "weights": weights}
 
 
