@@ -66,19 +66,13 @@ def train_iterator(
         )
 
     def gather(indices: npt.NDArray[np.int64]) -> Batch:
-        own = indices[rows]
-        windows = lambda: _batch(_windows(corpus.train, own, length), end)
-        return windows() if documents is None else documents.batch(own, length)
+        if documents is not None:
+            return documents.batch(indices[rows], length)
+        return _batch(_windows(corpus.train, indices[rows], length), end)
 
+    order = grain.MapDataset.range(windows).seed(seed).shuffle().repeat()
     # Batch indices, not windows: a host reads only its own rows.
-    batches = (
-        grain.MapDataset.range(windows)
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size, drop_remainder=True)
-        .map(gather)
-    )
+    batches = order.batch(batch_size, drop_remainder=True).map(gather)
     # Tokens are memory-mapped: threads would contend for the interpreter lock and hide nothing.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 
