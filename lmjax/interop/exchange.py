@@ -113,6 +113,7 @@ def import_run(
             with contextlib.closing(Checkpoints(partial / "checkpoints", 1)) as checkpoints:
                 counters = {"train_seconds": 0.0, "corpus": "", "rewinds": []}
                 checkpoints.save(0, params_alone(params, 0), {}, counters)
+                del params  # what is written is read back, so that both would be in memory
         return _made(workdir, found.architecture.name, phase, tokenizer, (*notes, *cast))
 
 

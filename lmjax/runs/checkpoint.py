@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -219,13 +220,14 @@ class Checkpoints:
             active_processes={jax.process_index()},
             barrier_sync_key_prefix="proof",
         )
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         try:
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
                 proof.compare_descriptions(_stored(reader.metadata(state)))
-                if proof.content is not None:
-                    args = ocp.args.StandardRestore(proof.template())
-                    proof.compare_content(reader.restore(state, args=args))
+                for target in proof.templates(ocp.PLACEHOLDER) if proof.content else ():
+                    kinds = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), target)
+                    args = ocp.args.PyTreeRestore(target, restore_args=kinds)
+                    proof.compare_content(reader.restore(state, args=args), ocp.PLACEHOLDER)
         # Whatever a library raises here, the next start would raise too.
         except Exception as error:
             aside = self._set_aside(step)

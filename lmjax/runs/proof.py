@@ -6,6 +6,7 @@ Knows arrays and digests, not how checkpoints are read.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from lmjax.precision import paths
 
 Description = tuple[tuple[int, ...], np.dtype]
 """Shape and dtype of an array."""
+
+
+_PART = 1 << 26
+"""Bytes that are read back at a time, if no array is larger."""
 
 
 class NotRestorable(ValueError):
@@ -54,11 +59,23 @@ class Proof:
         ]
         return cls(arrays, digests)
 
-    def template(self) -> Any:
-        """Host arrays that allocate no memory, as restore targets."""
-        return jax.tree.map(
-            lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), self.arrays
-        )
+    def templates(self, skipped: Any) -> Iterator[Any]:
+        """Restore targets of parts of the state, host arrays that allocate no memory.
+
+        A part is one array or several small ones, so that little is in memory beside what trains.
+
+        Args:
+          skipped: stands for arrays that are not of a part.
+        """
+        leaves, tree = jax.tree.flatten(self.arrays)
+        sizes = np.cumsum([leaf.size * leaf.dtype.itemsize for leaf in leaves])
+        parts = [int(end - 1) // _PART for end in sizes]
+        target = lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+        for part in dict.fromkeys(parts):
+            own = [
+                target(x) if of == part else skipped for x, of in zip(leaves, parts, strict=True)
+            ]
+            yield jax.tree.unflatten(tree, own)
 
     def compare_descriptions(self, stored: Any) -> None:
         """Raises `NotRestorable` unless a tree has the same paths, shapes and dtypes."""
@@ -68,11 +85,16 @@ class Proof:
             if old != new:
                 raise NotRestorable(f"{path} was {in_words(old)} and is {in_words(new)}")
 
-    def compare_content(self, restored: Any) -> None:
-        """Raises `NotRestorable` unless restored arrays are bit-identical to those written."""
+    def compare_content(self, restored: Any, skipped: Any) -> None:
+        """Raises `NotRestorable` unless restored arrays are bit-identical to those written.
+
+        Args:
+          restored: a part of the state; see `templates`.
+          skipped: what stands for the others.
+        """
         found = paths.flatten(restored)
         for path, index, digest in self.content or ():
-            if _digest(np.asarray(found[path])[index]) != digest:
+            if found[path] is not skipped and _digest(np.asarray(found[path])[index]) != digest:
                 raise NotRestorable(f"{path} comes back with other values than were written")
 
 
