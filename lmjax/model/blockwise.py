@@ -3,7 +3,8 @@
 Forwards, each block of queries visits blocks of keys and keeps a running maximum and sum (online
 softmax: Milakov and Gimelshein 2018, arXiv 1805.02867; Dao 2023, arXiv 2307.08691). Backwards, the
 weights of a block are computed again from the saved logarithms of the sums. Blocks in which a mask
-lets no query see a key are not visited. One block that holds all keys is the plain form.
+lets no query see a key are not visited. One block that holds all keys is the plain form; strips of
+queries then leave out the keys that come after them all.
 
 What is rounded, with operands in the compute formats of their sites and all else in f32 (f64 for
 f64):
@@ -35,7 +36,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lmjax.model.sheet import INSIDE, Given, Measured, Rules, Sheet
-from lmjax.model.tiling import Index, put, taken, visit
+from lmjax.model.tiling import Index, add_to, put, taken, visit
 from lmjax.precision.asides import aside
 from lmjax.precision.contraction import not_before
 from lmjax.precision.exact import at_least_f32
@@ -90,6 +91,7 @@ def _forward(
     def step(state: _State, i: Index, j: Index) -> _State:
         before = taken(state, i)
         query, key, value = taken(queries, i), taken(keys, j), taken(values, j)
+        key, value = key[..., : sheet.seen(i), :], value[..., : sheet.seen(i)]
         visible = sheet.visible(i, j)
         read = lambda: _read(sheet, before, (query, key, value), visible, sheet.keep(i, j))
         return put(state, sheet.when(visible, read, lambda: before), i)
@@ -182,13 +184,16 @@ def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
         """Adds the gradients of one block of queries `i` and keys `j` to those so far."""
         *before, measured = state
         own = taken((queries, cotangents, logarithms, sums), i)
-        blocks = _Blocks(*own, *taken((keys, turned, values), j))
+        whole = _Blocks(*own, *taken((keys, turned, values), j))
+        blocks, unseen = whole.cut(sheet.seen(i))
         visible = sheet.visible(i, j)
         compute = lambda: _returned(sheet, blocks, visible, sheet.keep(i, j), inside)
         skip = lambda: _returned_unseen(sheet, blocks, inside)
         *parts, new = sheet.when(visible, compute, skip)
         where = zip(before, parts, (i, j, j), strict=True)
-        summed = [put(total, taken(total, n) + part, n) for total, part, n in where]
+        summed = [add_to(total, part, n) for total, part, n in where]
+        if inside and unseen.key.shape[2]:
+            new = _combined(new, _returned_unseen(sheet, unseen, inside)[-1])
         return (*summed, new if len(sheet.pairs) == 1 else _combined(measured, new))
 
     dq, dk, dv, measured = visit(sheet.pairs, step, nothing)
@@ -228,6 +233,14 @@ class _Blocks(NamedTuple):
     key: jax.Array
     turned: jax.Array
     value: jax.Array
+
+    def cut(self, keys: int) -> tuple[_Blocks, _Blocks]:
+        """The same with the first so many keys alone, and with the others."""
+        first, rest = (
+            (self.key[..., part, :], self.turned[..., part], self.value[..., part, :])
+            for part in (slice(keys), slice(keys, None))
+        )
+        return _Blocks(*self[:4], *first), _Blocks(*self[:4], *rest)
 
 
 def _returned(

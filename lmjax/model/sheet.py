@@ -21,6 +21,9 @@ from lmjax.precision.summation import sum_of_products
 BLOCK = 512
 """Queries and keys of a block, at most."""
 
+STRIP = 128
+"""Queries of a block where it holds all keys, if they divide them."""
+
 INSIDE: Final = {"scores": ("g",), "softmax": ("y", "dx"), "combine": ("x", "dx")}
 """Roles that are as large as the scores: they exist, and are measured, block by block."""
 
@@ -40,6 +43,7 @@ class Rules:
       start: index of the first query; None where only `Given.start` says.
       parts: into how many parts devices divide the queries.
       block: queries and keys of a block, at most.
+      strip: queries of a block that holds all keys.
     """
 
     scores: SitePolicy
@@ -52,6 +56,7 @@ class Rules:
     start: int | None = 0
     parts: int = 1
     block: int = BLOCK
+    strip: int = STRIP
 
     def product(self, spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
         """A sum of products at a site, not rounded."""
@@ -84,19 +89,25 @@ class Sheet:
         self, rules: Rules, q: jax.Array, k: jax.Array, given: Given, slots: Measured
     ) -> None:
         self.rules, self.given = rules, given
-        self.tiling = Tiling.of(q, k, block=rules.block, parts=rules.parts, start=rules.start)
+        self.tiling = Tiling.of(
+            q, k, block=rules.block, strip=rules.strip, parts=rules.parts, start=rules.start
+        )
         watched = any(role in slots.get(site, {}) for site in INSIDE for role in INSIDE[site])
         # What is skipped is measured too, as zeros.
         self.pairs = self.tiling.pairs(given.mask, all_of_them=watched)
         unknown = bool(jax.tree.leaves(given.mask)) or rules.start is None
-        self.conditional = len(self.pairs) > 1 and (unknown or watched)
+        self.conditional = self.tiling.key_blocks > 1 and (unknown or watched)
         self.dtype = jnp.dtype(carrier(rules.softmax.compute))
 
     def visible(self, i: Index, j: Index) -> jax.Array:
-        """What the rows of block i see of the keys of block j."""
+        """What the rows of block i see of the keys of block j, as far as they may see any."""
         start = self.given.start if self.rules.start is None else self.rules.start
         with self.rules.softmax.scope:
-            return self.tiling.visible(self.given.mask, start, i, j)
+            return self.tiling.visible(self.given.mask, start, i, j)[..., : self.seen(i), :]
+
+    def seen(self, i: Index) -> int:
+        """How many keys of a block the queries of block i may see; the others come after them."""
+        return self.tiling.seen(self.given.mask, i) if isinstance(i, int) else self.tiling.key_size
 
     def scores(self, queries: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
         """The scores of one block, minus infinity where a query does not see."""
@@ -121,7 +132,7 @@ class Sheet:
             return jax.random.bernoulli(jax.random.fold_in(key, index), 1.0 - rate, shape)
 
         with self.rules.softmax.scope:
-            return jax.vmap(jax.vmap(one))(keys)
+            return jax.vmap(jax.vmap(one))(keys)[..., : self.seen(i), :]
 
     def dropped(self, x: jax.Array, keep: jax.Array | None) -> jax.Array:
         """Weights of a block, or their cotangents, after dropout."""

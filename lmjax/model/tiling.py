@@ -42,11 +42,27 @@ class Tiling:
     key_blocks: int
 
     @classmethod
-    def of(cls, q: jax.Array, k: jax.Array, *, block: int, parts: int, start: int | None) -> Tiling:
-        """Blocks of at most `block` queries and keys, for `[B, T, K, G, H]` and `[B, S, K, H]`."""
+    def of(
+        cls,
+        q: jax.Array,
+        k: jax.Array,
+        *,
+        block: int,
+        strip: int,
+        parts: int,
+        start: int | None,
+    ) -> Tiling:
+        """Blocks of at most `block` queries and keys, for `[B, T, K, G, H]` and `[B, S, K, H]`.
+
+        If one block would hold everything, queries are cut into strips of `strip`, which leave out
+        the keys after their own.
+        """
         queries, keys, groups = q.shape[1], k.shape[1], q.shape[3]
         own = queries // parts
-        return cls(queries, keys, groups, parts, start, _blocks(own, block), _blocks(keys, block))
+        blocks = _blocks(own, block), _blocks(keys, block)
+        if blocks == (1, 1) and parts == 1 and own % strip == 0 and start is not None:
+            blocks = own // strip, 1
+        return cls(queries, keys, groups, parts, start, *blocks)
 
     @property
     def query_size(self) -> int:
@@ -118,6 +134,15 @@ class Tiling:
             if all_of_them or self.start is None or self._may_see(mask, i, j)
         ]
 
+    def seen(self, mask: Mask, i: int) -> int:
+        """How many keys the queries of block i may see if one block holds all keys, the first."""
+        if self.key_blocks > 1 or self.query_blocks == 1 or self.start is None:
+            return self.key_size
+        first = self.start + i * self.query_size
+        rows, keys = range(first, first + self.query_size), self.keys
+        ends = range(self.query_size, keys, self.query_size)
+        return next((end for end in ends if not mask.may_see(rows, range(end, keys))), keys)
+
     def _may_see(self, mask: Mask, i: int, j: int) -> bool:
         assert self.start is not None
         keys = range(j * self.key_size, (j + 1) * self.key_size)
@@ -129,9 +154,14 @@ class Tiling:
 def visit(
     pairs: list[tuple[int, int]], step: Callable[[Any, Index, Index], Any], carry: Any
 ) -> Any:
-    """`carry = step(carry, i, j)` for each pair, one after another."""
-    if len(pairs) == 1:
-        return step(carry, *pairs[0])
+    """`carry = step(carry, i, j)` for each pair, one after another.
+
+    In a loop of the program where there are several blocks of keys.
+    """
+    if not any(j for _, j in pairs):
+        for pair in pairs:
+            carry = step(carry, *pair)
+        return carry
     indices = jnp.asarray(np.asarray(pairs, np.int32))
     return jax.lax.scan(lambda total, pair: (step(total, *pair), None), carry, indices)[0]
 
@@ -151,6 +181,13 @@ def put(tree: Any, blocks: Any, index: Index) -> Any:
         return jax.lax.dynamic_update_index_in_dim(x, block, index, 0)
 
     return jax.tree.map(one, tree, blocks)
+
+
+def add_to(tree: jax.Array, block: jax.Array, index: Index) -> jax.Array:
+    """`[N, ..., C, H]` with `[..., c, H]` added to the first c rows of block `index`."""
+    before, rows = taken(tree, index), block.shape[-2]
+    total = before[..., :rows, :] + block
+    return put(tree, jnp.concatenate([total, before[..., rows:, :]], -2), index)
 
 
 def _blocks(length: int, block: int) -> int:

@@ -23,6 +23,8 @@ from lmjax.precision.grammar import parse_policy
 from lmjax.precision.probes import FullCensus
 from lmjax.train import phase_of
 
+CUTS = {"whole": {}, "blocks of 8": {"block": 8}, "strips of 8": {"strip": 8}}
+"""How 24 queries and keys are cut."""
 SITES = "scores", "softmax", "combine"
 STARTS = np.stack([np.repeat([0, 5], [5, 19]), np.repeat([0, 3, 21], [3, 18, 3])]).astype(np.int32)
 MASKS = {
@@ -73,11 +75,13 @@ def x64() -> Any:
         yield
 
 
-@pytest.mark.parametrize("block", [8, 7, 512], ids=lambda n: f"blocks of {n}")
+@pytest.mark.parametrize(
+    "sizes", [{"block": 8}, {"block": 7}, {"block": 512}, {"strip": 8}], ids=str
+)
 @pytest.mark.parametrize("mask", MASKS)
-def test_blocks_and_the_plain_form_agree_in_f64(mask, block, x64, compile_fast):
+def test_blocks_and_the_plain_form_agree_in_f64(mask, sizes, x64, compile_fast):
     arrays, chosen = drawn(jnp.float64), MASKS[mask]
-    rules, given = rules_of("f64", block=block), Given(chosen, 0, None)
+    rules, given = rules_of("f64", **sizes), Given(chosen, 0, None)
     found = gradients(
         lambda q, k, v: blockwise.attend(rules, q, k, v, given, {}), arrays, compile_fast
     )
@@ -107,10 +111,21 @@ def test_blocks_round_like_the_plain_form(policy, dtype, epsilon, compile_fast):
     given = Given(CAUSAL, 0, None)
     wide = [x.astype(jnp.float32) for x in arrays]
     expected = gradients(lambda q, k, v: plain(q, k, v, CAUSAL, 0), wide, compile_fast)
-    for block in (512, 8):
-        rules = rules_of(policy, block=block)
+    for cut in CUTS.values():
+        rules = rules_of(policy, **cut)
         run = lambda q, k, v, r=rules: blockwise.attend(r, q, k, v, given, {})
         assert worst(gradients(run, arrays, compile_fast), expected) < 4 * epsilon
+
+
+def test_strips_leave_out_the_keys_after_them(equations):
+    """Of 24 x 24 scores, those of three strips with 8, 16 and 24 keys."""
+    arrays = drawn(jnp.float32)[:3]
+    for mask, keys in (("causal", [8, 16, 24]), ("bidirectional", [24, 24, 24])):
+        rules, given = rules_of("f32", strip=8), Given(MASKS[mask], 0, None)
+        run = lambda *x, r=rules, g=given: blockwise.attend(r, *x, g, {})
+        exponentials = equations(jax.make_jaxpr(run)(*arrays), "exp")
+        shapes = [e.outvars[0].aval.shape for e in exponentials]
+        assert [shape[-2] for shape in shapes if shape[-2] > 1] == keys
 
 
 def test_masked_blocks_are_not_visited(equations):
@@ -155,8 +170,9 @@ def test_memory_grows_with_the_length(compile_fast):
     assert temporaries(2048) < 2.2 * temporaries(1024) < 1024 * 1024 * 4
 
 
+@pytest.mark.parametrize("cut", list(CUTS)[1:])
 @pytest.mark.parametrize("mask", ["causal", "documents"])
-def test_measurements_are_those_of_one_block(mask, compile_fast):
+def test_measurements_are_those_of_one_block(mask, cut, compile_fast):
     """The census of weights and cotangents, added up over blocks, the skipped ones as zeros."""
     arrays = drawn(jnp.bfloat16)
     given = Given(MASKS[mask], 0, None)
@@ -165,8 +181,8 @@ def test_measurements_are_those_of_one_block(mask, compile_fast):
         for site, roles in blockwise.MEASURED.items()
     }
 
-    def measured(block: int) -> Any:
-        rules = rules_of("mixed_bf16", block=block)
+    def measured(cut: str) -> Any:
+        rules = rules_of("mixed_bf16", **CUTS[cut])
 
         def loss(slots: Any) -> Any:
             y = blockwise.attend(rules, *arrays[:3], given, slots)
@@ -174,7 +190,7 @@ def test_measurements_are_those_of_one_block(mask, compile_fast):
 
         return compile_fast(jax.grad(loss))(slots)
 
-    one, many = measured(512), measured(8)
+    one, many = measured("whole"), measured(cut)
     for site, roles in blockwise.MEASURED.items():
         for role in roles:
             first, second = one[site][role]["test"], many[site][role]["test"]
@@ -189,8 +205,8 @@ def test_dropout_drops_the_same_weights_in_both_passes(compile_fast):
     """The function is linear in v: its value is the gradient's product with v."""
     q, k, v, g = drawn(jnp.float32)
     keys = jax.random.split(jax.random.key(1), (2, 2))
-    for block in (512, 8):
-        rules = rules_of("f32", block=block, dropout=0.4)
+    for cut in CUTS.values():
+        rules = rules_of("f32", dropout=0.4, **cut)
         run = lambda q, k, v, r=rules: blockwise.attend(r, q, k, v, Given(CAUSAL, 0, keys), {})
         y, *_, dv = gradients(run, (q, k, v, g), compile_fast)
         assert np.sum(y * np.asarray(g)) == pytest.approx(np.sum(dv * np.asarray(v)), rel=1e-4)
