@@ -1,16 +1,20 @@
-"""The verbs that use a trained run: generate, score, evaluate."""
+"""The verbs that use a trained run: generate, score, parity, evaluate."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Annotated
+from typing import Annotated, Any
 
+from lmjax.checks import at_least
 from lmjax.cli.common import (
     DONE,
+    FAILED,
     OWN_FLAGS,
     REPEATED,
     Repeated,
@@ -22,9 +26,21 @@ from lmjax.cli.common import (
 from lmjax.console import stages
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
-from lmjax.inference import Continuations, Generation, load_model, stream_batch
+from lmjax.errors import InputError
+from lmjax.files.filenames import expanded
+from lmjax.inference import (
+    Continuations,
+    Generation,
+    Score,
+    TrainedModel,
+    load_model,
+    perplexity,
+    stream_batch,
+)
 from lmjax.inference import evaluate as evaluate_run
+from lmjax.inference import parity as compare
 from lmjax.inference import score as score_text
+from lmjax.precision.grammar import PRESETS
 
 
 def generate(
@@ -105,42 +121,204 @@ def _show_stream(prompts: Sequence[str], pieces: Continuations) -> None:
             print(f"{which}{why} after {counted(state.tokens, 'token')}", file=sys.stderr)
 
 
-def score(run: RunDirectory, /, text: str, precision: str | None = None, json: bool = False) -> int:
-    """Log-probability of a text, in total and per character or token.
+def score(
+    run: RunDirectory,
+    /,
+    text: str | None = None,
+    file: Repeated = (),
+    stride: Annotated[int, at_least(0)] = 0,
+    precision: Repeated = (),
+    json: bool = False,
+) -> int:
+    """Log-probability of a text, in total and per character or token; perplexity of files.
 
-    Each row is a token, or the tokens that together make one character. P is the probability of the
-    whole text.
+    Each row of a text is a token, or the tokens that together make one character. P is the
+    probability of the whole text, the product of those of its tokens given all before them.
 
     Args:
       run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
       text: The text, read as the beginning of a document.
-      precision: Policy to compute with, if not the run's own.
+      file: A text file in UTF-8, read as one document; may be given several times.
+      stride: What exceeds the context is read in windows, each so many tokens after the one before,
+        1 to the context; 0: half a context.
+      precision: Policy to compute with, if not the run's own; may be given several times.
       json: Print JSON.
     """
-    result = bad_input(score_text, load_model(run, precision=precision), text)
-    summary = {
+    if (text is None) == (not file):
+        raise InputError("give either --text or --file")
+    texts = {} if text is not None else {name: _text_of(name) for name in file}
+    own = load_model(run)
+    models = {policy: own.under(policy) for policy in precision} or {"": own}
+    if text is None:
+        return _score_files(models, texts, stride, json)
+    scores = {
+        policy: bad_input(score_text, model, text, stride=stride)
+        for policy, model in models.items()
+    }
+    if json:
+        found = [
+            ({"precision": policy} if policy else {}) | _score_json(result)
+            for policy, result in scores.items()
+        ]
+        print_json(found[0] if len(found) == 1 else {"policies": found})
+        return DONE
+    first = next(iter(scores.values()))
+    titles = [name or "log P (nats)" for name in scores]
+    columns = Column("text", "key"), *(Column(name, "number") for name in ("tokens", *titles))
+    pieces = zip(*(result.pieces for result in scores.values()), strict=True)
+    rows = [
+        (repr(row[0].text), str(row[0].tokens), *(f"{p.log_probability:.4f}" for p in row))
+        for row in pieces
+    ]
+    print_table(columns, rows)
+    count = len(first.tokens)
+    for policy, result in scores.items():
+        print(
+            f"{policy and policy + ': '}log P = {result.total:.4f} nats over "
+            f"{counted(count, 'token')}, P = {result.probability}"
+        )
+        print(
+            f"{-result.total / count:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte"
+        )
+    return DONE
+
+
+def _score_json(result: Score) -> dict[str, Any]:
+    tokens = [
+        {"token": token, "log_probability": value}
+        for token, value in zip(result.tokens, result.log_probabilities, strict=True)
+    ]
+    return {
         "log_probability": result.total,
         "log10_probability": result.log10,
         "tokens": len(result.tokens),
         "bits_per_byte": result.bits_per_byte,
+        "per_token": tokens,
+        "pieces": [dataclasses.asdict(piece) for piece in result.pieces],
     }
+
+
+def _text_of(name: str) -> str:
+    """The text of a file."""
+    try:
+        text = expanded(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not text in UTF-8: byte {error.start} is invalid") from error
+    if not text:
+        raise InputError(f"{name} is empty; there is no text to score")
+    return text
+
+
+def _score_files(
+    models: Mapping[str, TrainedModel], texts: Mapping[str, str], stride: int, json: bool
+) -> int:
+    """Scores files under policies, each beside the first."""
+    rows: list[dict[str, Any]] = []
+    for name, text in texts.items():
+        for policy, model in models.items():
+            found = bad_input(perplexity, model, text, stride=stride)
+            rows.append({"file": name, "precision": policy, "found": found})
+    if len(texts) > 1:
+        for policy in models:
+            own = [row["found"] for row in rows if row["precision"] == policy]
+            total = functools.reduce(operator.add, own)
+            rows.append({"file": "all", "precision": policy, "found": total})
+    reported = [
+        {
+            "file": row["file"],
+            "precision": row["precision"] or None,
+            **dataclasses.asdict(row["found"]),
+            "nats_per_token": row["found"].nats_per_token,
+            "perplexity": row["found"].perplexity,
+            "bits_per_byte": row["found"].bits_per_byte,
+        }
+        for row in rows
+    ]
     if json:
-        tokens = [
-            {"token": token, "log_probability": value}
-            for token, value in zip(result.tokens, result.log_probabilities, strict=True)
-        ]
-        pieces = [dataclasses.asdict(piece) for piece in result.pieces]
-        print_json({**summary, "per_token": tokens, "pieces": pieces})
+        print_json({"scores": reported})
         return DONE
-    columns = Column("text", "key"), Column("tokens", "number"), Column("log P (nats)", "number")
-    rows = ((repr(p.text), str(p.tokens), f"{p.log_probability:.4f}") for p in result.pieces)
-    print_table(columns, rows)
-    count = len(result.tokens)
-    print(
-        f"log P = {result.total:.4f} nats over {counted(count, 'token')}, P = {result.probability}"
-    )
-    print(f"{-result.total / count:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte")
+    first = {row["file"]: row["nats_per_token"] for row in reversed(reported)}
+    several = len(models) > 1
+    titles = ["tokens", "nats/token", *(["difference"] if several else []), "perplexity"]
+    columns = [Column("file", "key"), *([Column("policy", "setting")] if several else [])]
+    columns += [Column(title, "number") for title in (*titles, "bits/byte")]
+    lines = [
+        (
+            row["file"],
+            *([row["precision"]] if several else []),
+            f"{row['tokens']:,}",
+            f"{row['nats_per_token']:.4f}",
+            *([f"{row['nats_per_token'] - first[row['file']]:+.2e}"] if several else []),
+            f"{row['perplexity']:.3f}",
+            f"{row['bits_per_byte']:.4f}",
+        )
+        for row in reported
+    ]
+    print_table(columns, lines, each="file")
     return DONE
+
+
+PARITY_TEXT = "To be, or not to be: that is the question."
+
+
+def parity(
+    run: RunDirectory,
+    /,
+    text: str = PARITY_TEXT,
+    precision: Repeated = (),
+    json: bool = False,
+) -> int:
+    """Whether decoding computes what training does: log-probabilities of a text, each three ways.
+
+    Whole, as training and evaluation read it; token by token from the cache of keys and values, as
+    generate does; and from its start again for each token. Exits with 1 if a difference of a token
+    exceeds the bound: 8 roundings of the compute format of numbers as large as the largest
+    log-probability, or one of the format that activations are quantized to.
+
+    Args:
+      run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
+      text: What is read, at most a context.
+      precision: Policy to compute with; may be given several times. By default, all presets.
+      json: Print JSON.
+    """
+    own = load_model(run)
+    policies = precision or ("f32", *PRESETS)
+    found = {}
+    for policy in policies:
+        with stages.stage(f"comparing under {policy}"):
+            found[policy] = bad_input(compare, own.under(policy), text)
+    if json:
+        rows = [
+            {
+                "precision": policy,
+                **{name: getattr(p, name).tolist() for name in ("forward", "decoded", "rerun")},
+                **{name: getattr(p, name) for name in ("difference", "rerun_difference")},
+                **{name: getattr(p, name) for name in ("equal", "bound", "why", "holds")},
+            }
+            for policy, p in found.items()
+        ]
+        print_json({"policies": rows})
+    else:
+        numbers = ("training", "decoding", "equal", "difference", "re-run", "bound")
+        titles = (Column(name, "number") for name in numbers)
+        columns = Column("policy", "key"), *titles, Column("beside the order of sums", "text")
+        lines = [
+            (
+                policy,
+                f"{p.forward.sum():.6f}",
+                f"{p.decoded.sum():.6f}",
+                f"{p.equal}/{len(p.forward)}",
+                f"{p.difference:.1e}",
+                f"{p.rerun_difference:.1e}",
+                f"{p.bound:.1e}" + ("" if p.holds else " exceeded"),
+                p.why,
+            )
+            for policy, p in found.items()
+        ]
+        print_table(columns, lines, each="policy")
+    return DONE if all(p.holds for p in found.values()) else FAILED
 
 
 def evaluate(run: RunDirectory, /, precision: str | None = None, json: bool = False) -> int:

@@ -38,7 +38,7 @@ from lmjax.cli.compression import prune, quantize
 from lmjax.cli.data import show_prepared
 from lmjax.cli.diagnosis import advise, attribute, replay, twin
 from lmjax.cli.flags import known_flags, parse_flags, refuse_unknown
-from lmjax.cli.inference import evaluate, generate, score
+from lmjax.cli.inference import evaluate, generate, parity, score
 from lmjax.cli.interop import export, import_model
 from lmjax.cli.plan import MeshSizes, ModelChanges, changed, show_plan, show_rooflines
 from lmjax.console.tables import Column, print_table
@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         "resume": resume,
         "generate": generate,
         "score": score,
+        "parity": parity,
         "evaluate": evaluate,
         "quantize": quantize,
         "prune": prune,

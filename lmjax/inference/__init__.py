@@ -1,4 +1,4 @@
-"""Using a trained run: generate, score, evaluate, embed."""
+"""Using a trained run: generate, score, compare, evaluate, embed."""
 
 from lmjax.inference.embedding import sentence_embeddings
 from lmjax.inference.evaluate import Evaluation, evaluate
@@ -12,9 +12,10 @@ from lmjax.inference.generate import (
     stream_batch,
 )
 from lmjax.inference.growing import Generation
+from lmjax.inference.parity import Parity, parity
 from lmjax.inference.run import TrainedModel, load_model
 from lmjax.inference.sampling import Sampling
-from lmjax.inference.score import Piece, Score, score
+from lmjax.inference.score import Perplexity, Piece, Score, perplexity, score
 
 __all__ = [
     "Continuation",
@@ -22,6 +23,8 @@ __all__ = [
     "Evaluation",
     "Generation",
     "NonFiniteError",
+    "Parity",
+    "Perplexity",
     "Piece",
     "Sampling",
     "Score",
@@ -30,6 +33,8 @@ __all__ = [
     "generate",
     "generate_batch",
     "load_model",
+    "parity",
+    "perplexity",
     "score",
     "sentence_embeddings",
     "stream",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.checks import at_least
-from lmjax.inference.reading import CHUNK, NOTHING, WINDOW, Reader, Rows, programs_of
+from lmjax.inference.reading import NOTHING, WINDOW, Reader, Rows, padded_length, programs_of
 from lmjax.inference.run import TrainedModel
 from lmjax.inference.sampling import NOT_FINITE, Sampler, Sampling
 from lmjax.runs.config import Seed
@@ -55,7 +55,7 @@ class Growing:
         self._given = [len(row) for row in ids]
         self._programs = programs_of(model)
         self._params = self._programs.prepare(model.params)
-        self._positions = _cache_length(max(self._given) + how.tokens, model.config.context)
+        self._positions = padded_length(max(self._given) + how.tokens, model.config.context)
         self._readers: list[Reader | None] = [None] * len(ids)
         self._cache = self._programs.start(len(ids), self._positions) if len(ids) > 1 else None
         self._keys = jnp.stack([sampler.key for sampler in samplers])
@@ -148,13 +148,3 @@ class Growing:
             left=np.where(self._open, self._how.tokens - counts, 0).astype(np.int32),
             seen=self._seen,
         )
-
-
-def _cache_length(tokens: int, context: int) -> int:
-    """Positions for texts of so many tokens: a power of two of chunks, so that lengths share
-    programs; at most the context, after which texts are read again.
-    """
-    length = CHUNK
-    while length < tokens:
-        length *= 2
-    return min(length, context)

@@ -19,7 +19,7 @@ import numpy as np
 from lmjax.data import document_starts
 from lmjax.inference.run import TrainedModel
 from lmjax.inference.sampling import NOT_FINITE, Limits, draw
-from lmjax.model import Sites, decoding_params, extend, initial_cache
+from lmjax.model import Sites, decoding_params, extend, initial_cache, log_probabilities
 from lmjax.precision import exact
 from lmjax.precision.contraction import bf16_pays
 from lmjax.train import Phase
@@ -32,6 +32,16 @@ WINDOW: Final = 64
 
 NOTHING: Final = -2
 """What stands in the result of a program where a row drew no token."""
+
+
+def padded_length(tokens: int, context: int) -> int:
+    """Positions for texts of so many tokens: a power of two of chunks, so that lengths share
+    programs; at most the context.
+    """
+    length = CHUNK
+    while length < tokens:
+        length *= 2
+    return min(length, context)
 
 
 class Rows(NamedTuple):
@@ -70,6 +80,9 @@ class DecodingPrograms(NamedTuple):
       draw: `(params, cache, rows, limits, most) -> tokens [B, WINDOW], cache`: reads and draws
         until `most` tokens are drawn, all rows are finished, or the cache of an unfinished row is
         full. A row finishes after the end of a document or `NOT_FINITE`, which are returned too.
+      follow: `(params, cache, rows, tokens [N + 1]) -> log-probabilities f32 or wider [N], cache`:
+        of each of these tokens but the first, which is the only row's `pending`, as `draw` finds
+        them; in nats.
     """
 
     prepare: Any
@@ -77,6 +90,7 @@ class DecodingPrograms(NamedTuple):
     read: Any
     place: Any
     draw: Any
+    follow: Any
 
 
 def programs_of(model: TrainedModel) -> DecodingPrograms:
@@ -97,6 +111,7 @@ def _programs(phase: Phase, first_token: int, last_token: int) -> DecodingProgra
         read=exact.jit(functions.read, donate_argnums=1),
         place=exact.jit(_placed, donate_argnums=0),
         draw=exact.jit(functions.draw, donate_argnums=1),
+        follow=exact.jit(functions.follow, donate_argnums=1),
     )
 
 
@@ -158,6 +173,21 @@ class _Functions(NamedTuple):
         state = (jnp.int32(0), rows, cache, nothing)
         *_, cache, drawn = jax.lax.while_loop(may_continue, step, state)
         return drawn, cache
+
+    def follow(self, params: Any, cache: Any, rows: Rows, tokens: jax.Array) -> Any:
+        """See `DecodingPrograms.follow`."""
+        width, site = _step_width(self.phase.sites, 1), self.phase.sites["loss"]
+
+        def step(state: tuple[Rows, Any], target: jax.Array) -> tuple[Any, jax.Array]:
+            rows, cache = state
+            read = jnp.stack([rows.before, rows.pending], axis=1)[:, 2 - width :]
+            logits, cache = self._all_rows(params, read, cache, rows)
+            found = log_probabilities(logits[None], target[None, None], site)[0, 0]
+            after = {"before": rows.pending, "pending": target[None], "length": rows.length + 1}
+            return (rows._replace(**after), cache), found
+
+        (_, cache), found = jax.lax.scan(step, (rows, cache), tokens[1:])
+        return found, cache
 
     def _all_rows(self, params: Any, tokens: jax.Array, cache: Any, rows: Rows) -> Any:
         """The logits `[B, V]` after tokens `[B, T]`, and the cache.

@@ -47,6 +47,18 @@ class TrainedModel:
         """The formats of every site."""
         return self.phase.sites
 
+    def under(self, precision: str) -> TrainedModel:
+        """The same parameters, to be computed with under another policy.
+
+        Raises:
+          InputError: the policy is not one, or does not suit the model.
+        """
+        try:
+            own = dataclasses.replace(self.phase.config, precision=precision)
+            return dataclasses.replace(self, phase=resolve(own).after(self.step))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
     def logits_function(self) -> Any:
         """The compiled `(params, tokens, document_starts) -> logits [B, T, V]`.
 
@@ -108,12 +120,6 @@ def _load_model(workdir: Path, precision: str | None) -> TrainedModel:
         params = checkpoints.restore_params(step, abstract_params(phase, mesh))
     finally:
         checkpoints.close()
-    if precision is not None:
-        try:
-            own = dataclasses.replace(phase.config, precision=precision)
-            phase = resolve(own).after(step)
-        except ValueError as error:
-            raise InputError(str(error)) from error
-    return TrainedModel(
-        phase, jax.device_get(params), step, load_tokenizer(workdir / "tokenizer.json")
-    )
+    tokenizer = load_tokenizer(workdir / "tokenizer.json")
+    model = TrainedModel(phase, jax.device_get(params), step, tokenizer)
+    return model if precision is None else model.under(precision)

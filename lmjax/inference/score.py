@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax import checks
+from lmjax.checks import at_least
 from lmjax.console import stages
 from lmjax.data import Tokenizer
+from lmjax.data.tokenizers import Ids
 from lmjax.inference.finite import not_finite
+from lmjax.inference.reading import padded_length
 from lmjax.inference.run import TrainedModel, refuse_encoder
 from lmjax.model import Params, apply, log_probabilities
 from lmjax.precision import exact
@@ -78,38 +83,60 @@ class Score:
         return -self.total / math.log(2) / self.bytes
 
 
-def score(model: TrainedModel, text: str) -> Score:
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text, as the beginning of a document.
+
+    Attributes:
+      tokens: number of tokens of the text.
+      bytes: length of the text in UTF-8.
+      nats: the negative logarithm of its probability.
+    """
+
+    tokens: int
+    bytes: int
+    nats: float
+
+    @property
+    def nats_per_token(self) -> float:
+        """Cross entropy, nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats per token)."""
+        # Beyond exp(709) Python raises, where IEEE 754 gives infinity.
+        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Cross entropy in bits per byte of text, comparable between tokenizers."""
+        return self.nats / math.log(2) / self.bytes
+
+    def __add__(self, other: Perplexity) -> Perplexity:
+        """Of both texts, each a document of its own."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Perplexity(*(a + b for a, b in pairs))
+
+
+def score(model: TrainedModel, text: str, *, stride: int = 0) -> Score:
     """Computes the log-probability of every token of a text.
 
     The text is one document, so a document mask has no effect. A text longer than the context is
-    read in windows that overlap by half, so that every token after the first window is predicted
-    from at least half a context.
+    read in windows, each `stride` tokens after the one before; a token is predicted from the first
+    window that holds it, so from at least `context - stride` tokens after the first window.
+
+    Args:
+      model: from `load_model`.
+      text: as the beginning of a document.
+      stride: from 1, the most exact, to the context; 0: half a context.
 
     Raises:
       InputError: the model is an encoder.
-      ValueError: the text is empty.
+      ValueError: the text is empty, or the stride out of range.
       NonFiniteError: the logits of a token or its log-probability are NaN or infinite.
     """
-    refuse_encoder(model)
-    ids = model.tokenizer.encode(text)
-    if not len(ids):
-        raise ValueError("there is no text to score")
-    stream = np.concatenate([[model.tokenizer.start_of_document], ids]).astype(np.int32)
-    context = model.config.context
-    window_scores = _window_scores(model.phase)
-    scores: list[float] = []
-    stride = max(context // 2, 1)
-    for start in range(0, max(len(ids) - context, 0) + stride, stride):
-        part = stream[start : start + context + 1]
-        padded = np.zeros((1, context + 1), np.int32)
-        padded[0, : len(part)] = part
-        with stages.stage("scoring the text"):
-            window = window_scores(model.params, padded[:, :-1], padded[:, 1:])
-        window = np.asarray(window, np.float64)[0, : len(part) - 1]
-        scores += window[len(scores) - start :].tolist()
-        if not all(map(math.isfinite, scores)):
-            first = next(i for i, value in enumerate(scores) if not math.isfinite(value))
-            raise not_finite(model, f"the logits of token {first + 1} of the text")
+    ids, scores = _scores(model, text, stride)
     return Score(
         tokens=tuple(model.tokenizer.decode([token]) for token in ids),
         log_probabilities=tuple(scores),
@@ -118,18 +145,73 @@ def score(model: TrainedModel, text: str) -> Score:
     )
 
 
+def perplexity(model: TrainedModel, text: str, *, stride: int = 0) -> Perplexity:
+    """Computes how well a model predicts a text; see `score`."""
+    ids, scores = _scores(model, text, stride)
+    return Perplexity(len(ids), len(text.encode()), -math.fsum(scores))
+
+
+def _scores(model: TrainedModel, text: str, stride: int) -> tuple[Ids, list[float]]:
+    """The tokens of a text, and the log-probability of each."""
+    refuse_encoder(model)
+    context = model.config.context
+    checks.validate_value("stride", stride, Annotated[int, at_least(0, most=context)])
+    stride = stride or max(context // 2, 1)
+    ids = model.tokenizer.encode(text)
+    if not len(ids):
+        raise ValueError("there is no text to score")
+    tokens = np.concatenate([[model.tokenizer.start_of_document], ids]).astype(np.int32)
+    starts = range(0, max(len(ids) - context, 0) + stride, stride)
+    scores: list[float] = []
+    with stages.stage("scoring the text"):
+        windows = (tokens[start : start + context + 1] for start in starts)
+        for start, scored in zip(starts, scored_windows(model, windows), strict=True):
+            scores += scored.log_probabilities[len(scores) - start :].tolist()
+            if not all(map(math.isfinite, scores[start:])):
+                first = next(i for i, value in enumerate(scores) if not math.isfinite(value))
+                raise not_finite(model, f"the logits of token {first + 1} of the text")
+    return ids, scores
+
+
+class ScoredWindow(NamedTuple):
+    """What a model predicts in a window of N tokens.
+
+    Attributes:
+      log_probabilities: of all tokens but the first given those before, f64[N - 1], in nats; NaN if
+        any of the logits that one is computed from is not finite.
+      likeliest: whether each is the likeliest token, bool[N - 1].
+    """
+
+    log_probabilities: np.ndarray
+    likeliest: np.ndarray
+
+
+def scored_windows(model: TrainedModel, windows: Iterable[Ids]) -> Iterator[ScoredWindow]:
+    """Scores windows of 2 to `context + 1` tokens.
+
+    Each is read by itself, so that windows share no factors of activations.
+    """
+    program, context = _window_scores(model.phase), model.config.context
+    for window in windows:
+        count = len(window) - 1
+        padded = np.zeros((1, padded_length(count, context) + 1), np.int32)
+        padded[0, : len(window)] = window
+        found, likeliest = program(model.params, padded[:, :-1], padded[:, 1:])
+        yield ScoredWindow(
+            np.asarray(found, np.float64)[0, :count], np.asarray(likeliest)[0, :count]
+        )
+
+
 @functools.lru_cache(maxsize=4)
 def _window_scores(phase: Phase) -> Any:
-    """The compiled `(params, inputs, targets) -> log-probabilities`, `[1, context]` each.
-
-    A log-probability is NaN if any of the logits that it is computed from is not finite.
-    """
+    """The compiled `(params, inputs, targets) -> log-probabilities, likeliest`, `[1, T]` each."""
     model, sites = phase.config.model, phase.sites
 
-    def window_scores(params: Params, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+    def window_scores(params: Params, inputs: jax.Array, targets: jax.Array) -> Any:
         logits = apply(params, inputs, config=model, sites=sites)
         found = log_probabilities(logits, targets, sites["loss"])
-        return jnp.where(jnp.isfinite(logits).all(axis=-1), found, jnp.nan)
+        found = jnp.where(jnp.isfinite(logits).all(axis=-1), found, jnp.nan)
+        return found, jnp.argmax(logits, axis=-1) == targets
 
     return exact.jit(window_scores)
 
