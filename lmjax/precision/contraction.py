@@ -9,8 +9,9 @@ That is `jnp.einsum`, except on XLA's CPU backend:
   Adjacent axes are therefore merged.
 - If the last index of the result belongs to the first operand, it transposes the result. The
   operands are therefore swapped.
-- Its bf16 kernels do not accept a first operand whose rows are summed over: x^T g, the weight
-  gradient, would run in f32. Where bf16 pays, the transpose is materialised first.
+- Its fast kernels do not accept a first operand whose rows are summed over. x^T g, the weight
+  gradient, would run in a slower one, and in f32 where bf16 pays. The transpose is therefore
+  materialised first.
 
 All but the first apply to a single device only: axes that a mesh divides cannot be merged in place.
 A product of narrow operands is exact in f32, so only the order of the sum can change.
@@ -94,7 +95,7 @@ def _on_one_cpu(
         jax.lax.dot_general, precision=precision, preferred_element_type=preferred_element_type
     )
     rows = x.ndim == w.ndim == 2 and x_summed == w_summed == (0,) and x.shape[0] % 2 == 0
-    if rows and x.dtype == jnp.bfloat16 and bf16_pays():
+    if rows and x.dtype.itemsize in (2, 4):
         return jnp.transpose(_sum_of_rows(dot, x, w), plan.y_order)
     product = dot(x, w, ((x_summed, w_summed), (shared[0], shared[1])))
     return jnp.transpose(product, plan.y_order)
