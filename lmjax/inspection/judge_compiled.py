@@ -216,14 +216,21 @@ class CompiledJudge:
         there: defaultdict[str, set[str]] = defaultdict(set)
         for key, formats in self._compiled.results().items():
             there[key.rpartition("/")[0]] |= formats
-        for fact in self._facts:
-            scope, before = fact.scope, fact.operands[:1]
-            cast = fact.kind is OperationKind.CAST and before and narrower(fact.result, before[0])
-            if not cast or scope is None or fact.rounding or fact.aside:
-                continue
-            if fact.result not in there[fact.key.rpartition("/")[0]]:
-                text = f"the cast of {before[0]} to {fact.result} was dropped"
-                self._note(self._judge.row(scope, "casts"), "elided rounding", text)
+        is_there = lambda fact: fact.result in there[fact.key.rpartition("/")[0]]
+        casts = [
+            fact
+            for fact in self._facts
+            if fact.kind is OperationKind.CAST and fact.scope is not None
+            if fact.operands and narrower(fact.result, fact.operands[0])
+            if not (fact.rounding or fact.aside)
+        ]
+        # Weights that both passes round are rounded once.
+        alike = lambda fact: (replace(fact.scope, backward=False), fact.result, fact.shape)
+        done = {alike(fact) for fact in casts if is_there(fact)}
+        for fact in casts:
+            if not is_there(fact) and alike(fact) not in done and fact.scope is not None:
+                text = f"the cast of {fact.operands[0]} to {fact.result} was dropped"
+                self._note(self._judge.row(fact.scope, "casts"), "elided rounding", text)
 
     def _collective(self, one: Collective) -> None:
         scope, dtype = self._compiled.scope(one.source), format_name(one.dtype)
