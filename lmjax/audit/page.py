@@ -38,6 +38,10 @@ class PageModule(NamedTuple):
         """The worst of its rows."""
         return AuditVerdict.worst(row.verdict for row in self.rows)
 
+    def verdict_for(self, target: str) -> AuditVerdict:
+        """The worst of its rows on one target."""
+        return AuditVerdict.worst(row.verdict_for(target) for row in self.rows)
+
     @property
     def words(self) -> str:
         """How many rows there are of each verdict that occurs."""

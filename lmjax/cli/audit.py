@@ -174,21 +174,29 @@ def _print_rows(rows: Iterable[AuditRow], targets: Sequence[str]) -> None:
 
 
 def _print_findings(rows: Iterable[AuditRow]) -> None:
+    """Failures first, each with its row; remarks that say the same as one."""
     columns = Column("finding", "key"), Column("where"), Column("in"), Column("what", "text")
     order = list(reversed(AuditVerdict))
-    found = [(row, finding) for row in rows for finding in row.findings]
-    found.sort(key=lambda pair: order.index(pair[1].verdict))
+    said: dict[tuple[int, str, str, str], list[tuple[str, str]]] = {}
+    for row in rows:
+        where = " ".join(filter(None, (row.site, row.direction, row.tensor)))
+        for one in row.findings:
+            apart = where if one.verdict is AuditVerdict.FAIL else ""
+            key = order.index(one.verdict), one.kind, one.text, apart
+            said.setdefault(key, []).append((where, one.column))
     cells = [
-        (
-            f"{WORDS[finding.verdict]} {finding.kind}".removeprefix("pass "),
-            " ".join(filter(None, (row.site, row.direction, row.tensor))),
-            finding.column,
-            finding.text,
-        )
-        for row, finding in found
+        (f"{WORDS[order[rank]]} {kind}".removeprefix("pass "), *_places(seen), text)
+        for (rank, kind, text, _), seen in sorted(said.items(), key=lambda item: item[0][0])
     ]
     if cells:
         print_table(columns, cells, each="finding")
+
+
+def _places(seen: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """The first of several rows and the number of others, and all columns."""
+    first, *others = dict.fromkeys(where for where, _ in seen)
+    columns = ", ".join(dict.fromkeys(column for _, column in seen))
+    return (f"{first} and {len(others)} more" if others else first), columns
 
 
 def _print_shares(one: Inspection) -> None:

@@ -59,6 +59,7 @@ class CompiledJudge:
         target: CompiledFor,
     ) -> None:
         self._judge, self._compiled, self._target = judge, compiled, target
+        self._traced = program.facts
         self._facts = [fact for _, fact in program.facts]
         self._seen: dict[int, tuple[AuditRow, dict[str, None]]] = {}
 
@@ -219,10 +220,10 @@ class CompiledJudge:
         is_there = lambda fact: fact.result in there[fact.key.rpartition("/")[0]]
         casts = [
             fact
-            for fact in self._facts
+            for equation, fact in self._traced
             if fact.kind is OperationKind.CAST and fact.scope is not None
             if fact.operands and narrower(fact.result, fact.operands[0])
-            if not (fact.rounding or fact.aside)
+            if not (fact.rounding or fact.aside or equation.changes_nothing(fact.scope.path))
         ]
         # Weights that both passes round are rounded once.
         alike = lambda fact: (replace(fact.scope, backward=False), fact.result, fact.shape)

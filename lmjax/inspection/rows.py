@@ -19,7 +19,7 @@ TRACED: Final = "traced"
 
 def traced_for(target: str) -> str:
     """The column of findings about what was traced for one of several targets alone."""
-    return f"{target}, {TRACED}"
+    return f"{target} {TRACED}"
 
 
 class AuditVerdict(enum.Enum):

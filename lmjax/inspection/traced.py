@@ -81,6 +81,11 @@ class Equation:
         """Where an operand comes from within a site; None for constants."""
         return _origin(self.frame, self.eqn.invars[operand], site)
 
+    def changes_nothing(self, site: str) -> bool:
+        """Whether it is a cast of numbers that were rounded to fit it before, within a site."""
+        origin = self.origin(0, site)
+        return origin is not None and origin.here and _fits(origin.format, self.result)
+
     @property
     def result(self) -> str:
         """The format of its first result."""

@@ -37,7 +37,7 @@ def test_targets_stand_side_by_side() -> None:
     product, custom, down = both.rows
     assert (product.asked, product.traced) == ("f32", "cpu: f32; tpu: bf16")
     assert product.compiled == {"cpu": "as cpu does", "tpu": "as tpu does"}
-    assert [finding.column for finding in product.findings] == ["tpu, traced"]
+    assert [finding.column for finding in product.findings] == ["tpu traced"]
     assert product.verdict_for("cpu") is AuditVerdict.PASS
     assert product.verdict_for("tpu") is AuditVerdict.FAIL
     assert (custom.traced, custom.verdict_for("tpu")) == ("pallas_call", OPAQUE)
