@@ -85,6 +85,13 @@ def _operand(text: str) -> Operand:
     return Operand(parse_quantizer(_short(name)), rounding, rotations[0] if rotations else 0)
 
 
+def _cotangents(text: str) -> Operand:
+    operand = _operand(text)
+    if operand.quantizer.way == "learned":
+        raise ValueError("factors are learned for w and x, which have gradients; use .observedN")
+    return operand
+
+
 def _backward(text: str) -> Operand:
     operand = _operand(text)
     if operand.quantizer.history:
@@ -136,7 +143,7 @@ KEYS: Final = {
     "o": Key("output", "the model's output: its logits", "c", _format, Format),
     "w": Key("weights", "weights as operands of products", "c", _weights, Operand),
     "x": Key("activations", "activations as operands of products", "c", _activations, Operand),
-    "g": Key("grads", "cotangents entering the backward products", "c", _operand, Operand),
+    "g": Key("grads", "cotangents entering the backward products", "c", _cotangents, Operand),
     "wb": Key("backward_weights", "weights in the backward products", "w", _backward, Operand),
     "xb": Key("backward_activations", "activations in those", "x", _backward, Operand),
     "a": Key("accum", "accumulation of products", "f32", _accumulator, Accumulator),

@@ -112,4 +112,6 @@ def _ready_packed(w: Packed, operand: Operand | None, site: SitePolicy, blocks: 
 
 def current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
     """The quantizer; a delayed one without a factor scales by the tensor itself instead."""
-    return quantizer if factor is not None else replace(quantizer, history=0)
+    if factor is not None:
+        return quantizer
+    return replace(quantizer, history=0, way="delayed", every=0)

@@ -8,6 +8,7 @@ the program if there is no probe.
 The class of a slot determines what is measured, and so the cost:
 
     Maximum   the largest magnitude                    (delayed scale factors)
+    Slope     the same, and the derivative by a factor (learned ones)
     Spread    the same, and exponents of a sample      (predictive loss scaling)
     Census    what rounding does to a sample of it     (telemetry)
     FullCensus   the same of every element
@@ -94,6 +95,41 @@ class Maximum(NamedTuple):
     def combine(self, other: Maximum) -> Maximum:
         """The larger one."""
         return Maximum(jnp.maximum(self.maximum, other.maximum))
+
+
+class Slope(NamedTuple):
+    """What a factor that is learned needs to know of the tensor that it scales.
+
+    Attributes:
+      maximum: f32[], as in `Maximum`.
+      slope: f32[], the derivative of the loss by the factor: that by each quantized element times
+        `round(x / s) - x / s`, or times the largest number of the format where it is exceeded
+        (LSQ, Esser et al. 2020, equation 3).
+    """
+
+    maximum: jax.Array
+    slope: jax.Array
+
+    @classmethod
+    def empty(cls) -> Slope:
+        """Nothing seen."""
+        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+    @classmethod
+    def of(cls, tensor: Rounded) -> Slope:
+        """Waits in `slope`, with the shape of the tensor, for its cotangent; see `met`."""
+        scaled, values = (x.astype(jnp.float32) for x in (tensor.scaled, tensor.values))
+        low, high = tensor.format.smallest_finite, tensor.format.largest_finite
+        inside = (scaled >= np.float32(low)) & (scaled <= np.float32(high))
+        return cls(_maximum(tensor.raw), jnp.where(inside, values - scaled, values))
+
+    def met(self, cotangent: jax.Array) -> Slope:
+        """The measurement, once the cotangent of the tensor is known."""
+        return self._replace(slope=jnp.sum(self.slope * cotangent.astype(jnp.float32)))
+
+    def combine(self, other: Slope) -> Slope:
+        """The larger maximum, and the sum of the derivatives."""
+        return Slope(jnp.maximum(self.maximum, other.maximum), self.slope + other.slope)
 
 
 class Spread(NamedTuple):
@@ -310,7 +346,8 @@ def _deliver_forward(x: jax.Array, slots: Any, measured: Any) -> tuple[jax.Array
 
 
 def _deliver_backward(measured: Any, g: jax.Array) -> tuple[jax.Array, Any, Any]:
-    return g, measured, jax.tree.map(jnp.zeros_like, measured)
+    met = {who: m.met(g) if isinstance(m, Slope) else m for who, m in measured.items()}
+    return g, met, jax.tree.map(jnp.zeros_like, measured)
 
 
 _deliver.defvjp(_deliver_forward, _deliver_backward)

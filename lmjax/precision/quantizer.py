@@ -21,7 +21,12 @@ F32: Final = parse_format("f32")
 E8M0: Final = parse_format("e8m0")
 E4M3: Final = parse_format("e4m3")
 
+Way = Literal["delayed", "observed", "learned"]
+
 DEFAULT_HISTORY: Final = 16
+DEFAULT_EVERY: Final = 100
+_HISTORIES: Final = {"observed": 2, "learned": 3}
+"""Numbers that the state of a factor keeps, where a policy does not say how many."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,12 @@ class Quantizer:
         tensor, `amax / (largest * largest factor)`; for factors in e4m3.
       affine: whether elements are `round(x / scale) + zero_point`, which spends no codes on values
         that do not occur; for integers. Zero stays exact.
-      history: number of past maxima from which the factor is predicted (see `DelayedScale`);
-        0 takes it from the tensor itself.
+      history: numbers of past steps from which the factor follows (see `DelayedScale`); 0 takes it
+        from the tensor itself.
+      way: how it follows. delayed: from the largest of so many past maxima. observed: from the
+        largest magnitude of `every` steps, after which it is found again. learned: by gradient
+        descent (Esser et al. 2020).
+      every: steps between two recalibrations of an observed factor; else 0.
     """
 
     format: Format
@@ -58,6 +67,8 @@ class Quantizer:
     tensor_scale: bool = False
     affine: bool = False
     history: int = 0
+    way: Way = "delayed"
+    every: int = 0
 
     def __post_init__(self) -> None:
         if not self.format.signed:
@@ -84,6 +95,12 @@ class Quantizer:
             raise ValueError(
                 "a delayed factor is one f32 or e8m0 for the tensor, without zero point"
             )
+        if self.history != _HISTORIES.get(self.way, self.history):
+            raise ValueError(f"a factor that is {self.way} keeps {_HISTORIES[self.way]} numbers")
+        if (self.way == "observed") != (self.every > 0):
+            raise ValueError("a factor is observed for N steps, at least 1; write .observedN")
+        if self.way == "learned" and self.scale != F32:
+            raise ValueError("a learned factor is any f32; leave out the format of factors")
 
     def __str__(self) -> str:
         """The canonical name: `parse_quantizer(str(quantizer)) == quantizer`."""
@@ -99,7 +116,8 @@ class Quantizer:
         if self.affine:
             parts.append("affine")
         if self.history:
-            parts.append(f"delayed{self.history}")
+            names = {"delayed": f"delayed{self.history}", "observed": f"observed{self.every}"}
+            parts.append(names.get(self.way, self.way))
         return ".".join(parts)
 
 
@@ -128,8 +146,8 @@ def parse_quantizer(text: str) -> Quantizer:
 
     `FORMAT[@tensor|@channel|@blockN][.OPTION]...` with the options `e8m0`, `e4m3` (what factors are
     stored in), `e4m3@tensor` (and one f32 factor for those), `rceil`, `affine`, `delayed` or
-    `delayedN`. Or a name: `mxfp8` (e4m3 elements), `mxfp8_e5m2`, `mxfp6` (e3m2 elements),
-    `mxfp6_e2m3`, `mxfp4` or `mxint8`, which `.rceil` may follow, or `nvfp4`.
+    `delayedN`, `observedN`, `learned`. Or a name: `mxfp8` (e4m3 elements), `mxfp8_e5m2`, `mxfp6`
+    (e3m2 elements), `mxfp6_e2m3`, `mxfp4` or `mxint8`, which `.rceil` may follow, or `nvfp4`.
 
     Raises:
       ValueError: says what is wrong and what is accepted.
@@ -159,7 +177,12 @@ def _parse_option(option: str, text: str) -> dict[str, Any]:
         return {option: True}
     if delayed := re.fullmatch(r"delayed(\d*)", option):
         return {"history": int(delayed[1] or DEFAULT_HISTORY)}
+    if observed := re.fullmatch(r"observed(\d*)", option):
+        every = int(observed[1] or DEFAULT_EVERY)
+        return {"way": "observed", "every": every, "history": _HISTORIES["observed"]}
+    if option == "learned":
+        return {"way": option, "history": _HISTORIES[option]}
     raise ValueError(
         f"unknown option {option!r} in {text!r}; "
-        "use e8m0, e4m3, e4m3@tensor, rceil, affine, delayed or delayedN"
+        "use e8m0, e4m3, e4m3@tensor, rceil, affine, delayed, delayedN, observedN or learned"
     )

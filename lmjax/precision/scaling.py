@@ -304,10 +304,12 @@ def scale_from_maximum(
 
 
 class DelayedScale(NamedTuple):
-    """State of a factor predicted from past maxima, without an extra pass over the tensor.
+    """State of a factor that follows from past steps, without an extra pass over the tensor.
 
     Attributes:
-      history: float32 [H], the last maxima, newest first; 0 if there were fewer.
+      history: float32 [H]. delayed: the last maxima, newest first; 0 if there were fewer. observed:
+        the number of steps, and the largest magnitude since the last recalibration. learned: the
+        number of steps, and Adam's moments of the gradient of the factor's logarithm.
       scale: float32 [], the factor for the next tensor.
     """
 
@@ -329,9 +331,12 @@ def init_delayed_scale(quantizer: Quantizer) -> DelayedScale:
 
 
 def update_delayed_scale(
-    state: DelayedScale, amax: jax.Array, quantizer: Quantizer
+    state: DelayedScale,
+    amax: jax.Array,
+    quantizer: Quantizer,
+    slope: jax.Array | None = None,
 ) -> DelayedScale:
-    """Adds a tensor's maximum to the history and takes the factor from the largest entry.
+    """Adds what was measured of a tensor to the history, and finds the factor for the next one.
 
     A non-finite maximum is ignored, because a skipped step must leave no trace. The factor does not
     change while only zeros have been seen.
@@ -340,13 +345,67 @@ def update_delayed_scale(
       state: state used for the tensor.
       amax: float [], its `largest_magnitude`.
       quantizer: says how to find the factor.
+      slope: float [], the derivative of the loss by a learned factor.
     """
     amax = amax.astype(jnp.float32)
+    if quantizer.way == "learned":
+        assert slope is not None
+        return _descended(state, amax, slope.astype(jnp.float32), quantizer)
+    if quantizer.way == "observed":
+        return _observed(state, amax, quantizer)
     pushed = jnp.concatenate([amax[None], state.history[:-1]])
     history = jnp.where(jnp.isfinite(amax), pushed, state.history)
     largest = jnp.max(history)
     scale = scale_from_maximum(largest, quantizer)
     return DelayedScale(history, jnp.where(largest > 0, scale, state.scale))
+
+
+def _observed(state: DelayedScale, amax: jax.Array, quantizer: Quantizer) -> DelayedScale:
+    """Recalibrates after the first step, and then every so many steps."""
+    steps, largest = state.history
+    largest = jnp.maximum(largest, amax)
+    due = (steps == 0) | (steps == quantizer.every)
+    found = jnp.where(due & (largest > 0), scale_from_maximum(largest, quantizer), state.scale)
+    count = jnp.where(due, np.float32(1.0), steps + np.float32(1.0))
+    new = jnp.stack([count, jnp.where(due, np.float32(0.0), largest)]), found
+    return DelayedScale(*_unless_lost(jnp.isfinite(amax), new, state))
+
+
+LEARNING_RATE: Final = np.float32(0.01)
+"""Of the logarithm of a learned factor."""
+_FIRST, _SECOND = np.float32(0.9), np.float32(0.999)
+
+
+def _descended(
+    state: DelayedScale, amax: jax.Array, slope: jax.Array, quantizer: Quantizer
+) -> DelayedScale:
+    """A step of Adam on the logarithm of the factor, which begins at that of the first maximum.
+
+    The gradient by the factor is that of LSQ (Esser et al. 2020, equation 3). Its size depends on
+    the number of elements; Adam on the logarithm divides it out (Jain et al. 2020, section 4).
+    """
+    steps, first, second = state.history
+    one, tiny = np.float32(1.0), np.float32(1e-30)
+    gradient = slope * state.scale
+    moments = (
+        _FIRST * first + (one - _FIRST) * gradient,
+        _SECOND * second + (one - _SECOND) * gradient * gradient,
+    )
+    mean, square = (
+        moment / (one - jnp.power(rate, jnp.maximum(steps, one)))
+        for moment, rate in zip(moments, (_FIRST, _SECOND), strict=True)
+    )
+    step = LEARNING_RATE * mean / (jnp.sqrt(square) + tiny)
+    began = steps > 0
+    scale = jnp.clip(state.scale * jnp.exp(-step), _SMALLEST_FACTOR, _LARGEST_FACTOR)
+    scale = jnp.where(began, scale, scale_from_maximum(amax, quantizer))
+    history = [steps + one, *(jnp.where(began, moment, np.float32(0.0)) for moment in moments)]
+    seen = jnp.isfinite(amax) & jnp.isfinite(slope) & (began | (amax > 0))
+    return DelayedScale(*_unless_lost(seen, (jnp.stack(history), scale), state))
+
+
+def _unless_lost(seen: jax.Array, new: Any, old: Any) -> Any:
+    return (jnp.where(seen, n, o) for n, o in zip(new, old, strict=True))
 
 
 def _check_scaled(quantizer: Quantizer, scale: jax.Array | None) -> None:

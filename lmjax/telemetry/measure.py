@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lmjax.model import Sites, site_tree
 from lmjax.precision import paths
-from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
+from lmjax.precision.probes import Census, FullCensus, Maximum, Slope, Spread, is_slot
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.scaling import DelayedScale, init_delayed_scale, update_delayed_scale
 from lmjax.precision.sites import Layout, Place, Stack
@@ -68,6 +68,17 @@ def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
     )
 
 
+def lasting_factors(scaling: Tree, layout: Layout, sites: Sites) -> Tree:
+    """The factors that evaluation uses too, as they are: observed and learned ones."""
+    return paths.unflatten(
+        {
+            path: state.scale
+            for path, state in paths.flatten(scaling, _is_delayed).items()
+            if _quantizer(path, layout, sites).way != "delayed" and not path.endswith("/g")
+        }
+    )
+
+
 def slots(
     layout: Layout, sites: Sites, *, predictive: bool, telemetry: TelemetryConfig | None
 ) -> Tree:
@@ -83,8 +94,9 @@ def slots(
     def one(place: Place) -> dict[str, dict[str, Any]] | None:
         """By role and purpose, for what is measured at a place."""
         asked: dict[str, dict[str, Any]] = {}
-        for role in _delayed(place, sites):
-            asked.setdefault(role, {})["delayed"] = Maximum.empty()
+        for role, quantizer in _delayed(place, sites).items():
+            kind = Slope if quantizer.way == "learned" else Maximum
+            asked.setdefault(role, {})["delayed"] = kind.empty()
         if predictive:
             for role in place.site.gradients:
                 asked.setdefault(role, {})["loss_scale"] = Spread.empty()
@@ -101,14 +113,19 @@ def slots(
 def updated_scaling(
     scaling: Tree, measured: Tree, scale: jax.Array, layout: Layout, sites: Sites
 ) -> Tree:
-    """Returns the histories updated with the maxima that a step measured."""
+    """Returns the histories updated with what a step measured."""
     maxima = _asked_by("delayed", measured)
     updated = {}
     for path, delayed in paths.flatten(scaling, _is_delayed).items():
         quantizer = _quantizer(path, layout, sites)
         maximum = maxima[path].maximum / _cotangent_scale(path, scale, layout.stack)
-        update = lambda state, amax, q=quantizer: update_delayed_scale(state, amax, q)
-        updated[path] = (jax.vmap(update) if maximum.ndim else update)(delayed, maximum)
+        update = lambda state, amax, *slope, q=quantizer: update_delayed_scale(
+            state, amax, q, *slope
+        )
+        slope = []
+        if isinstance(maxima[path], Slope):
+            slope = [maxima[path].slope / _loss_scale(path, scale, layout.stack)]
+        updated[path] = (jax.vmap(update) if maximum.ndim else update)(delayed, maximum, *slope)
     return paths.unflatten(updated)
 
 
@@ -172,8 +189,12 @@ def _quantizer(path: str, layout: Layout, sites: Sites) -> Quantizer:
 
 def _cotangent_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:
     """The factor of the loss scale on the operand at `path`: only cotangents are scaled."""
-    if not path.endswith("/g"):
-        return jnp.ones((), jnp.float32)
+    one = jnp.ones((), jnp.float32)
+    return _loss_scale(path, scale, stack) if path.endswith("/g") else one
+
+
+def _loss_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:
+    """The loss scale where a path is."""
     if not scale.ndim:
         return scale
     return scale[:-1] if stack.holds(path) else scale[-1]

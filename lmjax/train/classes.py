@@ -13,10 +13,10 @@ import numpy as np
 
 from lmjax.data import TokenizedCorpus, validation_batches
 from lmjax.files.filenames import no_math
-from lmjax.model import QUIET, Constrain, assembled, objective_of
+from lmjax.model import Constrain, assembled, objective_of
 from lmjax.parallel import sharding
 from lmjax.runs.resolved import Phase
-from lmjax.train.step import Batch
+from lmjax.train.step import Batch, in_evaluation
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,17 @@ def _counting(phase: Phase, mesh: Any) -> Callable[[Any, Batch], Any]:
         def count(params: Any, batch: Batch) -> tuple[Any, jax.Array]:
             """The summed loss and the confusion of one batch."""
             with jax.numpy_dtype_promotion("strict"):
-                model = assembled(params, config.model)
+                own, context = in_evaluation(params)
+                model = assembled(own, config.model)
                 x = model.trunk(
-                    batch, sites=sites, context=QUIET, cotangent_scales=None, constrain=constrain
+                    batch, sites=sites, context=context, cotangent_scales=None, constrain=constrain
                 )
-                found = jnp.argmax(model.logits(x, sites, QUIET)[:, 0], axis=-1)
+                found = jnp.argmax(model.logits(x, sites, context)[:, 0], axis=-1)
                 size = config.model.classes
                 pairs = batch["classes"] * jnp.int32(size) + found.astype(jnp.int32)
                 weights = (batch["weights"] > 0).astype(jnp.int32)
                 counts = jnp.zeros(size * size, jnp.int32).at[pairs].add(weights)
-                sums = objective.evaluate(x, model, batch, sites, QUIET, constrain)
+                sums = objective.evaluate(x, model, batch, sites, context, constrain)
                 return sums, counts.reshape(size, size)
 
         return count

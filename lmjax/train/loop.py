@@ -52,7 +52,7 @@ from lmjax.train.records import (
 )
 from lmjax.train.rewind import rewind
 from lmjax.train.start import Run, checked_input, start_run
-from lmjax.train.step import Batch
+from lmjax.train.step import Batch, evaluated
 from lmjax.train.utilisation import Peak, peak_of
 
 
@@ -325,14 +325,14 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
     with stages.stage("evaluating on the whole validation split"):
         if run.config.model.classes:
             phase = run.resolved.after(run.step)
-            found = held_out_classes(phase, run.state.params, run.corpus, run.mesh)
+            params = evaluated(run.state, phase)
+            found = held_out_classes(phase, params, run.corpus, run.mesh)
             return record_result(run, *found)
         return record_result(run, _held_out(run, programs))
 
 
 def _held_out(run: Run, programs: Programs, *, batches: int = 0) -> float:
     """The held-out loss of the parameters, computed in the phase that produced them."""
-    eval_step = programs.evaluation(run.resolved.after(run.step), run.mesh)
-    return held_out_loss(
-        eval_step, run.state.params, run.corpus, run.config, run.mesh, batches=batches
-    )
+    phase = run.resolved.after(run.step)
+    eval_step, params = programs.evaluation(phase, run.mesh), evaluated(run.state, phase)
+    return held_out_loss(eval_step, params, run.corpus, run.config, run.mesh, batches=batches)

@@ -8,7 +8,7 @@ params -> compute format -> logits -> loss in f32 -> times the loss scale -> bac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -233,13 +233,33 @@ def _over_micro_batches(
     return gradients, measured, jnp.mean(losses)
 
 
+class Calibrated(NamedTuple):
+    """Parameters with the factors that they are evaluated with; see `measure.lasting_factors`."""
+
+    params: Any
+    factors: measure.Tree
+
+
+def evaluated(state: TrainState, phase: Phase) -> Any:
+    """What of a state is evaluated: its parameters, `Calibrated` where factors belong to them."""
+    factors = measure.lasting_factors(state.scaling, phase.layout, phase.sites)
+    return Calibrated(state.params, factors) if factors else state.params
+
+
+def in_evaluation(params: Any) -> tuple[Any, Context]:
+    """The parameters that `evaluated` gave, and the context to apply them in."""
+    if isinstance(params, Calibrated):
+        return params.params, Context(None, params.factors)
+    return params, QUIET
+
+
 def make_eval_step(config: Config | Phase, mesh: Any = None) -> jax.stages.Wrapped:
     """The compiled evaluation of one batch.
 
     Returns:
       `step(params, batch) -> (nats, tokens)`, f32[] each: the summed cross entropy of the tokens
       that count and their number. A batch holds `inputs`, `targets` and `weights`, `[B, T]`, and
-      with `data.document_mask` also `document_starts`.
+      with `data.document_mask` also `document_starts`. `params` may be `Calibrated`.
     """
     phase = phase_of(config)
     mesh = sharding.make_mesh(phase.config.mesh) if mesh is None else mesh
@@ -255,16 +275,17 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
         def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             """Summed nats and number of what counts."""
             with jax.numpy_dtype_promotion("strict"):
-                model = assembled(params, config.model)
+                own, context = in_evaluation(params)
+                model = assembled(own, config.model)
                 posed = objective.posed(batch, None)
                 x = model.trunk(
                     _documented(config, posed),
                     sites=sites,
-                    context=QUIET,
+                    context=context,
                     cotangent_scales=None,
                     constrain=constrain,
                 )
-                return objective.evaluate(x, model, posed, sites, QUIET, constrain)
+                return objective.evaluate(x, model, posed, sites, context, constrain)
 
         return eval_step
 

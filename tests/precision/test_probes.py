@@ -17,6 +17,7 @@ from lmjax.precision.probes import (
     Maximum,
     Probe,
     Rounded,
+    Slope,
     Spread,
     combine,
     exponent_histogram,
@@ -225,6 +226,36 @@ def test_delayed_factors_reach_all_three_products():
     for factors in (powers, powers | {"g": 2.0**-3}, powers | {"x": 2.0**-9}):
         for ours, expected in zip(value_and_gradients(factors), by_hand(factors), strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_slope_of_a_learned_factor_is_that_of_lsq():
+    """Next to autodiff of a product whose roundings pass gradients on and whose clips do not."""
+    site = parse_policy("f32,w=int4@tensor.learned,x=int4@tensor.learned").resolve(
+        "blocks/0/mlp/up"
+    )
+    generator = np.random.default_rng(0)
+    x, w = (jnp.asarray(generator.normal(size=s), jnp.float32) for s in ((1, 4, 8), (8, 8)))
+    target = jnp.asarray(generator.normal(size=(1, 4, 8)), jnp.float32)
+    factors = {"x": jnp.float32(0.21), "w": jnp.float32(0.33)}
+
+    def ours(slots):
+        y = einsum("btk,kn->btn", x, w, site, probe=Probe(factors, slots))
+        return jnp.sum(y * y * target)
+
+    def theirs(factors):
+        def q(t, s):
+            units = t / s
+            rounded = units + jax.lax.stop_gradient(jnp.round(units) - units)
+            return jnp.where(units > 7, 7, jnp.where(units < -8, -8, rounded)) * s
+
+        y = jnp.einsum("btk,kn->btn", q(x, factors["x"]), q(w, factors["w"]))
+        return jnp.sum(y * y * target)
+
+    found = jax.grad(ours)({role: {"delayed": Slope.empty()} for role in factors})
+    wanted = jax.grad(theirs)(factors)
+    for role in factors:
+        np.testing.assert_allclose(found[role]["delayed"].slope, wanted[role], rtol=1e-4)
+    np.testing.assert_allclose(found["w"]["delayed"].maximum, jnp.abs(w).max())
 
 
 def test_a_cotangent_is_rescaled_and_its_value_is_not():

@@ -345,6 +345,30 @@ def test_a_failed_step_leaves_no_trace_in_the_history(bad: float) -> None:
     assert float(after.scale) == float(before.scale)
 
 
+def test_an_observed_factor_is_recalibrated_every_n_steps() -> None:
+    quantizer = parse_quantizer("int8@tensor.observed3")
+    assert str(quantizer) == "int8@tensor.observed3"
+    state, found = init_delayed_scale(quantizer), []
+    for amax in [127.0, 254.0, NAN, 63.5, 63.5, 25.4, 12.7, 12.7]:
+        state = update_delayed_scale(state, jnp.float32(amax), quantizer)
+        found.append(float(state.scale))
+    # After the first step, and after three more that are finite, by the largest of those.
+    np.testing.assert_allclose(found, [1, 1, 1, 1, 2, 2, 2, 0.2], rtol=1e-6)
+
+
+def test_a_learned_factor_begins_at_the_maximum_and_descends() -> None:
+    quantizer = parse_quantizer("int4@tensor.learned")
+    assert str(quantizer) == "int4@tensor.learned"
+    state = init_delayed_scale(quantizer)
+    step = jax.jit(lambda s, amax, slope: update_delayed_scale(s, amax, quantizer, slope))
+    state = step(state, jnp.float32(14.0), jnp.float32(5.0))
+    assert float(state.scale) == 2.0
+    for slope in (3e-4, 3e-4, NAN):  # Adam moves by its rate, whatever the size of the slope
+        state = step(state, jnp.float32(14.0), jnp.float32(slope))
+    assert float(state.scale) == pytest.approx(2 * np.exp(-2 * 0.01), rel=1e-4)
+    assert state.history[0] == 3
+
+
 def test_zeros_leave_the_first_delayed_factor_alone() -> None:
     quantizer = parse_quantizer("e4m3@tensor.delayed2")
     state = update_delayed_scale(init_delayed_scale(quantizer), jnp.float32(0.0), quantizer)

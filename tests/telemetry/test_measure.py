@@ -20,7 +20,7 @@ from lmjax.runs.resolved import phase_of
 from lmjax.telemetry import measure
 from lmjax.telemetry.rows import TelemetryConfig
 from lmjax.train import Config
-from lmjax.train.step import make_scaled_loss, slots_of, train_step
+from lmjax.train.step import evaluated, make_scaled_loss, slots_of, train_step
 
 
 def scaling_of(config: Config) -> Any:
@@ -147,6 +147,37 @@ def test_delayed_factors_follow_the_maxima_of_the_step_before(
     np.testing.assert_array_equal(delayed(second)["blocks/mlp/up/w"].history[:, 0], kernel)
     third, _ = step(second, draw_batch(config, 1))
     assert np.all(delayed(third)["blocks/mlp/up/x"].history[:, :2] > 0)
+
+
+def test_learned_factors_follow_the_loss_and_no_loss_scale(tiny, draw_state, draw_batch, step_of):
+    """The second step learns; the loss scale changes nothing."""
+    policy = "f32,w=int4@tensor.learned,x=int8@tensor.observed2"
+    config = tiny(policy, loss_scale=LossScaleConfig("static", 2.0**10))
+    step, batch = step_of(config), draw_batch(config)
+
+    def after(scale: float) -> Any:
+        state = draw_state(config, std=0.2)
+        state = state._replace(opt_state=state.opt_state._replace(scale=jnp.float32(scale)))
+        first = step(state, batch)[0]._replace(params=state.params)
+        return delayed(first), delayed(step(first, batch)[0])
+
+    first, second = after(2.0**3)
+    _, other = after(2.0**12)
+    for path, one in second.items():
+        np.testing.assert_allclose(other[path].scale, one.scale, rtol=1e-4, err_msg=path)
+        moved = np.asarray(one.scale != first[path].scale)
+        assert moved.all() if path.endswith("/w") else not moved.any(), path
+
+
+def test_evaluation_uses_learned_and_observed_factors(tiny, draw_state):
+    config = tiny("f32,w=int4@tensor.learned,x=int8@tensor.delayed,g=int8@tensor.observed")
+    found = evaluated(draw_state(config), phase_of(config))
+    assert set(paths.flatten(found.factors)) == {
+        path for path in delayed(draw_state(config)) if path.endswith("/w")
+    }
+    plain = tiny(DELAYED)
+    state = draw_state(plain)
+    assert evaluated(state, phase_of(plain)) is state.params
 
 
 def test_histories_of_cotangents_are_free_of_the_loss_scale(tiny, draw_state, draw_batch, step_of):
