@@ -46,7 +46,8 @@ ARROWS = {
     },
     "cli": {
         "ablation", "audit", "compression", "console", "data", "diagnosis", "files", "inference",
-        "inspection", "interop", "parallel", "plan", "precision", "runs", "telemetry", "train",
+        "inspection", "interop", "model", "parallel", "plan", "precision", "runs", "telemetry",
+        "train",
     },
     "chips": set(),
     "__init__": {"console"},
@@ -66,6 +67,7 @@ CONFINED = {
     "tokenizers": ("data/",),
     "tyro": ("cli/",),
     "safetensors": ("interop/tensors.py",),
+    "lm_eval": ("inference/harness.py",),
     "fsspec": ("runs/store/object_store.py",),
     "submitit": ("ablation/pools.py",),
     "tensorboardX": ("runs/metrics.py",),

@@ -19,6 +19,7 @@ from lmjax.cli.common import (
     REPEATED,
     Repeated,
     RunDirectory,
+    UserPath,
     bad_input,
     print_json,
     write_text,
@@ -40,6 +41,7 @@ from lmjax.inference import (
 from lmjax.inference import evaluate as evaluate_run
 from lmjax.inference import parity as compare
 from lmjax.inference import score as score_text
+from lmjax.inference.harness import TaskResult, evaluate_tasks
 from lmjax.precision.grammar import PRESETS
 
 
@@ -321,24 +323,67 @@ def parity(
     return DONE if all(p.holds for p in found.values()) else FAILED
 
 
-def evaluate(run: RunDirectory, /, precision: str | None = None, json: bool = False) -> int:
-    """Loss on the whole validation split that a run held out.
+def evaluate(
+    run: RunDirectory,
+    /,
+    precision: str | None = None,
+    task: Repeated = (),
+    task_folder: UserPath | None = None,
+    fewshot: Annotated[int, at_least(0)] | None = None,
+    limit: Annotated[int, at_least(1)] | None = None,
+    json: bool = False,
+) -> int:
+    """Loss on the whole validation split that a run held out; or tasks of lm-evaluation-harness.
 
     Args:
       run: The run directory, or its URL in an object store such as s3://BUCKET/RUN.
       precision: Policy to compute with, if not the run's own.
+      task: A task of EleutherAI's lm-evaluation-harness (extra lm-eval) instead; may be given
+        several times.
+      task_folder: A folder with YAML files of further tasks.
+      fewshot: Questions with answers before each question, if not as many as the task says.
+      limit: Evaluate this many questions of each task only.
       json: Print JSON.
     """
+    if not task and (task_folder, fewshot, limit) != (None, None, None):
+        raise InputError("--task-folder, --fewshot and --limit are about tasks; name one by --task")
+    if task_folder is not None and not task_folder.is_dir():
+        raise InputError(f"{task_folder} is not a folder")
     model = load_model(run, precision=precision)
+    if task:
+        results = evaluate_tasks(model, task, folder=task_folder, fewshot=fewshot, limit=limit)
+        return _show_tasks(results, json)
     result = bad_input(evaluate_run, model, progress=not json)
     if json:
         print_json(dataclasses.asdict(result))
     else:
         bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
-        if result.accuracy is not None:
-            print(f"accuracy {result.accuracy:.4f}, F1 {result.f1:.4f}")
         print(
             f"step {result.step}: {result.eval_loss:.4f} nats per token, perplexity "
             f"{result.perplexity:.3f}{bits} ({counted(result.tokens, 'token')})"
         )
+    return DONE
+
+
+def _show_tasks(results: Sequence[TaskResult], json: bool) -> int:
+    if json:
+        print_json({"tasks": [result._asdict() for result in results]})
+        return DONE
+    numbers = ("value", "standard error", "questions")
+    columns = (
+        Column("task", "key"),
+        Column("metric"),
+        *(Column(name, "number") for name in numbers),
+    )
+    rows = [
+        (
+            r.task,
+            r.metric,
+            f"{r.value:.4f}",
+            "" if r.error is None else f"{r.error:.4f}",
+            f"{r.samples:,}",
+        )
+        for r in results
+    ]
+    print_table(columns, rows, each="metric")
     return DONE
