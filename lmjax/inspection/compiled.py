@@ -35,9 +35,10 @@ from lmjax.inspection.facts import (
     format_of,
     is_float,
     key_of,
+    narrower,
     rounding_of,
 )
-from lmjax.inspection.kernels import PRODUCT_TARGETS, documented
+from lmjax.inspection.kernels import PRODUCT_TARGETS, YNN, documented
 from lmjax.precision.sites import Layout
 
 EXPONENTIALS: Final = word_set(
@@ -117,6 +118,20 @@ class CompiledProgram:
         found = (one for one, _ in self._pairs if one.op == "custom-call")
         names = dict.fromkeys(_target(one) for one in found)
         return {name: documented(name) for name in names if documented(name)}
+
+    def hidden_roundings(self) -> Iterator[tuple[Scope, str]]:
+        """Yields roundings between two operations that a library computes as one: site, format."""
+        for running, _, fusion in executed(self.module):
+            if fusion is None or YNN not in fusion.rest:
+                continue
+            for one in running.values():
+                before = running.get(one.operands[0]) if one.op == "convert" else None
+                if before is None or before.op == "parameter" or one.root:
+                    continue
+                rounded, wide = (format_name(shapes(o.type)[0][0]) for o in (one, before))
+                scope = self.scope(self._source(one))
+                if narrower(rounded, wide) and scope is not None:
+                    yield scope, rounded
 
     def scope(self, source: str) -> Scope | None:
         """The site or part of a step that an instruction's source names."""

@@ -17,7 +17,7 @@ from lmjax.inspection.asked import same
 from lmjax.inspection.compiled import CompiledProgram
 from lmjax.inspection.facts import Fact, OperationKind, format_name, is_float, narrower
 from lmjax.inspection.judge_traced import FREE, TENSORS, TracedJudge
-from lmjax.inspection.kernels import documented
+from lmjax.inspection.kernels import YNN, documented
 from lmjax.inspection.rows import AuditRow, AuditVerdict
 from lmjax.inspection.traced import TracedProgram
 
@@ -92,6 +92,9 @@ class CompiledJudge:
         self._lost()
         self._roundings()
         self._missing()
+        for scope, rounded in self._compiled.hidden_roundings():
+            row, text = self._judge.row(scope, "casts"), f"to {rounded} inside a fusion"
+            self._note(row, "kernel", f"{text}; {documented(YNN)}", AuditVerdict.OPAQUE)
         for collective in self._compiled.collectives:
             self._collective(collective)
         for row, seen in self._seen.values():

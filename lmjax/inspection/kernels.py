@@ -21,6 +21,9 @@ PRODUCT_TARGETS: Final = word_set(
 )
 """Matrix products: operands and result are arrays of the program."""
 
+YNN: Final = "__ynn_fusion"
+"""Fusions that XLA's CPU backend has YNNPACK compute."""
+
 _DOCUMENTED: Final = (
     (
         "__cublas$lt$matmul$f8",
@@ -45,6 +48,11 @@ _DOCUMENTED: Final = (
         "in f32, weights rounded to the operands' dtype (cuDNN frontend documentation, SDPA)",
     ),
     ("__cudnn$", "cuDNN (NVIDIA cuDNN documentation)"),
+    (
+        YNN,
+        "YNNPACK: a rounding between two operations of one fusion may be left out, and is before a "
+        "sum (seen with jax 0.10.2, whatever xla_allow_excess_precision says)",
+    ),
     ("tpu_custom_call", "Mosaic kernel of JAX: its text is in the traced program"),
     ("__gpu$xla.gpu.triton", "Triton kernel of JAX (Pallas): its text is in the traced program"),
     ("mosaic_gpu", "Mosaic kernel of JAX: its text is in the traced program"),

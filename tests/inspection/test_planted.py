@@ -331,6 +331,18 @@ def test_roundings_that_the_compiler_drops_are_found(tiny: Any) -> None:
     assert judged(chain, x, config, CPU, xla_allow_excess_precision=False) == set()
 
 
+def sum_of_rounded(x: jax.Array) -> jax.Array:
+    with jax.named_scope("blocks/0-1/residual"):
+        rounded = jnp.square(x).astype(BF16).astype(jnp.float32)
+        return jnp.sum(jnp.square(rounded - x), axis=-1)
+
+
+def test_roundings_inside_a_fusion_of_a_library_are_opaque(tiny: Any) -> None:
+    x = (jnp.ones((64, 64), jnp.float32),)
+    wide = "f32; **/residual: c=f32"
+    assert "kernel" in judged(sum_of_rounded, x, tiny(wide), CPU, xla_allow_excess_precision=False)
+
+
 def test_casts_that_the_compiler_drops_are_found(tiny: Any) -> None:
     x, config = (jnp.ones((8, 128), jnp.float32),), tiny(MIXED)
     text = jax.jit(round_trip).lower(*x).compile().as_text()  # CPUs keep casts; GPUs do not
