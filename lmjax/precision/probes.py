@@ -8,7 +8,6 @@ the program if there is no probe.
 The class of a slot determines what is measured, and so the cost:
 
     Maximum   the largest magnitude                    (delayed scale factors)
-    Slope     the same, and the derivative by a factor (learned ones)
     Spread    the same, and exponents of a sample      (predictive loss scaling)
     Census    what rounding does to a sample of it     (telemetry)
     FullCensus   the same of every element
@@ -17,7 +16,7 @@ Tensors are identified by their role at a site. At a product: its operands `w` a
 cotangent `g`, and the gradients `dx` and `dw` that it returns. At any other site: its output `y`
 and the cotangent `dx` of its input. Each is measured before it is rounded.
 
-`taps.py` has slots for whole tensors. Knows jax, `bits`, `formats` and those.
+`taps.py` has slots for whole tensors, `past.py` a `Slope`. Knows jax, `bits`, `formats` and those.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ import numpy as np
 from lmjax.precision.asides import aside
 from lmjax.precision.bits import largest_magnitude, pattern, split
 from lmjax.precision.formats import Format
+from lmjax.precision.past import Slope
 from lmjax.precision.taps import Copy, Extreme, handed_on
 
 EXPONENTS = 256
@@ -97,41 +97,6 @@ class Maximum(NamedTuple):
         return Maximum(jnp.maximum(self.maximum, other.maximum))
 
 
-class Slope(NamedTuple):
-    """What a factor that is learned needs to know of the tensor that it scales.
-
-    Attributes:
-      maximum: f32[], as in `Maximum`.
-      slope: f32[], the derivative of the loss by the factor: that by each quantized element times
-        `round(x / s) - x / s`, or times the largest number of the format where it is exceeded
-        (LSQ, Esser et al. 2020, equation 3).
-    """
-
-    maximum: jax.Array
-    slope: jax.Array
-
-    @classmethod
-    def empty(cls) -> Slope:
-        """Nothing seen."""
-        return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-
-    @classmethod
-    def of(cls, tensor: Rounded) -> Slope:
-        """Waits in `slope`, with the shape of the tensor, for its cotangent; see `met`."""
-        scaled, values = (x.astype(jnp.float32) for x in (tensor.scaled, tensor.values))
-        low, high = tensor.format.smallest_finite, tensor.format.largest_finite
-        inside = (scaled >= np.float32(low)) & (scaled <= np.float32(high))
-        return cls(_maximum(tensor.raw), jnp.where(inside, values - scaled, values))
-
-    def met(self, cotangent: jax.Array) -> Slope:
-        """The measurement, once the cotangent of the tensor is known."""
-        return self._replace(slope=jnp.sum(self.slope * cotangent.astype(jnp.float32)))
-
-    def combine(self, other: Slope) -> Slope:
-        """The larger maximum, and the sum of the derivatives."""
-        return Slope(jnp.maximum(self.maximum, other.maximum), self.slope + other.slope)
-
-
 class Spread(NamedTuple):
     """The largest magnitude, and the exponents of about `SPREAD_SAMPLE` elements.
 
@@ -152,7 +117,7 @@ class Spread(NamedTuple):
     def of(cls, tensor: Rounded) -> Spread:
         """One pass for the maximum, and one over the sample."""
         sample = _sample(tensor.raw, SPREAD_SAMPLE)
-        histogram = exponent_histogram(sample) * _weight(tensor.raw, sample)
+        histogram = exponent_histogram(sample) * np.float32(tensor.raw.size / sample.size)
         return cls(_maximum(tensor.raw), histogram)
 
     def combine(self, other: Spread) -> Spread:
@@ -224,7 +189,7 @@ class Census(NamedTuple):
             size=jnp.asarray(tensor.scaled.size, jnp.float32),
             maximum=_maximum(tensor.raw),
             table=counts.astype(jnp.float32).reshape(len(Fate), -1)
-            * _weight(tensor.scaled, scaled),
+            * np.float32(tensor.scaled.size / scaled.size),
         )
 
     def combine(self, other: Census) -> Census:
@@ -316,11 +281,6 @@ def _sample(x: jax.Array, size: int) -> jax.Array:
     return lines[::distance].reshape(-1)
 
 
-def _weight(x: jax.Array, sample: jax.Array) -> np.float32:
-    """Number of elements of a tensor that each element of its sample represents."""
-    return np.float32(x.size / sample.size)
-
-
 def report(x: jax.Array, slots: Mapping[str, Any], tensor: Callable[[], Rounded]) -> jax.Array:
     """Returns `x`, which only a `Swap` replaces; the gradients of `slots` measure `tensor()`."""
     if not slots:
@@ -346,8 +306,12 @@ def _deliver_forward(x: jax.Array, slots: Any, measured: Any) -> tuple[jax.Array
 
 
 def _deliver_backward(measured: Any, g: jax.Array) -> tuple[jax.Array, Any, Any]:
-    met = {who: m.met(g) if isinstance(m, Slope) else m for who, m in measured.items()}
-    return g, met, jax.tree.map(jnp.zeros_like, measured)
+    met = lambda slot: slot.met(g) if isinstance(slot, Slope) else slot
+    return (
+        g,
+        {who: met(slot) for who, slot in measured.items()},
+        jax.tree.map(jnp.zeros_like, measured),
+    )
 
 
 _deliver.defvjp(_deliver_forward, _deliver_backward)
@@ -429,8 +393,8 @@ def combine(first: Any, second: Any) -> Any:
 
 def is_slot(node: Any) -> bool:
     """Whether a node of a pytree is a measurement."""
-    taps = isinstance(node, (Copy, Extreme))
-    return taps or (isinstance(node, tuple) and hasattr(node, "combine"))
+    slots = isinstance(node, tuple) and hasattr(node, "combine")
+    return slots or isinstance(node, Copy | Extreme)
 
 
 def _maximum(x: jax.Array) -> jax.Array:

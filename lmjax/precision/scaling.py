@@ -32,8 +32,8 @@ from lmjax.precision.quantizer import E4M3, E8M0, Quantizer
 from lmjax.precision.rounding import Rounding, ldexp, quantize
 
 # Factors stay where neither they nor their reciprocals are subnormal, which XLA on CPU takes for 0.
-_SMALLEST_FACTOR: Final = np.float32(2.0**-126)
-_LARGEST_FACTOR: Final = np.float32(2.0**126)
+SMALLEST_FACTOR: Final = np.float32(2.0**-126)
+LARGEST_FACTOR: Final = np.float32(2.0**126)
 # Times the smallest e4m3, 2**-9, this is still normal.
 _SMALLEST_TENSOR_FACTOR: Final = np.float32(2.0**-117)
 
@@ -299,113 +299,8 @@ def scale_from_maximum(
         if quantizer.scale == E4M3:
             scale = quantize(scale, E4M3)
         else:
-            scale = jnp.clip(scale, _SMALLEST_FACTOR, _LARGEST_FACTOR)
+            scale = jnp.clip(scale, SMALLEST_FACTOR, LARGEST_FACTOR)
     return jnp.where(jnp.isfinite(amax), scale, np.float32(np.nan))
-
-
-class DelayedScale(NamedTuple):
-    """State of a factor that follows from past steps, without an extra pass over the tensor.
-
-    Attributes:
-      history: float32 [H]. delayed: the last maxima, newest first; 0 if there were fewer. observed:
-        the number of steps, and the largest magnitude since the last recalibration. learned: the
-        number of steps, and Adam's moments of the gradient of the factor's logarithm.
-      scale: float32 [], the factor for the next tensor.
-    """
-
-    history: jax.Array
-    scale: jax.Array
-
-
-def init_delayed_scale(quantizer: Quantizer) -> DelayedScale:
-    """Returns the state before the first tensor: factor one.
-
-    Raises:
-      ValueError: the quantizer is not delayed.
-    """
-    if not quantizer.history:
-        raise ValueError(f"{quantizer} takes its factor from the tensor itself; add .delayed")
-    return DelayedScale(
-        history=jnp.zeros((quantizer.history,), jnp.float32), scale=jnp.ones((), jnp.float32)
-    )
-
-
-def update_delayed_scale(
-    state: DelayedScale,
-    amax: jax.Array,
-    quantizer: Quantizer,
-    slope: jax.Array | None = None,
-) -> DelayedScale:
-    """Adds what was measured of a tensor to the history, and finds the factor for the next one.
-
-    A non-finite maximum is ignored, because a skipped step must leave no trace. The factor does not
-    change while only zeros have been seen.
-
-    Args:
-      state: state used for the tensor.
-      amax: float [], its `largest_magnitude`.
-      quantizer: says how to find the factor.
-      slope: float [], the derivative of the loss by a learned factor.
-    """
-    amax = amax.astype(jnp.float32)
-    if quantizer.way == "learned":
-        assert slope is not None
-        return _descended(state, amax, slope.astype(jnp.float32), quantizer)
-    if quantizer.way == "observed":
-        return _observed(state, amax, quantizer)
-    pushed = jnp.concatenate([amax[None], state.history[:-1]])
-    history = jnp.where(jnp.isfinite(amax), pushed, state.history)
-    largest = jnp.max(history)
-    scale = scale_from_maximum(largest, quantizer)
-    return DelayedScale(history, jnp.where(largest > 0, scale, state.scale))
-
-
-def _observed(state: DelayedScale, amax: jax.Array, quantizer: Quantizer) -> DelayedScale:
-    """Recalibrates after the first step, and then every so many steps."""
-    steps, largest = state.history
-    largest = jnp.maximum(largest, amax)
-    due = (steps == 0) | (steps == quantizer.every)
-    found = jnp.where(due & (largest > 0), scale_from_maximum(largest, quantizer), state.scale)
-    count = jnp.where(due, np.float32(1.0), steps + np.float32(1.0))
-    new = jnp.stack([count, jnp.where(due, np.float32(0.0), largest)]), found
-    return DelayedScale(*_unless_lost(jnp.isfinite(amax), new, state))
-
-
-LEARNING_RATE: Final = np.float32(0.01)
-"""Of the logarithm of a learned factor."""
-_FIRST, _SECOND = np.float32(0.9), np.float32(0.999)
-
-
-def _descended(
-    state: DelayedScale, amax: jax.Array, slope: jax.Array, quantizer: Quantizer
-) -> DelayedScale:
-    """A step of Adam on the logarithm of the factor, which begins at that of the first maximum.
-
-    The gradient by the factor is that of LSQ (Esser et al. 2020, equation 3). Its size depends on
-    the number of elements; Adam on the logarithm divides it out (Jain et al. 2020, section 4).
-    """
-    steps, first, second = state.history
-    one, tiny = np.float32(1.0), np.float32(1e-30)
-    gradient = slope * state.scale
-    moments = (
-        _FIRST * first + (one - _FIRST) * gradient,
-        _SECOND * second + (one - _SECOND) * gradient * gradient,
-    )
-    mean, square = (
-        moment / (one - jnp.power(rate, jnp.maximum(steps, one)))
-        for moment, rate in zip(moments, (_FIRST, _SECOND), strict=True)
-    )
-    step = LEARNING_RATE * mean / (jnp.sqrt(square) + tiny)
-    began = steps > 0
-    scale = jnp.clip(state.scale * jnp.exp(-step), _SMALLEST_FACTOR, _LARGEST_FACTOR)
-    scale = jnp.where(began, scale, scale_from_maximum(amax, quantizer))
-    history = [steps + one, *(jnp.where(began, moment, np.float32(0.0)) for moment in moments)]
-    seen = jnp.isfinite(amax) & jnp.isfinite(slope) & (began | (amax > 0))
-    return DelayedScale(*_unless_lost(seen, (jnp.stack(history), scale), state))
-
-
-def _unless_lost(seen: jax.Array, new: Any, old: Any) -> Any:
-    return (jnp.where(seen, n, o) for n, o in zip(new, old, strict=True))
 
 
 def _check_scaled(quantizer: Quantizer, scale: jax.Array | None) -> None:
@@ -418,7 +313,7 @@ def _check_scaled(quantizer: Quantizer, scale: jax.Array | None) -> None:
 def _tensor_factor(amax: jax.Array, quantizer: Quantizer) -> jax.Array:
     largest = quantizer.format.largest_finite * quantizer.scale.largest_finite
     factor = amax.astype(jnp.float32) * np.float32(1.0 / largest)
-    factor = jnp.clip(factor, _SMALLEST_TENSOR_FACTOR, _LARGEST_FACTOR)
+    factor = jnp.clip(factor, _SMALLEST_TENSOR_FACTOR, LARGEST_FACTOR)
     return jnp.where(jnp.isfinite(amax), factor, np.float32(np.nan))
 
 
@@ -427,7 +322,7 @@ def _affine_parameters(bounds: Bounds, quantizer: Quantizer) -> tuple[jax.Array,
     first, last = quantizer.format.smallest_finite, quantizer.format.largest_finite
     low, high = bounds
     scale = jnp.clip(
-        (high - low) * np.float32(1.0 / (last - first)), _SMALLEST_FACTOR, _LARGEST_FACTOR
+        (high - low) * np.float32(1.0 / (last - first)), SMALLEST_FACTOR, LARGEST_FACTOR
     )
     # Rounded before it is subtracted: a fused multiply-subtract would round differently.
     steps = quantize(low * (np.float32(1.0) / scale), integer(quantizer.format.bits + 1))

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 from lmjax.model import Sites, site_tree
 from lmjax.precision import paths
-from lmjax.precision.probes import Census, FullCensus, Maximum, Slope, Spread, is_slot
+from lmjax.precision.past import DelayedScale, Slope, init_delayed_scale, update_delayed_scale
+from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
 from lmjax.precision.quantizer import Quantizer
-from lmjax.precision.scaling import DelayedScale, init_delayed_scale, update_delayed_scale
 from lmjax.precision.sites import Layout, Place, Stack
 from lmjax.telemetry.rows import TelemetryConfig, counted_roles
 

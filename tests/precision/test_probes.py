@@ -9,6 +9,7 @@ import pytest
 
 from lmjax.precision import exact, parse_format, parse_policy, probes, quantize
 from lmjax.precision.matmul import einsum, hand_on
+from lmjax.precision.past import Slope
 from lmjax.precision.probes import (
     EXPONENTS,
     Census,
@@ -17,7 +18,6 @@ from lmjax.precision.probes import (
     Maximum,
     Probe,
     Rounded,
-    Slope,
     Spread,
     combine,
     exponent_histogram,

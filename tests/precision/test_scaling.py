@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from lmjax.precision.bits import largest_magnitude
+from lmjax.precision.past import init_delayed_scale, update_delayed_scale
 from lmjax.precision.quantizer import Quantizer, parse_quantizer
 from lmjax.precision.rounding import quantize
 from lmjax.precision.scaling import (
     dequantize,
     fake_quantize,
-    init_delayed_scale,
     quantize_with_scale,
     scale_from_maximum,
-    update_delayed_scale,
 )
 
 NAN, INF = np.nan, np.inf

@@ -14,8 +14,8 @@ from lmjax.optim import loss_scale
 from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.parallel import sharding
 from lmjax.precision import paths
+from lmjax.precision.past import DelayedScale
 from lmjax.precision.probes import Census, Fate, FullCensus, is_slot
-from lmjax.precision.scaling import DelayedScale
 from lmjax.runs.resolved import phase_of
 from lmjax.telemetry import measure
 from lmjax.telemetry.rows import TelemetryConfig
