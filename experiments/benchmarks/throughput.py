@@ -6,11 +6,11 @@ Time:      2 minutes
 Expected:  lmjax / jnp 1.07 in f32, 1.07 in bf16, 1.18 in f16; docs/speed.md has the intervals
 
 Contestants take turns: in each round every one trains for a few steps, and the order rotates from
-round to round, so that other load on the machine affects all of them alike. A ratio is the median
-of the ratios of the rounds; its interval is the range between two order statistics, which contains
-the median of a continuous distribution with the printed confidence (a sign test; the whole range
-below 9 rounds). All contestants keep freed memory instead of returning it (see
-`lmjax.train.memory`), and use the same tokens and the same optimizer.
+round to round, so that other load on the machine affects all of them alike. The first step after a
+pause is not timed. A ratio is the median of the ratios of the rounds; its interval is the range
+between two order statistics, which contains the median of a continuous distribution with the
+printed confidence (a sign test; the whole range below 9 rounds). All contestants keep freed memory
+instead of returning it (see `lmjax.train.memory`), and use the same tokens and the same optimizer.
 
 FLOP per token are 6 N + 12 x layers x width x length, not halved for causality, with N the number
 of parameters without the table of positions. The peak is the rate of a square matrix product of

@@ -3,8 +3,8 @@
 `experiments.benchmarks.throughput` runs it with a Python that has torch and talks to it in lines.
 The first line on stdin is a JSON object: sizes of the model, `dtype` and `compile`, the optimizer's
 rates, and the batch. The answer on stdout is a JSON object with the loss of a first step. For each
-further line, a number of steps, it answers with the seconds they took and the loss of the last. It
-ends with its input.
+further line, a number of steps, it takes one more and answers with the seconds that they took and
+the loss of the last. It ends with its input.
 
 Knows torch only.
 """
@@ -111,6 +111,7 @@ def main() -> None:
     train = trainer(json.loads(sys.stdin.readline()))
     answer(torch=torch.__version__, loss=train(1))
     for line in sys.stdin:
+        train(1)  # the first step after a pause does not count
         start = time.perf_counter()
         loss = train(int(line))
         answer(seconds=time.perf_counter() - start, loss=loss)
