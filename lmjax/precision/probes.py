@@ -5,7 +5,7 @@ the gradient of a slot, `jax.grad` returns a measurement. Measurements thus leav
 gradients do: stacked by a scan over blocks, recomputed under rematerialisation, and absent from
 the program if there is no probe.
 
-The class of a slot determines what is measured, and so the cost:
+The class of a slot decides what is measured, and so the cost:
 
     Maximum   the largest magnitude                    (delayed scale factors)
     Spread    the same, and exponents of a sample      (predictive loss scaling)
@@ -393,8 +393,7 @@ def combine(first: Any, second: Any) -> Any:
 
 def is_slot(node: Any) -> bool:
     """Whether a node of a pytree is a measurement."""
-    slots = isinstance(node, tuple) and hasattr(node, "combine")
-    return slots or isinstance(node, Copy | Extreme)
+    return isinstance(node, Copy | Extreme) or hasattr(node, "combine")
 
 
 def _maximum(x: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ from lmjax.precision import paths
 from lmjax.precision.grammar import parse_policy
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import resolve
-from lmjax.runs.state import adopt
+from lmjax.runs.state import adopt, optimizer_of
 from lmjax.train import train
 from lmjax.train.step import train_step
 
@@ -127,6 +127,26 @@ def their_loss(model: Any) -> Any:
     )
 
 
+def adamw(model: ModelConfig, eps: float) -> Config:
+    """A run of plain AdamW, which decays everything."""
+    return Config(
+        precision="f32",
+        steps=10,
+        context=64,
+        batch_size=2,
+        model=dataclasses.replace(model, z_loss=0.0),
+        optimizer=OptimizerConfig(
+            learning_rate=RATE,
+            schedule="constant",
+            warmup_steps=0,
+            eps=eps,
+            weight_decay=DECAY,
+            no_decay=(),
+            clip_norm=0,
+        ),
+    )
+
+
 def test_logits_are_theirs(both: Both):
     with torch.no_grad():
         theirs = both.theirs(torch.tensor(TOKENS[:, :-1])).logits.numpy()
@@ -157,23 +177,7 @@ def test_gradients_and_a_step_of_adamw_are_theirs(both: Both, compile_fast: Any)
     eps = 1e-3 * largest
     decay = {"lr": RATE, "betas": (0.9, 0.99), "eps": eps, "weight_decay": DECAY}
     torch.optim.AdamW(named.values(), **decay).step()
-    config = Config(
-        precision="f32",
-        steps=10,
-        context=64,
-        batch_size=2,
-        model=dataclasses.replace(both.found.model, z_loss=0.0),
-        optimizer=OptimizerConfig(
-            learning_rate=RATE,
-            schedule="constant",
-            warmup_steps=0,
-            eps=eps,
-            weight_decay=DECAY,
-            no_decay=(),
-            clip_norm=0,
-        ),
-    )
-    phase = resolve(config).at(0)
+    phase = resolve(adamw(both.found.model, eps)).at(0)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     state = adopt(jax.tree.map(jnp.copy, both.params), phase.param_sites, phase, mesh)
     batch = {"inputs": TOKENS[:, :-1].astype(np.int32), "targets": TOKENS[:, 1:].astype(np.int32)}
@@ -183,6 +187,36 @@ def test_gradients_and_a_step_of_adamw_are_theirs(both: Both, compile_fast: Any)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(before[name])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("eps", [1e-8, 1e-6])
+def test_a_step_of_adamw_is_theirs_to_the_usual_eps_given_their_gradients(
+    both: Both, eps: float, tmp_path: Path
+):
+    """Their gradients, read here as a model, so that no rounding of gradients decides."""
+    both.theirs.zero_grad()
+    their_loss(both.theirs).backward()
+    copy = type(both.theirs)(both.theirs.config)
+    with torch.no_grad():
+        for own, other in zip(copy.parameters(), both.theirs.parameters(), strict=True):
+            own.copy_(other.grad)
+    copy.save_pretrained(tmp_path / "gradients")
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    with pretrained(tmp_path / "gradients") as found:
+        gradients = found.parameters(mesh)
+        optimizer = optimizer_of(resolve(adamw(found.model, eps)).at(0))
+    updates, _ = optimizer.update(gradients, optimizer.init(both.params), both.params)
+    ours = both.as_tensors(jax.tree.map(jnp.add, both.params, updates))
+
+    with torch.no_grad():
+        for own, other in zip(copy.parameters(), both.theirs.parameters(), strict=True):
+            own.grad = own.clone()
+            own.copy_(other)
+    decay = {"lr": RATE, "betas": (0.9, 0.99), "eps": eps, "weight_decay": DECAY}
+    torch.optim.AdamW(copy.parameters(), **decay).step()
+    for name, parameter in copy.named_parameters():
+        np.testing.assert_allclose(ours[name], parameter.detach(), rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.long
