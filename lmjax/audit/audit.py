@@ -17,7 +17,7 @@ from lmjax.inspection.judge_compiled import CompiledFor
 from lmjax.parallel import sharding
 from lmjax.plan import Target, compiled_for, parse_target
 from lmjax.precision import exact
-from lmjax.precision.backend import Backend, planned_for, this_backend
+from lmjax.precision.backend import planned_for
 from lmjax.runs.resolved import Phase, resolve
 from lmjax.train import Config
 from lmjax.train.step import PARTS
@@ -86,13 +86,9 @@ def _inspected(name: str, title: str, phase: Phase, mesh: sharding.Mesh) -> Insp
             phase.sites,
             PARTS,
             exact.COMPILER_OPTIONS,
-            {} if name == "decode" else _forms(phase, this_backend(), mesh.shape["sequence"]),
+            # One token has few scores, which are read at once.
+            {} if name == "decode" else phase.attention_forms(parts=mesh.shape["sequence"]),
         )
-
-
-def _forms(phase: Phase, backend: Backend, parts: int) -> dict[str, str]:
-    """How each attention is computed, and why so; a decoded token has few scores, read at once."""
-    return {path: str(form) for path, form in phase.attention_forms(backend, parts).items()}
 
 
 def _on_chips(title: str, phase: Phase, chip: Target) -> Inspection:
@@ -104,5 +100,5 @@ def _on_chips(title: str, phase: Phase, chip: Target) -> Inspection:
     sizes = sharding.mesh_shape(phase.config.mesh, chip.devices)
     column = CompiledFor(chip.name, chip.backend.platform, sizes)
     options = exact.COMPILER_OPTIONS
-    forms = _forms(phase, chip.backend, sizes["sequence"])
+    forms = phase.attention_forms(chip.backend, sizes["sequence"])
     return inspect(title, jaxpr, [(column, text)], phase.layout, phase.sites, PARTS, options, forms)

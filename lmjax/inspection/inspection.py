@@ -107,7 +107,7 @@ def inspect(
     sites: Mapping[str, SitePolicy],
     parts: Collection[str],
     options: Mapping[str, Any],
-    forms: Mapping[str, str] = MappingProxyType({}),
+    forms: Mapping[str, object] = MappingProxyType({}),
 ) -> Inspection:
     """Compares a program with a policy.
 
@@ -119,7 +119,7 @@ def inspect(
       sites: the policy of every site.
       parts: names of scopes that are not sites.
       options: compiler options that it was compiled with.
-      forms: how each attention is computed, and why so, by the path of its softmax.
+      forms: how each attention is computed, and why so, as text, by the path of its softmax.
     """
     judge, program = TracedJudge(layout, sites), TracedProgram(jaxpr, layout, parts)
     judge.read(program)
@@ -134,7 +134,7 @@ def inspect(
     _flags(judge, options)
     for site, form in layout.merged({path: forms.get(path) for path in layout.paths}).items():
         if form is not None:
-            judge.table.row(site, "", ATTENTION).traced = form
+            judge.table.row(site, "", ATTENTION).traced = str(form)
     rows = judge.table.ordered(_order(layout, judge))
     return Inspection(name, rows, shares, tuple(target.name for target, _ in compiled))
 

@@ -55,8 +55,14 @@ def _write(phase: Phase, mesh: Any, jaxpr: Any, compiled: Any, workdir: Path) ->
 def _found(phase: Phase, mesh: Any, jaxpr: Any, compiled: Any) -> dict[str, Any]:
     target = default_target(mesh)
     text = compiled.as_text() or ""
-    options = exact.COMPILER_OPTIONS
     made = inspect(
-        "train", jaxpr, [(target, text)], phase.layout, phase.sites, PARTS, options
-    )  # fmt: skip
+        "train",
+        jaxpr,
+        [(target, text)],
+        phase.layout,
+        phase.sites,
+        PARTS,
+        exact.COMPILER_OPTIONS,
+        phase.attention_forms(parts=mesh.shape["sequence"]),
+    )
     return {"precision": phase.config.precision, "devices": target.name} | made.to_json()

@@ -32,6 +32,7 @@ def test_the_audit_of_a_step_is_in_the_run_directory(tmp_path: Path, tiny: Any) 
     compiled = traced.lower().compile()
     good = written(tmp_path, tiny("mixed_bf16"), traced.jaxpr, compiled)
     assert good["verdict"] == "pass"
+    assert "blockwise" in [row["traced"] for row in good["rows"] if row["tensor"] == "attention"]
     bad = written(tmp_path, tiny("f32"), traced.jaxpr, compiled)
     failed = {finding["kind"] for row in bad["rows"] for finding in row["findings"]}
     assert bad["verdict"] == "fail"
