@@ -190,16 +190,14 @@ class _Functions(NamedTuple):
         return found, cache
 
     def _all_rows(self, params: Any, tokens: jax.Array, cache: Any, rows: Rows) -> Any:
-        """The logits `[B, V]` after tokens `[B, T]`, and the cache.
-
-        Several rows are read each by itself, so that they share no factors of activations.
-        """
+        """The logits `[B, V]` after tokens `[B, T]`, and the cache."""
         start = rows.length + 1 - tokens.shape[1]
-        if len(tokens) > 1:
+        if len(tokens) > 1 and _rows_share_factors(self.phase.sites):
             each = jax.vmap(self._one_row, in_axes=(None, 0, 0, 0, 0))
             return each(params, tokens, cache, start, rows.document)
-        starts = jnp.full_like(tokens, rows.document[0]) if self._masked else None
-        logits, cache = self._extended(params, tokens, cache, start[0], starts)
+        starts = jnp.broadcast_to(rows.document[:, None], tokens.shape) if self._masked else None
+        start = start if len(tokens) > 1 else start[0]
+        logits, cache = self._extended(params, tokens, cache, start, starts)
         return logits[:, -1], cache
 
     def _one_row(self, params: Any, tokens: Any, cache: Any, start: Any, document: Any) -> Any:
@@ -232,6 +230,12 @@ def _with_drawn(rows: Rows, token: jax.Array, last_token: int) -> Rows:
         left=either(rows.left - 1, 0),
         seen=rows.seen.at[everyone, either(token, rows.pending)].set(True),
     )
+
+
+def _rows_share_factors(sites: Sites) -> bool:
+    """Whether a factor of activations is found in all rows, which are then read one by one."""
+    operands = (site.activations.quantizer for site in sites.values() if site.activations)
+    return any(quantizer.groups == "tensor" or quantizer.tensor_scale for quantizer in operands)
 
 
 def _step_width(sites: Sites, rows: int) -> int:

@@ -10,6 +10,7 @@ JAX and policies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -66,7 +67,8 @@ class LayerCache(NamedTuple):
     ) -> LayerCache:
         """The cache with the keys and values `[B, T, K, H]` of positions `start` to `start + T`.
 
-        As `dynamic_update_slice` does, it moves what would not fit to where it does.
+        `start` is int32[], or int32[B] where it differs between rows. As `dynamic_update_slice`
+        does, it moves what would not fit to where it does.
         """
         new = LayerCache.of(k, v, sites)
         keys = _inserted(self.keys, new.keys, start, _KEYS)
@@ -98,8 +100,26 @@ def _everywhere(stored: Stored, shape: tuple[int, ...], order: tuple[int, ...]) 
 
 
 def _inserted(old: Stored, new: Stored, start: int | jax.Array, order: tuple[int, ...]) -> Stored:
+    axis = order.index(_POSITION)
+
     def insert(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=order.index(_POSITION))
+        if not jnp.ndim(start):
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
+        # Row by row, which is done in place: a scatter of all rows would turn the whole cache on
+        # CPU. Narrow formats are moved as bits, since XLA widens them otherwise, and in a loop,
+        # since it would fuse a chain of updates and what follows into a pass over the cache.
+        kind, bits, rows = old.dtype, f"uint{8 * old.dtype.itemsize}", jnp.asarray(start)
+
+        def put(row: int | jax.Array, old: jax.Array) -> jax.Array:
+            where = [jnp.int32(0)] * old.ndim
+            where[0], where[axis] = jnp.asarray(row, jnp.int32), rows[row].astype(jnp.int32)
+            one = jax.lax.dynamic_slice_in_dim(new, row, 1)
+            return jax.lax.dynamic_update_slice(old, one, where)
+
+        if kind.itemsize >= 4:
+            return functools.reduce(lambda old, row: put(row, old), range(len(rows)), old)
+        old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (old, new))
+        return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, len(rows), put, old), kind)
 
     return jax.tree.map(insert, old, new)
 

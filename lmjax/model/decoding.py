@@ -102,8 +102,8 @@ def extend(
       params: as `decoding_params` gives them.
       tokens: `int32[B, T]`, T at least 1.
       cache: of the `start` tokens before; what it holds beyond them is not looked at.
-      start: index of the first of these tokens, int32[], at most the length of the cache less T;
-        being traced, it cannot be checked.
+      start: index of the first of these tokens, int32[], or int32[B] where it differs between
+        rows; at most the length of the cache less T; being traced, it cannot be checked.
       config: the model.
       sites: the formats of every site.
       document_starts: for a document mask, the index of the first token of each of these tokens'

@@ -27,7 +27,7 @@ class Mask(Protocol):
         """Whether each query sees each key, to be broadcast against scores `[B, K, G, T, S]`.
 
         Args:
-          queries: index of each query, `int32[T]`.
+          queries: index of each query, `int32[T]`, or `int32[B, T]` where rows differ.
           keys: index of each key, `int32[S]`.
 
         Returns:
@@ -54,7 +54,8 @@ class Causal(NamedTuple):
 
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         """See `Mask`."""
-        return queries[:, None] >= keys[None, :]
+        visible = queries[..., None] >= keys
+        return visible if queries.ndim == 1 else visible[:, None, None]
 
     def may_see(self, queries: range, keys: range) -> bool:
         """See `Mask`."""
@@ -153,8 +154,9 @@ class Padded(NamedTuple):
 
 
 def indices_from(start: Position, length: int) -> jax.Array:
-    """`int32[length]`, counting from `start`."""
-    return jnp.arange(length, dtype=jnp.int32) + start
+    """`int32[length]`, counting from `start`; `int32[B, length]` from `int32[B]`."""
+    indices = jnp.arange(length, dtype=jnp.int32)
+    return indices + (start if jnp.ndim(start) == 0 else jnp.asarray(start)[:, None])
 
 
 def mask_and_positions(
@@ -163,13 +165,13 @@ def mask_and_positions(
     """What the tokens of a language model attend to, and where they stand in their documents.
 
     Args:
-      start: index of the first of the tokens.
+      start: index of the first of the tokens; int32[B] where it differs between rows.
       length: number of tokens, T.
       document_starts: index of the first token of each token's document, `int32[B, T]`; None: all
         belong to one document, which begins at index 0.
 
     Returns:
-      The mask; and the positions, `int32[T]`, or `int32[B, T]` where documents are given.
+      The mask; and the positions, `int32[T]`, or `int32[B, T]` where rows differ.
     """
     indices = indices_from(start, length)
     if document_starts is None:

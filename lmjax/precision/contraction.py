@@ -22,6 +22,7 @@ Knows backends and JAX.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,8 +98,21 @@ def _on_one_cpu(
     rows = x.ndim == w.ndim == 2 and x_summed == w_summed == (0,) and x.shape[0] % 2 == 0
     if rows and x.dtype.itemsize in (2, 4):
         return jnp.transpose(_sum_of_rows(dot, x, w), plan.y_order)
+    if _one_row_each(plan, x) and x.dtype == jnp.bfloat16 and bf16_pays():
+        both = jnp.concatenate([x, x], axis=x_axes.index(plan.x_kept[-1]))
+        product = dot(both, w, ((x_summed, w_summed), (shared[0], shared[1])))
+        end = len(plan.batch) + len(plan.x_kept)
+        product = jax.lax.slice_in_dim(product, 0, 1, axis=end - 1)
+        return jnp.transpose(product, plan.y_order)
     product = dot(x, w, ((x_summed, w_summed), (shared[0], shared[1])))
     return jnp.transpose(product, plan.y_order)
+
+
+def _one_row_each(plan: Roles, x: jax.Array) -> bool:
+    """Whether many products of one row each are computed: the attention of single queries."""
+    first = len(plan.batch)
+    kept = plan.x_order[first : first + len(plan.x_kept)]
+    return bool(plan.batch and kept) and math.prod(x.shape[axis] for axis in kept) == 1
 
 
 def _adjacent(axes: tuple[int, ...]) -> bool:

@@ -82,6 +82,17 @@ def test_a_row_is_the_same_to_the_bit_whatever_the_others_are(model: TrainedMode
         np.testing.assert_array_equal(a[..., :11, :11], b[..., :11, :11])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("policy", ["mixed_bf16", "mixed_f16,kv=int8@channel", "fp8"])
+def test_rows_do_not_see_each_other_under_any_policy(policy: str, model: TrainedModel) -> None:
+    """Neither factors nor the cache are shared: the same whatever the others are."""
+    narrow = model.under(policy)
+    found = generate_batch(narrow, PROMPTS, **DRAWN)
+    assert generate_batch(narrow, PROMPTS[::-1], **DRAWN)[::-1] == found
+    others = generate_batch(narrow, ["the qu", "fox fox fox", "a", "then"], **DRAWN)
+    assert others[0] == found[0]
+
+
 def test_one_seed_for_each_text(model: TrainedModel, together: list[str]) -> None:
     seeds = [3, 6, 3, 7]
     found = generate_batch(model, ["the qu"] * 4, seeds=seeds, **DRAWN)
