@@ -87,18 +87,11 @@ class Mlp(nnx.Module):
     ) -> jax.Array:
         """The activation of `hidden [B, T, M]`, or `hidden` times SiLU of a gate of that shape."""
         hidden = take(hidden, site, context.probe)
-        gate = None if gate is None else site.to_compute(gate)
-
-        # Computed again in the backward pass, in the loop that needs it: what autodiff would save
-        # is several times as large as the input, and in the compute format of the site.
-        @jax.checkpoint
-        def active(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
-            """The activation alone, between its roundings."""
-            if gate is None:
-                return ACTIVATIONS[self.activation](hidden)
-            return jax.nn.silu(gate) * hidden
-
-        return give(self.scales.activated(active(hidden, gate)), site, context.probe)
+        if gate is None:
+            hidden = ACTIVATIONS[self.activation](hidden)
+        else:
+            hidden = jax.nn.silu(site.to_compute(gate)) * hidden
+        return give(self.scales.activated(hidden), site, context.probe)
 
 
 class Block(nnx.Module):

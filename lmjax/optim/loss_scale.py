@@ -224,7 +224,9 @@ def _in_place(
 
     def taken() -> tuple[Any, Any]:
         updates, state = attempt()
-        return take(updates), state
+        # Behind a select, products that make an update are not fused with the sum that it enters,
+        # so that it has the same bits whether something else reads it or not.
+        return take(jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)), state
 
     return jax.lax.cond(finite, taken, lambda: skipped)
 

@@ -7,6 +7,7 @@ params -> compute format -> logits -> loss in f32 -> times the loss scale -> bac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -91,20 +92,15 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
         cotangents = measure.cotangent_spread(measured, scale, stack)
         key = jax.random.fold_in(step_key, config.micro_batches)
 
-        def stored(updates: Any) -> tuple[Any, Any, Any]:
-            new = apply_updates(state.params, updates, state.residuals, sites, key)
-            return *new, updates if telemetry else ()
+        def stored(updates: Any) -> tuple[Any, Any]:
+            return apply_updates(state.params, updates, state.residuals, sites, key)
 
         with jax.named_scope("optimizer"):
-            still = jax.tree.map(jnp.zeros_like, gradients) if telemetry else ()
-            (params, residuals, updates), opt_state = optimizer.update(
-                gradients,
-                state.opt_state,
-                state.params,
-                cotangents=cotangents,
-                take=stored,
-                kept=(state.params, state.residuals, still),
+            update = functools.partial(
+                optimizer.update, gradients, state.opt_state, state.params, cotangents=cotangents
             )
+            kept = state.params, state.residuals
+            (params, residuals), opt_state = update(take=stored, kept=kept)
             norm = config.reductions.norm(gradients).value
         with jax.named_scope("metrics"):
             metrics = {
@@ -120,7 +116,8 @@ def train_step(phase: Phase, mesh: Any, *, telemetry: bool = False) -> TrainStep
         )
         if telemetry:
             metrics["telemetry"] = measure.census(measured)
-            metrics["updates"] = update_census(state.params, params, updates, sites, stack)
+            # Apart, so that the step itself is compiled as it is without telemetry.
+            metrics["updates"] = update_census(state.params, params, update()[0], sites, stack)
         new_state = TrainState(state.step + 1, params, opt_state, residuals, scaling, state.key)
         return new_state, metrics
 
