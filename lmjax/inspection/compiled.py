@@ -119,18 +119,19 @@ class CompiledProgram:
         names = dict.fromkeys(_target(one) for one in found)
         return {name: documented(name) for name in names if documented(name)}
 
-    def hidden_roundings(self) -> Iterator[tuple[Scope, str]]:
-        """Yields roundings between two operations that a library computes as one: site, format."""
+    def unrounded_reductions(self) -> Iterator[tuple[Scope, str]]:
+        """Yields roundings that YNNPACK leaves out, before a reduction: site, format."""
         for running, _, fusion in executed(self.module):
             if fusion is None or YNN not in fusion.rest:
                 continue
+            users = users_of(running)
             for one in running.values():
                 before = running.get(one.operands[0]) if one.op == "convert" else None
-                if before is None or before.op == "parameter" or one.root:
+                if before is None:
                     continue
                 rounded, wide = (format_name(shapes(o.type)[0][0]) for o in (one, before))
                 scope = self.scope(self._source(one))
-                if narrower(rounded, wide) and scope is not None:
+                if narrower(rounded, wide) and _is_reduced(one, users) and scope is not None:
                     yield scope, rounded
 
     def scope(self, source: str) -> Scope | None:
@@ -315,6 +316,14 @@ class CompiledProgram:
 
 def _divided(mesh: Mapping[str, int]) -> bool:
     return math.prod(mesh.values()) > 1
+
+
+def _is_reduced(one: Instruction, users: Mapping[str, list[Instruction]]) -> bool:
+    """Whether a reduction reads an instruction, or what elementwise operations make of it."""
+    return any(
+        user.op == "reduce" or (user.op != "dot" and _is_reduced(user, users))
+        for user in users.get(one.name, ())
+    )
 
 
 def _kind(one: Instruction) -> OperationKind | None:

@@ -92,9 +92,9 @@ class CompiledJudge:
         self._lost()
         self._roundings()
         self._missing()
-        for scope, rounded in self._compiled.hidden_roundings():
-            row, text = self._judge.row(scope, "casts"), f"to {rounded} inside a fusion"
-            self._note(row, "kernel", f"{text}; {documented(YNN)}", AuditVerdict.OPAQUE)
+        for scope, rounded in self._compiled.unrounded_reductions():
+            row, text = self._judge.row(scope, "casts"), f"to {rounded} before a reduction"
+            self._note(row, "elided rounding", f"{text}; {documented(YNN)}")
         for collective in self._compiled.collectives:
             self._collective(collective)
         for row, seen in self._seen.values():

@@ -50,8 +50,8 @@ _DOCUMENTED: Final = (
     ("__cudnn$", "cuDNN (NVIDIA cuDNN documentation)"),
     (
         YNN,
-        "YNNPACK: a rounding between two operations of one fusion may be left out, and is before a "
-        "sum (seen with jax 0.10.2, whatever xla_allow_excess_precision says)",
+        "YNNPACK: leaves out a rounding before a sum or a maximum of the same fusion (measured "
+        "with jax 0.10.2, whatever xla_allow_excess_precision says)",
     ),
     ("tpu_custom_call", "Mosaic kernel of JAX: its text is in the traced program"),
     ("__gpu$xla.gpu.triton", "Triton kernel of JAX (Pallas): its text is in the traced program"),

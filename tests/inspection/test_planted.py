@@ -32,6 +32,7 @@ from lmjax.train.step import PARTS
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 BF16 = jnp.bfloat16
+KEPT = {"xla_allow_excess_precision": False}
 
 
 def found(config: Config, asked: str, program: str) -> set[tuple[str, str]]:
@@ -337,10 +338,26 @@ def sum_of_rounded(x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(rounded - x), axis=-1)
 
 
-def test_roundings_inside_a_fusion_of_a_library_are_opaque(tiny: Any) -> None:
-    x = (jnp.ones((64, 64), jnp.float32),)
-    wide = "f32; **/residual: c=f32"
-    assert "kernel" in judged(sum_of_rounded, x, tiny(wide), CPU, xla_allow_excess_precision=False)
+def rounded_sum(x: jax.Array) -> jax.Array:
+    with jax.named_scope("blocks/0-1/residual"):
+        return jnp.sum(jnp.square(x), axis=0).astype(BF16).astype(jnp.float32)
+
+
+def test_a_rounding_that_a_fused_sum_leaves_out_is_found(tiny: Any) -> None:
+    x = jax.random.normal(jax.random.key(0), (64, 64), jnp.float32)
+    compiled = jax.jit(sum_of_rounded, compiler_options=exact.COMPILER_OPTIONS)
+    with jax.disable_jit():
+        rounded = sum_of_rounded(x)
+    is_lost = not np.allclose(compiled(x), rounded, rtol=1e-4)
+    found = judged(sum_of_rounded, (x,), tiny("f32; **/residual: c=f32"), CPU, **KEPT)
+    assert ("elided rounding" in found) == is_lost
+
+
+def test_a_rounding_after_a_fused_sum_takes_place(tiny: Any) -> None:
+    x = jax.random.normal(jax.random.key(0), (64, 64), jnp.float32)
+    found = np.asarray(jax.jit(rounded_sum, compiler_options=exact.COMPILER_OPTIONS)(x))
+    assert np.array_equal(found, found.astype(BF16).astype(np.float32))
+    assert judged(rounded_sum, (x,), tiny("mixed_bf16"), CPU, **KEPT) == set()
 
 
 def test_casts_that_the_compiler_drops_are_found(tiny: Any) -> None:
