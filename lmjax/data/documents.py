@@ -69,7 +69,7 @@ def stored_source(
                 builder.download_and_prepare()
             seal(directory, {"dataset": source.name})
         (dataset,) = directory.glob(f"{source.name}/*/dataset_info.json")
-        documents = _StoredDocuments(_open_split(dataset.parent, SPLIT), "text")
+        documents = _StoredDocuments(_open_split(dataset.parent, SPLIT), "text", "label")
         if source.held_out:
             yield _named_split(documents, source)
         else:
@@ -215,11 +215,15 @@ class Documents(Protocol):
 
 
 class _StoredDocuments(Documents):
-    """The records of a TFDS data source, whose text may be bytes or str."""
+    """The records of a TFDS data source, whose text may be bytes or str.
 
-    def __init__(self, records: Any, feature: str) -> None:
+    Its documents have classes only if a feature is named for them: any dataset may have labels.
+    """
+
+    def __init__(self, records: Any, feature: str, label: str = "") -> None:
         self._records = records
         self._feature = feature
+        self._label = label
 
     def __len__(self) -> int:
         return len(self._records)
@@ -230,8 +234,8 @@ class _StoredDocuments(Documents):
         identity = record.get("id", str(index))
         text = _as_str(record[self._feature]).removeprefix("\ufeff")  # a byte order mark
         document = Document(id=_as_str(identity), text=text)
-        if "label" in record:
-            document["label"] = _as_str(record["label"])
+        if self._label in record:
+            document["label"] = _as_str(record[self._label])
         return document
 
 

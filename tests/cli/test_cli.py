@@ -202,6 +202,7 @@ def test_help_lists_fields_defaults_and_their_meaning(
     assert "Query heads." in text
 
 
+@pytest.mark.long
 def test_a_run_from_another_directory_stops_resumes_and_is_done(
     home: Path, tmp_path: Path, run: Path
 ) -> None:
@@ -341,7 +342,7 @@ BAD_CALLS = {
     "empty directory": ("evaluate {tmp}", "is not a run directory"),
     "empty text": ("score {run} --text ''", "no text to score"),
     "unknown format": ("evaluate {run} --precision c=f33", "f33"),
-    "negative": ("generate {run} --temperature -1", "--temperature is -1.0"),
+    "negative": ("generate {run} --temperature -1", "temperature is -1.0"),
     "no experiment": ("sites experiments.nonsense", "no experiment 'experiments.nonsense'"),
     "batch": (
         "plan experiments.quickstart --batch-size 12",

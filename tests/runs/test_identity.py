@@ -70,7 +70,7 @@ OTHER: dict[str, Any] = {
 TOGETHER: dict[str, dict[str, Any]] = {
     **{
         f"model.{name}": {"model.family": "encoder"}
-        for name in ("token_types", "classes", "mask_token")
+        for name in ("token_types", "classes", "mask_token", "headless")
     },
     "data.dataset": {"data.files": ()},
     "data.end_of_document": {"data.tokenizer": "elsewhere/tokenizer.json"},
