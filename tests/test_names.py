@@ -83,6 +83,7 @@ def test_home_is_meant_by_a_tilde_in_every_path(
     assert verb("generate", "./~", "--tokens", 1) == cli.DONE
 
 
+@pytest.mark.long
 def test_decoration_that_fails_leaves_a_finished_run_finished(
     home: Path,
     tmp_path: Path,

@@ -56,6 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
+@pytest.mark.long
 def test_a_worker_compiles_an_arm_once_and_the_seeds_are_those_of_runs_alone(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[str]
 ) -> None:

@@ -53,6 +53,7 @@ def test_wanda_with_equal_norms_is_magnitude(pattern: str) -> None:
     assert not unequal[0].any(), "an input that is always zero needs no weights"
 
 
+@pytest.mark.long
 def test_zeros_survive_quantization_and_pruning_works_on_elements(model: TrainedModel) -> None:
     pruned = prune(model, PruneConfig("2:4")).model
     request = QuantizeConfig("w=int4@block8.affine", method="gptq", windows=4)

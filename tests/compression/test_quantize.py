@@ -58,6 +58,7 @@ def run(model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.long
 def test_a_quantized_run_is_what_its_policy_says_to_the_bit(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,10 @@ EXPECTED = json.loads((OLD / "expected.json").read_text("utf-8"))
 SAME_MACHINE = machine() == EXPECTED["machine"]
 
 
-SLOW = {"gpt2-mixed_f16": pytest.mark.long}  # a phase change and watched steps: minutes to compile
+SLOW = {
+    "gpt2-mixed_f16": pytest.mark.long,  # a phase change and watched steps: minutes to compile
+    "llama-delayed-fp8": pytest.mark.long,  # half a minute
+}
 PARAMS = [pytest.param(name, marks=SLOW.get(name, ())) for name in EXPECTED["runs"]]
 
 

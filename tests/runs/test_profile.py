@@ -38,6 +38,7 @@ def test_a_trace_holds_the_steps_and_changes_nothing(home: Path, tmp_path: Path)
     assert identity(plain) == identity(traced)
 
 
+@pytest.mark.long
 def test_a_trace_that_the_end_cuts_short_is_written(home: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny(home, steps=6), profile=ProfileConfig("3:7"))
     train(config, tmp_path / "run", stop_after=4, progress=False)

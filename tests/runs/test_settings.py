@@ -154,6 +154,7 @@ def test_an_emulated_compute_format_reaches_the_logits(tiny, draw_params, draw_b
 # --- stored updates
 
 
+@pytest.mark.long
 def test_stochastic_updates_are_one_of_both_neighbours_and_follow_the_key(
     trained, tiny, draw_batch, compiled_step
 ):

@@ -31,6 +31,7 @@ def course(tiny, draw_state, draw_batch, compiled_step) -> Any:
     return run
 
 
+@pytest.mark.long
 def test_a_made_up_format_skips_steps_as_the_nearest_one_of_hardware_does(course):
     scales, skipped = course("p=f32,c=f16,o=f32")
     assert course("p=f32,c=e5m10,o=f32") == (scales, skipped)

@@ -52,6 +52,7 @@ def test_one_batch_is_learnt_by_heart(policy, family, tiny, draw_state, draw_bat
     assert int(state.step) == 60
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["lion", "muon"])
 def test_other_optimizers_learn_it_too(name, tiny, draw_state, draw_batch, compiled_step):
     rates = {"learning_rate": 5e-3, "adam_learning_rate": 1e-2}
