@@ -62,7 +62,7 @@ class Growing:
         self._open = np.ones(len(ids), bool)
         self._seen = np.zeros((len(ids), model.tokenizer.vocab_size), bool)
         for seen, row in zip(self._seen, self._ids, strict=True):
-            seen[row[1:]] = True  # the start of the document is no text
+            seen[row[1:]] = True  # the start of the document is not text
 
     @property
     def unfinished(self) -> bool:

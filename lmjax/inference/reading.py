@@ -219,8 +219,8 @@ class _Functions(NamedTuple):
 
 def _with_drawn(rows: Rows, token: jax.Array, last_token: int) -> Rows:
     """Rows in which each unfinished one has one more token."""
-    goes_on = (rows.left > 0) & (token != last_token) & (token != NOT_FINITE)
-    either = lambda new, old: jnp.where(goes_on, new, old)
+    continues = (rows.left > 0) & (token != last_token) & (token != NOT_FINITE)
+    either = lambda new, old: jnp.where(continues, new, old)
     everyone = jnp.arange(len(token))
     return rows._replace(
         pending=either(token, rows.pending),

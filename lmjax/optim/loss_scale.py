@@ -131,7 +131,7 @@ def with_loss_scale(
     stack: Stack | None = None,
     norm: Callable[[Any], Root] = tree_root,
     clip: Callable[[Root], tuple[jax.Array, ...]] = lambda _: (),
-    foretold: Callable[[Root], jax.Array] | None = None,
+    stays_finite: Callable[[Root], jax.Array] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that non-finite gradients skip the step and adjust the scale.
 
@@ -141,8 +141,8 @@ def with_loss_scale(
       stack: the blocks of the model, for `per_block`.
       norm: of all gradients; a step where it is not finite is skipped as well.
       clip: from their norm to what gradients are multiplied by, one factor after another.
-      foretold: from their norm to whether all that `inner` makes of them is finite, which it then
-        does in place. None: only results tell, which are held beside the old ones until then.
+      stays_finite: from their norm, whether everything that `inner` makes of them is finite;
+        `inner` then works in place. None: its results decide, and exist beside the old state.
 
     Returns:
       A transformation whose `update` takes *unscaled* f32 gradients (see `unscale`), over all
@@ -173,10 +173,10 @@ def with_loss_scale(
         kept = jax.tree.map(jnp.zeros_like, gradients) if kept is None else kept
         attempt = functools.partial(_attempt, inner, clip(root), gradients, state.inner, params)
         sound, skipped = jnp.all(finite_groups) & jnp.isfinite(root.value), (kept, state.inner)
-        if foretold is None:
+        if stays_finite is None:
             finite, (result, kept) = _side_by_side(sound, attempt, take, skipped, params)
         else:
-            finite = sound & foretold(root)
+            finite = sound & stays_finite(root)
             result, kept = _in_place(finite, attempt, take, skipped)
         if config.kind == "predictive":
             state = _foresee(state, finite_groups, cotangents, config)

@@ -180,9 +180,9 @@ def make_optimizer(
             raise ValueError("pruning needs `stack`, the blocks of the model")
         inner = with_pruning(inner, pruning, sites, stack)
     clip = functools.partial(_clip, config.clip_norm)
-    foretold = functools.partial(_stays_finite, config.clip_norm)
+    stays_finite = functools.partial(_stays_finite, config.clip_norm)
     bounded = _is_bounded(config, sites) and pruning.pattern == "none"
-    return with_loss_scale(inner, loss_scale, stack, norm, clip, foretold if bounded else None)
+    return with_loss_scale(inner, loss_scale, stack, norm, clip, stays_finite if bounded else None)
 
 
 def _is_bounded(config: OptimizerConfig, sites: ParamSites) -> bool:

@@ -79,7 +79,7 @@ def test_a_difference_is_found(
     assert "exceeded" in capsys.readouterr().out
 
 
-def test_a_text_that_is_no_window_is_refused(loaded: TrainedModel) -> None:
+def test_a_text_without_a_window_is_refused(loaded: TrainedModel) -> None:
     for text in ("", "a", "x" * 17):
         assert lmjax("parity", "run", "--text", text, "--precision", "f32") == 2
 
@@ -159,7 +159,7 @@ def test_files_are_documents(
     assert capsys.readouterr().out.count("fp8") == 3
 
 
-def test_what_is_no_text_is_one_line(
+def test_bad_texts_are_one_line(
     loaded: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").write_text("")
