@@ -88,6 +88,7 @@ def compiled(undisturbed: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 
+@pytest.mark.long
 def test_the_command_prints_what_the_runs_say_and_writes_the_report(
     undisturbed: tuple[Path, str],
 ) -> None:
@@ -106,6 +107,7 @@ def test_the_command_prints_what_the_runs_say_and_writes_the_report(
     assert out.splitlines()[-1] == f"the report is {workdir / 'report.html'}"
 
 
+@pytest.mark.long
 def test_arms_that_compile_alike_compile_once(undisturbed: tuple[Path, str]) -> None:
     """One program of a kind for both seeds; parameters are f32 in both arms."""
     names = [path.name for path in (undisturbed[0] / "compiled").glob("*/jit_*-cache")]
@@ -214,6 +216,7 @@ def test_slurm_through_submitit(home: Path, undisturbed: tuple[Path, str], tmp_p
     assert digests(workdir) == digests(undisturbed[0])
 
 
+@pytest.mark.long
 def test_the_report_is_rebuilt_from_the_files(
     undisturbed: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

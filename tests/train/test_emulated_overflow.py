@@ -41,7 +41,10 @@ def test_a_made_up_format_skips_steps_as_the_nearest_one_of_hardware_does(course
     assert np.abs(np.subtract(emulated, scales)).max() <= 2
 
 
-@pytest.mark.parametrize("precision", ["p=f32,c=e4m3,o=f32", "p=f32,c=bf16,o=f32,g=e4m3"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param("p=f32,c=e4m3,o=f32", marks=pytest.mark.long), "p=f32,c=bf16,o=f32,g=e4m3"],
+)
 def test_clamps_of_cotangents_lower_the_scale(course, precision: str):
     scales, skipped = course(precision)
     assert skipped > 5

@@ -44,8 +44,15 @@ def flops(operations: list[Operation], op: str = "") -> float:
     return sum(one.flops for one in operations if op in ("", one.op))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("family", "devices"),
+    [
+        ("gpt2", 1),
+        ("llama", 1),
+        ("llama", 8),
+        pytest.param("gpt2", 8, marks=pytest.mark.long),
+    ],
+)
 def test_the_arithmetic_of_a_step_belongs_to_sites_and_named_parts(
     family: str, devices: int, tiny, compile_fast
 ):
