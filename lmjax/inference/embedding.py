@@ -65,6 +65,7 @@ def _program(model: TrainedModel) -> jax.stages.Wrapped:
     config, sites = model.config.model, model.sites
 
     def embed(params: Params, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        """The mean over the tokens of each row, divided by its norm."""
         x = assembled(params, config).trunk(
             {"inputs": inputs, "lengths": lengths},
             sites=sites,

@@ -158,6 +158,7 @@ class _Functions(NamedTuple):
             return (index < most) & unfinished.any() & ~full.any()
 
         def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            """Reads the last token of every row and draws the next."""
             index, rows, cache, drawn = state
             document = jnp.where(rows.pending == self.first_token, rows.length, rows.document)
             rows = rows._replace(document=document)

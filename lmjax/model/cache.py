@@ -103,6 +103,7 @@ def _inserted(old: Stored, new: Stored, start: int | jax.Array, order: tuple[int
     axis = order.index(_POSITION)
 
     def insert(old: jax.Array, new: jax.Array) -> jax.Array:
+        """One array of the cache with new positions from `start` on."""
         if not jnp.ndim(start):
             return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
         # Row by row, which is done in place: a scatter of all rows would turn the whole cache on

@@ -190,6 +190,7 @@ def with_pruning(
         )
 
         def one(keys: Any, param: jax.Array, update: jax.Array) -> jax.Array:
+            """The update of one parameter, with which pruned weights become or stay zero."""
             path = paths.path_string(keys)
             if not _is_pruned(path, param, config, stack):
                 return update

@@ -312,6 +312,7 @@ def in_order(
     held = parts // devices
 
     def on_device(batch: Any, *whole: Any) -> Any:
+        """The parts of one device, combined with each other and with those of all devices."""
         indices = jax.lax.axis_index(axes) * held + jax.numpy.arange(held, dtype="int32")
         cut = jax.tree.map(lambda rows: rows.reshape(held, -1, *rows.shape[1:]), batch)
         found = jax.lax.map(lambda part: function(*part, *whole), (indices, cut))

@@ -183,6 +183,7 @@ def adopt(params: Params, stored: ParamSites, phase: Phase, mesh: Mesh) -> Train
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(phase, mesh))
 
     def init(params: Params, data: jax.Array) -> TrainState:
+        """The state before the first step, from given parameters and the data of a key."""
         fresh = initial_state(phase, jax.random.wrap_key_data(data, impl=KEY_KIND))
         own, residuals = convert_params(params, {}, stored, phase.param_sites)
         if missing := paths.flatten(fresh.params).keys() - paths.flatten(own).keys():

@@ -86,6 +86,8 @@ def _counting(phase: Phase, mesh: Any) -> Callable[[Any, Batch], Any]:
     config, sites, objective = phase.config, phase.sites, objective_of(phase.config.model)
 
     def of_part(constrain: Constrain) -> Any:
+        """The counting of a part of a batch, with activations placed by `constrain`."""
+
         def count(params: Any, batch: Batch) -> tuple[Any, jax.Array]:
             """The summed loss and the confusion of one batch."""
             with jax.numpy_dtype_promotion("strict"):

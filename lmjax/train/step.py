@@ -269,6 +269,8 @@ def evaluation(phase: Phase, mesh: Any) -> EvalStep:
     objective = objective_of(config.model)
 
     def of_part(constrain: Constrain) -> EvalStep:
+        """The evaluation of a part of a batch, with activations placed by `constrain`."""
+
         def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
             """Summed nats and number of what counts."""
             with jax.numpy_dtype_promotion("strict"):
