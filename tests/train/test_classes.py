@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from run_helpers import RESULT_KEYS, result, strict_loads, tiny
 
+from lmjax.data import tokenized_corpus
 from lmjax.errors import InputError
 from lmjax.inference import evaluate, load_model
 from lmjax.model import ModelConfig, structure
@@ -32,7 +33,7 @@ def config(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("table") / "letters.csv"
     path.write_text("\n".join(rows) + "\n")
     data = {"dataset": "labelled_files", "files": (str(path),)}
-    evaluation = {"every": 0}
+    evaluation = {"every": 0, "batch_size": 16}  # which pads the last batch
     return tiny(home, steps=60, context=24, batch_size=16, data=data, evaluation=evaluation,
                 model=MODEL | {"classes": 2})  # fmt: skip
 
@@ -43,6 +44,10 @@ def test_a_run_learns_classes_and_says_how_many_it_tells(config: Any, tmp_path: 
     assert list(found) == [*RESULT_KEYS, "accuracy", "error_rate", "f1", "labels", "confusion"]
     counts = np.array(found["confusion"])
     assert found["labels"] == ["with", "without"]
+    texts = tokenized_corpus(config.data, window=25).validation_classes
+    assert texts is not None
+    assert len(texts) % 16
+    assert counts.sum(1).tolist() == np.bincount(texts).tolist(), "rows of padding do not count"
     assert found["accuracy"] == np.trace(counts) / counts.sum() > 0.9
     assert (tmp_path / "run" / "confusion.png").read_bytes().startswith(b"\x89PNG")
     again = evaluate(load_model(tmp_path / "run"), progress=False)
