@@ -141,7 +141,6 @@ class Growing:
         return Rows(
             keys=self._keys,
             pending=np.asarray([window[-1] for window in windows], np.int32),
-            before=np.asarray([window[-2:][0] for window in windows], np.int32),
             length=np.asarray([len(window) - 1 for window in windows], np.int32),
             document=np.asarray(starts, np.int32),
             drawn=counts.astype(np.uint32),

@@ -105,7 +105,6 @@ def _decoded(model: TrainedModel, ids: np.ndarray) -> np.ndarray:
     rows = Rows(
         keys=sampler.key[None],
         pending=ids[1:2],
-        before=ids[:1],
         length=np.ones(1, np.int32),
         document=np.zeros(1, np.int32),
         drawn=np.zeros(1, np.uint32),

@@ -21,7 +21,6 @@ from lmjax.inference.run import TrainedModel
 from lmjax.inference.sampling import NOT_FINITE, Limits, draw
 from lmjax.model import Sites, decoding_params, extend, initial_cache, log_probabilities
 from lmjax.precision import exact
-from lmjax.precision.contraction import bf16_pays
 from lmjax.train import Phase
 
 CHUNK: Final = 64
@@ -50,7 +49,6 @@ class Rows(NamedTuple):
     Attributes:
       keys: random keys.
       pending: the last token, which is not read yet.
-      before: the token before it.
       length: number of tokens that are read: the position of `pending`.
       document: position of the first token of the document.
       drawn: number of tokens drawn so far.
@@ -60,7 +58,6 @@ class Rows(NamedTuple):
 
     keys: jax.Array
     pending: Any
-    before: Any
     length: Any
     document: Any
     drawn: Any
@@ -149,7 +146,6 @@ class _Functions(NamedTuple):
     def draw(self, params: Any, cache: Any, rows: Rows, limits: Limits, most: jax.Array) -> Any:
         """See `DecodingPrograms.draw`."""
         batch, capacity = len(rows.pending), cache[0].positions
-        width = _step_width(self.phase.sites, batch)
 
         def may_continue(state: tuple[Any, ...]) -> jax.Array:
             index, rows, *_ = state
@@ -162,8 +158,7 @@ class _Functions(NamedTuple):
             index, rows, cache, drawn = state
             document = jnp.where(rows.pending == self.first_token, rows.length, rows.document)
             rows = rows._replace(document=document)
-            tokens = jnp.stack([rows.before, rows.pending], axis=1)[:, 2 - width :]
-            logits, cache = self._all_rows(params, tokens, cache, rows)
+            logits, cache = self._all_rows(params, cache, rows)
             draws = jax.vmap(draw, in_axes=(0, 0, 0, 0, None))
             token = draws(rows.keys, rows.drawn, logits, rows.seen, limits)
             token = jnp.where(rows.left > 0, token, NOTHING)
@@ -177,32 +172,31 @@ class _Functions(NamedTuple):
 
     def follow(self, params: Any, cache: Any, rows: Rows, tokens: jax.Array) -> Any:
         """See `DecodingPrograms.follow`."""
-        width, site = _step_width(self.phase.sites, 1), self.phase.sites["loss"]
+        site = self.phase.sites["loss"]
 
         def step(state: tuple[Rows, Any], target: jax.Array) -> tuple[Any, jax.Array]:
+            """Reads the last token; the next one is given."""
             rows, cache = state
-            read = jnp.stack([rows.before, rows.pending], axis=1)[:, 2 - width :]
-            logits, cache = self._all_rows(params, read, cache, rows)
+            logits, cache = self._all_rows(params, cache, rows)
             found = log_probabilities(logits[None], target[None, None], site)[0, 0]
-            after = {"before": rows.pending, "pending": target[None], "length": rows.length + 1}
-            return (rows._replace(**after), cache), found
+            return (rows._replace(pending=target[None], length=rows.length + 1), cache), found
 
         (_, cache), found = jax.lax.scan(step, (rows, cache), tokens[1:])
         return found, cache
 
-    def _all_rows(self, params: Any, tokens: jax.Array, cache: Any, rows: Rows) -> Any:
-        """The logits `[B, V]` after tokens `[B, T]`, and the cache."""
-        start = rows.length + 1 - tokens.shape[1]
+    def _all_rows(self, params: Any, cache: Any, rows: Rows) -> Any:
+        """The logits `[B, V]` after the last token of every row, and the cache."""
+        tokens, start = rows.pending[:, None], rows.length
         if len(tokens) > 1 and _rows_share_factors(self.phase.sites):
             each = jax.vmap(self._one_row, in_axes=(None, 0, 0, 0, 0))
             return each(params, tokens, cache, start, rows.document)
-        starts = jnp.broadcast_to(rows.document[:, None], tokens.shape) if self._masked else None
+        starts = rows.document[:, None] if self._masked else None
         start = start if len(tokens) > 1 else start[0]
         logits, cache = self._extended(params, tokens, cache, start, starts)
         return logits[:, -1], cache
 
     def _one_row(self, params: Any, tokens: Any, cache: Any, start: Any, document: Any) -> Any:
-        """The logits `[V]` after tokens `[T]` of one row, and its cache."""
+        """The logits `[V]` after the last token `[1]` of one row, and its cache."""
         starts = jnp.full_like(tokens, document)[None] if self._masked else None
         cache = jax.tree.map(lambda leaf: leaf[None], cache)
         logits, cache = self._extended(params, tokens[None], cache, start, starts)
@@ -225,7 +219,6 @@ def _with_drawn(rows: Rows, token: jax.Array, last_token: int) -> Rows:
     everyone = jnp.arange(len(token))
     return rows._replace(
         pending=either(token, rows.pending),
-        before=either(rows.pending, rows.before),
         length=either(rows.length + 1, rows.length),
         drawn=either(rows.drawn + 1, rows.drawn),
         left=either(rows.left - 1, 0),
@@ -237,18 +230,6 @@ def _rows_share_factors(sites: Sites) -> bool:
     """Whether a factor of activations is found in all rows, which are then read one by one."""
     operands = (site.activations.quantizer for site in sites.values() if site.activations)
     return any(quantizer.groups == "tensor" or quantizer.tensor_scale for quantizer in operands)
-
-
-def _step_width(sites: Sites, rows: int) -> int:
-    """Number of tokens to read in order to draw one: 1, or 2 if that is faster.
-
-    XLA's bf16 products on CPU, if used, take six times as long for one row as for two. Where
-    activations are quantized, two tokens could share a factor, so they are read one by one.
-    """
-    narrow = any(site.compute.name == "bf16" for site in sites.values())
-    alone = not any(site.activations for site in sites.values())
-    slow = rows == 1 and narrow and jax.default_backend() == "cpu" and bf16_pays()
-    return 2 if slow and alone else 1
 
 
 class Reader:

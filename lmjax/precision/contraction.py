@@ -12,6 +12,8 @@ That is `jnp.einsum`, except on XLA's CPU backend:
 - Its fast kernels do not accept a first operand whose rows are summed over. x^T g, the weight
   gradient, would run in a slower one, and in f32 where bf16 pays. The transpose is therefore
   materialised first.
+- Its bf16 kernels take six times as long for one row as for two, as when a token is decoded. A
+  row that is alone is therefore multiplied twice.
 
 All but the first apply to a single device only: axes that a mesh divides cannot be merged in place.
 A product of narrow operands is exact in f32, so only the order of the sum can change.
@@ -33,6 +35,9 @@ import jax.numpy as jnp
 from lmjax.precision.backend import this_backend
 
 CPU_INFO = Path("/proc/cpuinfo")
+
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Axes of the first operand and of the second."""
 
 
 def contract(
@@ -98,21 +103,18 @@ def _on_one_cpu(
     rows = x.ndim == w.ndim == 2 and x_summed == w_summed == (0,) and x.shape[0] % 2 == 0
     if rows and x.dtype.itemsize in (2, 4):
         return jnp.transpose(_sum_of_rows(dot, x, w), plan.y_order)
-    if _one_row_each(plan, x) and x.dtype == jnp.bfloat16 and bf16_pays():
-        both = jnp.concatenate([x, x], axis=x_axes.index(plan.x_kept[-1]))
-        product = dot(both, w, ((x_summed, w_summed), (shared[0], shared[1])))
-        end = len(plan.batch) + len(plan.x_kept)
-        product = jax.lax.slice_in_dim(product, 0, 1, axis=end - 1)
-        return jnp.transpose(product, plan.y_order)
-    product = dot(x, w, ((x_summed, w_summed), (shared[0], shared[1])))
+    product = _sum_of_terms(dot, x, w, (x_summed, w_summed), (tuple(shared[0]), tuple(shared[1])))
     return jnp.transpose(product, plan.y_order)
 
 
-def _one_row_each(plan: Roles, x: jax.Array) -> bool:
-    """Whether many products of one row each are computed: the attention of single queries."""
-    first = len(plan.batch)
-    kept = plan.x_order[first : first + len(plan.x_kept)]
-    return bool(plan.batch and kept) and math.prod(x.shape[axis] for axis in kept) == 1
+def _sum_of_terms(dot: Any, x: jax.Array, w: jax.Array, summed: Axes, shared: Axes) -> jax.Array:
+    """`dot_general` over axes of both operands; a row of `x` that is alone is multiplied twice."""
+    rows = [axis for axis in range(x.ndim) if axis not in (*summed[0], *shared[0])]
+    alone = bool(rows) and math.prod(x.shape[axis] for axis in rows) == 1
+    if not (alone and x.dtype == jnp.bfloat16 and bf16_pays()):
+        return dot(x, w, (summed, shared))
+    product = dot(jnp.concatenate([x, x], axis=rows[-1]), w, (summed, shared))
+    return jax.lax.slice_in_dim(product, 0, 1, axis=len(shared[0]) + len(rows) - 1)
 
 
 def _adjacent(axes: tuple[int, ...]) -> bool:
@@ -143,7 +145,9 @@ def relaid(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
 
 
 def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
-    """`x`, which a program for one CPU reads only once `g` is known; NaN if `g` begins with one.
+    """`x`, which a program for one CPU reads only once `g` is known.
+
+    NaN if the first element of `g` is not finite, which makes the step one to skip all the same.
 
     Barriers and control dependences do not survive XLA's CPU pipeline until it schedules.
     """

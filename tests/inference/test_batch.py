@@ -18,7 +18,6 @@ from lmjax.inference import (
     generate,
     generate_batch,
     load_model,
-    reading,
     stream,
     stream_batch,
 )
@@ -55,17 +54,6 @@ def test_each_text_is_that_of_its_prompt_alone(model: TrainedModel, together: li
     greedy = DRAWN | {"temperature": 0.0, "repetition_penalty": 1.3}
     found = generate_batch(model, PROMPTS, **greedy)
     assert found == [generate(model, prompt, **greedy) for prompt in PROMPTS]
-
-
-def test_reading_two_tokens_to_draw_one_changes_no_text(
-    model: TrainedModel, together: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one row does in bf16 where XLA's products of two rows are faster than those of one."""
-    assert generate(model, PROMPTS[0], **DRAWN) == together[0]
-    monkeypatch.setattr(reading, "_step_width", lambda sites, rows: 2)
-    reading._programs.cache_clear()
-    assert generate(model, PROMPTS[0], **DRAWN) == together[0]
-    reading._programs.cache_clear()
 
 
 @pytest.mark.parametrize("window", [1, 7, 64])

@@ -47,17 +47,22 @@ def contract(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return contraction.contract(spec, x, w, precision=precision, accumulate=jnp.float32)
 
 
-def draw(spec: str, dtype=jnp.float32) -> list[jax.Array]:
+def draw(spec: str, dtype=jnp.float32, alone: str = "") -> list[jax.Array]:
+    """Operands; axes that are `alone` have length 1."""
     generator = np.random.default_rng(0)
     inputs = spec.partition("->")[0].split(",")
-    shapes = [[SIZES[axis] for axis in axes] for axes in inputs]
+    shapes = [[1 if axis in alone else SIZES[axis] for axis in axes] for axes in inputs]
     return [jnp.asarray(generator.normal(size=s).astype(np.float32)).astype(dtype) for s in shapes]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("dtype", "alone"),
+    [(jnp.float32, ""), (jnp.bfloat16, ""), (jnp.bfloat16, "btg"), (jnp.float16, "")],
+    ids=("float32", "bfloat16", "bfloat16, one row", "float16"),
+)
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_form_is_the_product(spec: str, dtype, pretend):
-    x, w = draw(spec, dtype)
+def test_every_form_is_the_product(spec: str, dtype, alone: str, pretend):
+    x, w = draw(spec, dtype, alone)
 
     def in_every_form(x: jax.Array, w: jax.Array) -> list[jax.Array]:
         products = []
