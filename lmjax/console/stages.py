@@ -46,8 +46,12 @@ class _Stage:
         self.due = self.since + PATIENCE.get(text, USUAL_PATIENCE)
 
 
-class _ClearedStream:
-    """A stream to a terminal; writing to it first removes the live line."""
+class _SharedStream:
+    """A stream that other text goes to as well; writing to it first removes the live line.
+
+    `print` writes a text and its newline one after the other, so a line that was begun is ended
+    before the stage is shown again.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -56,6 +60,8 @@ class _ClearedStream:
         """Writes in place of the live line."""
         with _line.lock:
             _line.erase()
+            if text:
+                _line.in_a_line = not text.endswith("\n")
             return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -71,6 +77,7 @@ class _Line:
         self.stages: list[_Stage] = []
         self.hidden = 0
         self.live = False
+        self.in_a_line = False
         self._started = time.monotonic()
         self._stream: Any = None
         self._drawn = False
@@ -81,8 +88,9 @@ class _Line:
             return
         self._stream = sys.stderr
         self.live = self._stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        if self.live:
-            sys.stderr = _ClearedStream(self._stream)
+        sys.stderr = _SharedStream(self._stream)
+        if self.live and sys.stdout is not None and sys.stdout.isatty():
+            sys.stdout = _SharedStream(sys.stdout)
         atexit.register(self._end)
         self.update()
         threading.Thread(target=self._keep_updated, name="stages", daemon=True).start()
@@ -90,7 +98,7 @@ class _Line:
     def update(self) -> None:
         """Draws the innermost stage, or announces it when due."""
         with self.lock:
-            if self._stream is None or not self.stages:
+            if self._stream is None or not self.stages or self.in_a_line:
                 return
             stage, now = self.stages[-1], time.monotonic()
             if self.live:
@@ -194,3 +202,4 @@ def hidden() -> Iterator[None]:
     finally:
         with _line.lock:
             _line.hidden -= 1
+            _line.in_a_line = False  # what draws ends with control characters, not a newline

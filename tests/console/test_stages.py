@@ -75,6 +75,29 @@ def test_in_a_terminal_the_line_is_live_and_makes_way(
     assert stream.getvalue().endswith("a note\ndone\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "terminal"), [("stdout", True), ("stderr", True), ("stderr", False)]
+)
+def test_a_line_that_is_begun_is_ended_first(
+    name: str, terminal: bool, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`print` writes a text and its newline one by one, and another thread draws the stage."""
+    out = Stream(terminal)
+    monkeypatch.setattr("sys.stdout", out)
+    line, err = shown(monkeypatch, terminal=terminal)
+    with stages.stage("checking"):
+        stream = getattr(stages.sys, name)
+        stream.write("error: no")
+        before = err.getvalue()
+        now[0] += 90
+        line.update()
+        assert err.getvalue() == before
+        stream.write("\n")
+        assert (err if name == "stderr" else out).getvalue().endswith("error: no\n")
+        line.update()
+        assert err.getvalue() != before
+
+
 def test_nothing_is_shown_that_nobody_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with stages.stage("compiling"):
         assert stages.current() == "compiling"
