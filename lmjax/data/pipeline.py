@@ -136,7 +136,7 @@ def document_starts(
 ) -> npt.NDArray[np.int32]:
     """Where the document of each token starts, for a document mask.
 
-    DocumentRows follow each other with an end-of-document token after each. As input, that token
+    Documents follow each other with an end-of-document token after each. As input, that token
     belongs to the next document: only that document's first token is predicted from it. A document
     in the middle of a window thus looks like a text that is scored or continued, which is also
     read after an end-of-document token.

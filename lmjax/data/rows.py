@@ -41,10 +41,10 @@ class DocumentRows:
 def document_rows(
     documents: Sequence[npt.NDArray[Any]], length: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """DocumentRows as rows, `int32[B, length]`, and how many tokens each row has, `int32[B]`.
+    """Documents as rows, `int32[B, length]`, and how many tokens each row has, `int32[B]`.
 
-    Of a longer document a row holds the first quarter of its tokens and the last three quarters:
-    what is said first and in the end tells the class best (Sun et al. 2019, section 5.3.1).
+    Of a longer document, the first quarter of a row holds its first tokens and the rest its last
+    ones: what is said first and in the end tells the class best (Sun et al. 2019, section 5.3.1).
     """
     rows = np.full((len(documents), length), PADDING, np.int32)
     for row, document in zip(rows, documents, strict=True):

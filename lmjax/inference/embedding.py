@@ -1,7 +1,8 @@
-"""Sentence embeddings: what an encoder makes of whole texts."""
+"""Sentence embeddings: what an encoder makes of whole texts. Knows JAX and the encoder."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +14,7 @@ from lmjax.inference.run import TrainedModel
 from lmjax.model import ANYWHERE, QUIET, Params, assembled
 from lmjax.precision import exact
 from lmjax.precision.exact import at_least_f32
-from lmjax.train import InputError
+from lmjax.train import InputError, Phase
 
 _ROWS = 32
 _MULTIPLE = 32
@@ -38,11 +39,14 @@ def sentence_embeddings(
 
     Raises:
       InputError: the model is a decoder.
+      ValueError: `length` is below 2.
     """
     if model.config.model.family != "encoder":
         raise InputError("the model is a decoder, which does not embed texts; import an encoder")
+    if length < 2:
+        raise ValueError(f"length is {length}; it must be at least 2, the tokens around a text")
     length = min(length, model.config.model.max_positions)
-    embed = _program(model)
+    embed = _program(model.phase)
     start, end = model.tokenizer.start_of_document, model.tokenizer.end_of_document
     documents = [
         np.concatenate([[start], ids[: length - 2], [end]])
@@ -60,9 +64,10 @@ def sentence_embeddings(
     return found
 
 
-def _program(model: TrainedModel) -> jax.stages.Wrapped:
+@functools.lru_cache(maxsize=4)
+def _program(phase: Phase) -> jax.stages.Wrapped:
     """The compiled `(params, inputs, lengths) -> f32[B, D]`."""
-    config, sites = model.config.model, model.sites
+    config, sites = phase.config.model, phase.sites
 
     def embed(params: Params, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
         """The mean over the tokens of each row, divided by its norm."""

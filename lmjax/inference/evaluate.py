@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from lmjax.console import stages
 from lmjax.data import tokenized_corpus
 from lmjax.inference.finite import not_finite
 from lmjax.inference.run import TrainedModel
+from lmjax.inference.score import bits_per_byte, perplexity_of
 from lmjax.parallel import sharding
 from lmjax.train import make_eval_step, phase_of
 from lmjax.train.classes import held_out_classes
@@ -70,10 +70,8 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     tokens = len(corpus.validation) - 1
     bits = None
     if config.model.family == "decoder":
-        bits = loss * tokens / math.log(2) / corpus.validation_bytes
-    # Beyond exp(709) Python raises, where IEEE 754 gives infinity.
-    perplexity = math.exp(loss) if not loss > 709 else math.inf
-    return Evaluation(model.step, tokens, loss, perplexity, bits, *scores)
+        bits = bits_per_byte(loss * tokens, corpus.validation_bytes)
+    return Evaluation(model.step, tokens, loss, perplexity_of(loss), bits, *scores)
 
 
 def _refusing_non_finite(eval_step: Callable[..., Any], model: TrainedModel) -> Callable[..., Any]:

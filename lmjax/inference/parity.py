@@ -123,7 +123,7 @@ def _rounding(model: TrainedModel) -> tuple[float, str]:
     quantized += [site.cache for site in sites if site.cache]
     if not quantized:
         return bound, ""
-    shared = any(quantizer.groups == "tensor" or quantizer.tensor_scale for quantizer in quantized)
+    shared = any(quantizer.spans_tensor for quantizer in quantized)
     why = "tokens share factors" if shared else "roundings of activations"
     return max(bound, *(_unit(quantizer.format) for quantizer in quantized)), why
 

@@ -228,8 +228,8 @@ def _with_drawn(rows: Rows, token: jax.Array, last_token: int) -> Rows:
 
 def _rows_share_factors(sites: Sites) -> bool:
     """Whether a factor of activations is found in all rows, which are then read one by one."""
-    operands = (site.activations.quantizer for site in sites.values() if site.activations)
-    return any(quantizer.groups == "tensor" or quantizer.tensor_scale for quantizer in operands)
+    operands = (site.activations for site in sites.values() if site.activations)
+    return any(operand.quantizer.spans_tensor for operand in operands)
 
 
 class Reader:

@@ -80,7 +80,7 @@ class Score:
     @property
     def bits_per_byte(self) -> float:
         """Cross entropy in bits per byte of text, comparable between tokenizers."""
-        return -self.total / math.log(2) / self.bytes
+        return bits_per_byte(-self.total, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,28 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp(nats per token)."""
-        # Beyond exp(709) Python raises, where IEEE 754 gives infinity.
-        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+        return perplexity_of(self.nats_per_token)
 
     @property
     def bits_per_byte(self) -> float:
         """Cross entropy in bits per byte of text, comparable between tokenizers."""
-        return self.nats / math.log(2) / self.bytes
+        return bits_per_byte(self.nats, self.bytes)
 
     def __add__(self, other: Perplexity) -> Perplexity:
         """Of both texts, each a document of its own."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return Perplexity(*(a + b for a, b in pairs))
+
+
+def perplexity_of(nats: float) -> float:
+    """Exp of a cross entropy in nats per token."""
+    # Beyond exp(709) Python raises, where IEEE 754 gives infinity.
+    return math.exp(nats) if not nats > 709 else math.inf
+
+
+def bits_per_byte(nats: float, length: int) -> float:
+    """A cross entropy in nats of a text of so many bytes, in bits per byte."""
+    return nats / math.log(2) / length
 
 
 def score(model: TrainedModel, text: str, *, stride: int = 0) -> Score:

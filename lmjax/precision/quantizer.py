@@ -102,6 +102,11 @@ class Quantizer:
         if self.way == "learned" and self.scale != F32:
             raise ValueError("a learned factor is any f32; leave out the format of factors")
 
+    @property
+    def spans_tensor(self) -> bool:
+        """Whether all elements of a tensor share a factor, that of each or that of the factors."""
+        return self.groups == "tensor" or self.tensor_scale
+
     def __str__(self) -> str:
         """The canonical name: `parse_quantizer(str(quantizer)) == quantizer`."""
         for name, named in _NAMED.items():
