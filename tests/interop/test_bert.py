@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_helpers import home
+from torch_steps import adamw, as_tensors, assert_gradients, their_adamw
 
 from lmjax import strict_json
 from lmjax.errors import InputError
 from lmjax.inference import load_model, sentence_embeddings
 from lmjax.interop import export_run, import_run, pretrained
-from lmjax.model import ANYWHERE, assembled, resolve_sites
+from lmjax.interop.reading import Pretrained
+from lmjax.model import ANYWHERE, ModelConfig, Params, assembled, resolve_sites
 from lmjax.model.sites import QUIET
 from lmjax.parallel import sharding
 from lmjax.precision.grammar import parse_policy
+from lmjax.runs.resolved import resolve
+from lmjax.runs.state import adopt, optimizer_of
+from lmjax.train.step import train_step
 
 __all__ = ["home"]
 
@@ -28,59 +33,128 @@ torch = pytest.importorskip("torch")
 SIZES = {
     "vocab_size": 1031, "max_position_embeddings": 48, "hidden_size": 60, "num_hidden_layers": 3,
     "num_attention_heads": 6, "intermediate_size": 100, "num_labels": 3,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 1031, (3, 40)).astype(np.int32)
 LENGTHS = np.array([40, 17, 1], np.int32)
 TYPES = (np.arange(40) >= np.array([[20], [9], [0]])).astype(np.int32)
+SEEN = np.arange(40) < LENGTHS[:, None]
+TARGETS = np.random.default_rng(1).integers(0, 1031, (3, 40)).astype(np.int32)
+CLASSES = np.array([2, 0, 1], np.int32)
 
 
-@pytest.mark.parametrize(
-    ("name", "tied"),
-    [("MaskedLM", True), ("MaskedLM", False), ("SequenceClassification", True)],
+class Both(NamedTuple):
+    """A model of theirs, and the same as read here.
+
+    Attributes:
+      classes: whether it tells classes apart, or predicts masked tokens.
+      given: what theirs reads, by name.
+    """
+
+    theirs: Any
+    classes: bool
+    folder: Path
+    found: Pretrained
+    params: Params
+    given: dict[str, Any]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("MaskedLM", True), ("MaskedLM", False), ("SequenceClassification", True)],
     ids=str,
 )
-def test_logits_of_padded_texts_are_theirs_and_it_leaves_as_it_came(
-    name: str, tied: bool, tmp_path: Path, home: Path
-):
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    name, tied = request.param
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES, tie_word_embeddings=tied)
     theirs = getattr(transformers, f"BertFor{name}")(config).float().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-        seen = np.arange(40) < LENGTHS[:, None]
-        given: dict[str, Any] = {
-            "input_ids": TOKENS,
-            "attention_mask": seen,
-            "token_type_ids": TYPES,
-        }
-        given = {k: torch.tensor(v.astype(np.int64)) for k, v in given.items()}
-        wanted = theirs(**given).logits.numpy()
-    theirs.save_pretrained(tmp_path / "theirs")
-    with pretrained(tmp_path / "theirs") as found:
-        params = found.parameters(sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
-    sites = resolve_sites(found.model, parse_policy("f32"))
+    given = {"input_ids": TOKENS, "attention_mask": SEEN, "token_type_ids": TYPES}
+    given = {k: torch.tensor(v.astype(np.int64)) for k, v in given.items()}
+    folder = tmp_path_factory.mktemp("theirs") / name
+    theirs.save_pretrained(folder)
+    with pretrained(folder) as found:
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+        params = found.parameters(mesh)
+        yield Both(theirs, name != "MaskedLM", folder, found, params, given)
 
-    def logits(params: Any, batch: Any) -> jax.Array:
-        model = assembled(params, found.model)
-        x = model.trunk(
-            batch, sites=sites, context=QUIET, cotangent_scales=None, constrain=ANYWHERE
-        )
-        return model.logits(x, sites, QUIET)
 
+def logits_of(params: Params, model: ModelConfig) -> jax.Array:
+    sites = resolve_sites(model, parse_policy("f32"))
+    own = assembled(params, model)
     batch = {"inputs": TOKENS, "lengths": LENGTHS, "token_types": TYPES}
-    ours = np.asarray(jax.jit(logits)(params, jax.tree.map(jnp.asarray, batch)))
-    if name == "MaskedLM":
-        ours, wanted = ours[seen], wanted[seen]
-    np.testing.assert_allclose(
-        ours.reshape(wanted.shape), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max()
+    x = own.trunk(
+        jax.tree.map(jnp.asarray, batch),
+        sites=sites,
+        context=QUIET,
+        cotangent_scales=None,
+        constrain=ANYWHERE,
     )
+    return own.logits(x, sites, QUIET)
 
-    import_run(tmp_path / "theirs", tmp_path / "run")
-    export_run(tmp_path / "run", tmp_path / "ours")
-    again = getattr(transformers, f"BertFor{name}").from_pretrained(tmp_path / "ours").eval()
+
+def loss_of(params: Params, model: ModelConfig) -> jax.Array:
+    """The mean over texts, or over the tokens that are no padding."""
+    wanted, count = (CLASSES[:, None], 3) if model.classes else (TARGETS, SEEN.sum())
+    scores = jax.nn.log_softmax(logits_of(params, model))
+    nats = -jnp.take_along_axis(scores, jnp.asarray(wanted)[..., None], -1)[..., 0]
+    return jnp.where(np.ones((3, 1), bool) if model.classes else SEEN, nats, 0).sum() / count
+
+
+def test_logits_of_padded_texts_are_theirs_and_it_leaves_as_it_came(
+    both: Both, tmp_path: Path, home: Path
+):
     with torch.no_grad():
-        assert (again(**given).logits == theirs(**given).logits).all()
+        wanted = both.theirs(**both.given).logits.numpy()
+    ours = np.asarray(jax.jit(logits_of, static_argnums=1)(both.params, both.found.model))
+    near = {"rtol": 0, "atol": 2e-5 * np.abs(wanted).max()}
+    if both.classes:
+        np.testing.assert_allclose(ours[:, 0], wanted, **near)
+    else:
+        np.testing.assert_allclose(ours[SEEN], wanted[SEEN], **near)
+
+    import_run(both.folder, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "ours")
+    again = type(both.theirs).from_pretrained(tmp_path / "ours").eval().state_dict()
+    assert again.keys() == both.theirs.state_dict().keys()
+    for name, tensor in both.theirs.state_dict().items():
+        # Untied, theirs has a second bias that it does not read.
+        unread = name == "cls.predictions.bias" and not both.found.model.tied
+        assert unread or torch.equal(again[name], tensor), name
+
+
+@pytest.mark.long
+def test_gradients_and_a_step_of_adamw_are_theirs(both: Both, compile_fast: Any):
+    """A classifier takes a step of training; masks are drawn here, so without them gradients do."""
+    labels = CLASSES if both.classes else np.where(SEEN, TARGETS, -100)
+    both.theirs.zero_grad()
+    both.theirs(**both.given, labels=torch.tensor(labels.astype(np.int64))).loss.backward()
+    ours = jax.jit(jax.grad(loss_of), static_argnums=1)(both.params, both.found.model)
+    eps = 1e-3 * assert_gradients(as_tensors(both.found, ours), both.theirs)
+
+    copy = type(both.theirs)(both.theirs.config)
+    with torch.no_grad():
+        for own, other in zip(copy.parameters(), both.theirs.parameters(), strict=True):
+            own.copy_(other)
+            own.grad = other.grad
+    their_adamw(copy.parameters(), eps).step()
+    phase = resolve(adamw(both.found.model, eps, rows=3, context=40)).at(0)
+    if both.classes:
+        mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+        state = adopt(jax.tree.map(jnp.copy, both.params), phase.param_sites, phase, mesh)
+        batch = {"inputs": TOKENS, "lengths": LENGTHS, "token_types": TYPES, "classes": CLASSES}
+        params = compile_fast(train_step(phase, mesh))(state, batch)[0].params
+    else:
+        optimizer = optimizer_of(phase)
+        updates, _ = optimizer.update(ours, optimizer.init(both.params), both.params)
+        params = jax.tree.map(jnp.add, both.params, updates)
+    stepped, theirs = as_tensors(both.found, params), dict(copy.named_parameters())
+    for name, after in stepped.items():
+        wanted = theirs[name].detach()
+        np.testing.assert_allclose(after, wanted, rtol=0, atol=1e-6, err_msg=name)
 
 
 def test_other_berts_are_refused(tmp_path: Path):

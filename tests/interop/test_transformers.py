@@ -5,7 +5,6 @@ Random weights, odd sizes: groups of three heads, a vocabulary of 1031.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_helpers import home, tiny
+from torch_steps import adamw, as_tensors, assert_gradients, their_adamw
 
 from lmjax.data import tokenized_corpus
 from lmjax.inference import evaluate
@@ -22,13 +22,9 @@ from lmjax.inference.run import load_model
 from lmjax.interop import export_run, import_run, pretrained
 from lmjax.interop.architectures import ARCHITECTURES
 from lmjax.interop.reading import Pretrained
-from lmjax.interop.writing import tensors_of
 from lmjax.model import ModelConfig, Params, apply, resolve_sites
-from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel import sharding
-from lmjax.precision import paths
 from lmjax.precision.grammar import parse_policy
-from lmjax.runs.config import Config
 from lmjax.runs.resolved import resolve
 from lmjax.runs.state import adopt, optimizer_of
 from lmjax.train import train
@@ -73,7 +69,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", LLAMA | {"sliding_window": None}),
 }
 TOKENS = np.random.default_rng(0).integers(0, 1031, (2, 65))
-RATE, DECAY = 1e-3, 0.1
 
 
 class Both(NamedTuple):
@@ -83,12 +78,6 @@ class Both(NamedTuple):
     folder: Path
     found: Pretrained
     params: Params
-
-    def as_tensors(self, params: Params) -> dict[str, np.ndarray]:
-        """A tree like the parameters, by the names of their tensors."""
-        flat = paths.flatten(params)
-        dtypes = {path: np.dtype(np.float32) for path in flat}
-        return dict(tensors_of(self.found.architecture, self.found.model, flat, dtypes))
 
 
 @pytest.fixture(
@@ -127,26 +116,6 @@ def their_loss(model: Any) -> Any:
     )
 
 
-def adamw(model: ModelConfig, eps: float) -> Config:
-    """A run of plain AdamW, which decays everything."""
-    return Config(
-        precision="f32",
-        steps=10,
-        context=64,
-        batch_size=2,
-        model=dataclasses.replace(model, z_loss=0.0),
-        optimizer=OptimizerConfig(
-            learning_rate=RATE,
-            schedule="constant",
-            warmup_steps=0,
-            eps=eps,
-            weight_decay=DECAY,
-            no_decay=(),
-            clip_norm=0,
-        ),
-    )
-
-
 def test_logits_are_theirs(both: Both):
     with torch.no_grad():
         theirs = both.theirs(torch.tensor(TOKENS[:, :-1])).logits.numpy()
@@ -156,7 +125,7 @@ def test_logits_are_theirs(both: Both):
 
 @pytest.mark.long
 def test_gradients_and_a_step_of_adamw_are_theirs(both: Both, compile_fast: Any):
-    """Gradients are compared relative to the largest of their tensor.
+    """Of AdamW with a large epsilon.
 
     Adam divides by the root of squared gradients: where they are rounding errors, as those of the
     biases of keys, so are the steps, hence an epsilon above them.
@@ -164,25 +133,17 @@ def test_gradients_and_a_step_of_adamw_are_theirs(both: Both, compile_fast: Any)
     ours = jax.jit(jax.grad(loss_of), static_argnums=1)(both.params, both.found.model)
     both.theirs.zero_grad()
     their_loss(both.theirs).backward()
+    largest = assert_gradients(as_tensors(both.found, ours), both.theirs)
     named = dict(both.theirs.named_parameters())
-    largest = max(float(p.grad.abs().max()) for p in named.values())
-    gradients = both.as_tensors(ours)
-    assert gradients.keys() == named.keys()
-    for name, gradient in gradients.items():
-        theirs = named[name].grad.numpy()
-        scale = max(np.abs(theirs).max(), 1e-3 * largest)
-        np.testing.assert_allclose(gradient, theirs, rtol=0, atol=1e-4 * scale, err_msg=name)
-
     before = {name: p.detach().clone() for name, p in named.items()}
     eps = 1e-3 * largest
-    decay = {"lr": RATE, "betas": (0.9, 0.99), "eps": eps, "weight_decay": DECAY}
-    torch.optim.AdamW(named.values(), **decay).step()
-    phase = resolve(adamw(both.found.model, eps)).at(0)
+    their_adamw(named.values(), eps).step()
+    phase = resolve(adamw(both.found.model, eps, rows=2, context=64)).at(0)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     state = adopt(jax.tree.map(jnp.copy, both.params), phase.param_sites, phase, mesh)
     batch = {"inputs": TOKENS[:, :-1].astype(np.int32), "targets": TOKENS[:, 1:].astype(np.int32)}
     stepped, _ = compile_fast(train_step(phase, mesh))(state, batch)
-    for name, after in both.as_tensors(stepped.params).items():
+    for name, after in as_tensors(both.found, stepped.params).items():
         np.testing.assert_allclose(after, named[name].detach(), rtol=0, atol=1e-6, err_msg=name)
     with torch.no_grad():
         for name, parameter in named.items():
@@ -205,16 +166,15 @@ def test_a_step_of_adamw_is_theirs_to_the_usual_eps_given_their_gradients(
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     with pretrained(tmp_path / "gradients") as found:
         gradients = found.parameters(mesh)
-        optimizer = optimizer_of(resolve(adamw(found.model, eps)).at(0))
+        optimizer = optimizer_of(resolve(adamw(found.model, eps, rows=2, context=64)).at(0))
     updates, _ = optimizer.update(gradients, optimizer.init(both.params), both.params)
-    ours = both.as_tensors(jax.tree.map(jnp.add, both.params, updates))
+    ours = as_tensors(both.found, jax.tree.map(jnp.add, both.params, updates))
 
     with torch.no_grad():
         for own, other in zip(copy.parameters(), both.theirs.parameters(), strict=True):
             own.grad = own.clone()
             own.copy_(other)
-    decay = {"lr": RATE, "betas": (0.9, 0.99), "eps": eps, "weight_decay": DECAY}
-    torch.optim.AdamW(copy.parameters(), **decay).step()
+    their_adamw(copy.parameters(), eps).step()
     for name, parameter in copy.named_parameters():
         np.testing.assert_allclose(ours[name], parameter.detach(), rtol=0, atol=1e-6, err_msg=name)
 
