@@ -33,14 +33,10 @@ LAYERS = (
     Column("output, dB", "number"),
     Column("alone, nats", "number"),
 )
-RUNS = (
-    Column("run", "key"),
-    Column("parameters", "number"),
-    Column("on disk", "number"),
-    Column("nats/token", "number"),
-    Column("perplexity", "number"),
-    Column("ms/token", "number"),
-)
+RUN = (Column("run", "key"), Column("parameters", "number"), Column("on disk", "number"))
+OF_TOKENS = (Column("nats/token", "number"), Column("perplexity", "number"))
+OF_TEXTS = (Column("nats/text", "number"), Column("accuracy", "number"))
+SPEED = Column("ms/token", "number")
 
 
 def quantize(
@@ -75,7 +71,7 @@ def quantize(
         from lmjax.compression.report_plot import draw_quantization
 
         runs[str(to)] = dataclasses.replace(after, disk=size_on_disk(folder))
-        write_result(folder, made.model, after.loss)
+        write_result(folder, made.model, after.loss, after.accuracy)
         picture = folder / "quantization.png"
         draw_quantization(picture, made)
         title = f"{run} in {config.policy}, {config.method}"
@@ -138,8 +134,8 @@ def prune(
     content: dict[str, Any] = {}
 
     def finish(folder: Path) -> None:
-        runs[str(to)] = dataclasses.replace(runs[str(to)], disk=size_on_disk(folder))
-        write_result(folder, made.model, runs[str(to)].loss)
+        own = runs[str(to)] = dataclasses.replace(runs[str(to)], disk=size_on_disk(folder))
+        write_result(folder, made.model, own.loss, own.accuracy)
         content["pattern"], content["method"] = config.pattern, config.method
         content["sparsity"] = dict(made.sparsity)
         content["runs"] = {name: dataclasses.asdict(one) for name, one in runs.items()}
@@ -160,16 +156,19 @@ def prune(
 
 def show_runs(runs: dict[str, Measured]) -> None:
     """Prints sizes, losses and speeds, one run a row."""
-    print_table(RUNS, _rows(runs))
+    classes = any(run.accuracy is not None for run in runs.values())
+    scores = OF_TEXTS if classes else OF_TOKENS
+    print_table((*RUN, *scores, SPEED), _rows(runs))
 
 
 def _rows(runs: dict[str, Measured]) -> Iterator[tuple[str, ...]]:
     for name, run in runs.items():
         loss = "" if run.loss is None else f"{run.loss:.4f}"
-        perplexity = "" if run.perplexity is None else f"{run.perplexity:.3f}"
+        score = "" if run.perplexity is None else f"{run.perplexity:.3f}"
+        score = score if run.accuracy is None else f"{run.accuracy:.4f}"
         disk = in_bytes(run.disk) if run.disk else ""
-        speed = f"{1000 * run.seconds_per_token:.1f}"
-        yield name, in_bytes(run.bytes), disk, loss, perplexity, speed
+        speed = f"{1000 * run.seconds_per_token:.2f}"
+        yield name, in_bytes(run.bytes), disk, loss, score, speed
 
 
 def in_bytes(count: int) -> str:

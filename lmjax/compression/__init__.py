@@ -1,6 +1,6 @@
 """After training: smaller models of a trained one, quantized or pruned."""
 
-from lmjax.compression.calibration import Calibration, calibration_windows
+from lmjax.compression.calibration import Calibration, calibration_batches
 from lmjax.compression.prune import PruneConfig, PrunedModel, prune
 from lmjax.compression.quantize import QuantizedModel, quantize
 from lmjax.compression.request import QuantizeConfig
@@ -11,7 +11,7 @@ __all__ = [
     "PrunedModel",
     "QuantizeConfig",
     "QuantizedModel",
-    "calibration_windows",
+    "calibration_batches",
     "prune",
     "quantize",
 ]

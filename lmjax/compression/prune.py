@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmjax.checks import at_least, from_to_below, validate
-from lmjax.compression.calibration import Calibration, calibration_windows
+from lmjax.compression.calibration import Calibration, calibration_batches
 from lmjax.compression.quantize import refuse_non_finite
 from lmjax.console import stages
 from lmjax.inference import TrainedModel
@@ -44,9 +44,9 @@ class PruneConfig:
     method: Literal["magnitude", "wanda"] = "magnitude"
     """Weights that go: those of least magnitude; or of least magnitude times norm of the input."""
     calibrate: Path | None = None
-    """Calibration text in UTF-8; by default the run's own training text."""
+    """Calibration text in UTF-8, for a classifier one text per line; default: the training text."""
     windows: Annotated[int, at_least(1)] = 64
-    """Windows of the calibration text, of the length of the run's context, at most."""
+    """The most windows of the calibration text, each as long as the context; or texts of it."""
 
     def __post_init__(self) -> None:
         """Rejects values out of range."""
@@ -86,8 +86,8 @@ def prune(model: TrainedModel, config: PruneConfig) -> PrunedModel:
     refuse_uneven(config.pattern, lengths)
     calibration = None
     if config.method == "wanda":
-        windows = calibration_windows(model, config.calibrate, config.windows)
-        calibration = Calibration.of(model.phase, model.params, windows[:, :-1])
+        batches = calibration_batches(model, config.calibrate, config.windows)
+        calibration = Calibration.of(model.phase, model.params, batches)
     sparsity: dict[str, float] = {}
     with stages.stage("pruning"):
         for path, weight in inside.items():

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.compression.calibration import Calibration, calibration_windows
+from lmjax.compression.calibration import Calibration, calibration_batches
 from lmjax.compression.gptq import gptq
 from lmjax.compression.observers import observed_factors
 from lmjax.compression.request import QuantizeConfig, keeping, quantized_policy
@@ -45,7 +45,7 @@ class Layer:
       weight_snr: signal-to-noise ratio of the weights, in dB: 10 log10 of the sum of squares over
         that of errors. Infinite without errors.
       output_snr: that of the product on the calibration text, without bias; None if there is none.
-      loss_alone: by what the loss on the calibration text rises, in nats a token, if this product
+      loss_alone: by what the loss on the calibration text rises, in nats, if this product
         alone is quantized; None if that was not measured.
     """
 
@@ -86,24 +86,24 @@ def quantize(model: TrainedModel, config: QuantizeConfig) -> QuantizedModel:
     phase = _phase(model, policy)
     static = any(s.activations and s.activations.kept for s in phase.sites.values())
     calibrated = config.method != "nearest" or static
-    windows = None
+    batches = None
     if calibrated or config.keep_worst or config.calibrate:
-        windows = calibration_windows(model, config.calibrate, config.windows)
+        batches = calibration_batches(model, config.calibrate, config.windows)
     flat = {
         path: np.asarray(leaf).astype(np.float32)
         for path, leaf in paths.flatten(model.params).items()
     }
     calibration = None
-    if windows is not None:
-        calibration = Calibration.of(model.phase, model.params, windows[:, :-1])
+    if batches is not None:
+        calibration = Calibration.of(model.phase, model.params, batches)
         choose = {"awq": awq, "smoothquant": smoothquant}.get(config.method)
         if choose is not None:
             with stages.stage("scaling channels"):
                 flat, calibration = smoothed(phase, flat, calibration, choose, config.observer)
     rounding = _Rounding(config, calibration)
     alone: Mapping[str, float] = {}
-    if config.keep_worst and windows is not None:
-        alone = losses_alone(model, phase, flat, rounding, windows)
+    if config.keep_worst and batches is not None:
+        alone = losses_alone(model, phase, flat, rounding, batches)
         kept = sorted(alone, key=lambda path: -alone[path])[: config.keep_worst]
         phase = _phase(model, keeping(policy, kept, phase.sites))
     with stages.stage("rounding weights"):

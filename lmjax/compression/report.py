@@ -6,7 +6,6 @@ Knows loaded models and how they are evaluated.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,9 +24,14 @@ from lmjax.errors import InputError
 from lmjax.inference import Generation, TrainedModel, evaluate
 from lmjax.inference.growing import Growing
 from lmjax.inference.sampling import Sampler
+from lmjax.model import ANYWHERE, QUIET, Params, assembled
+from lmjax.precision import exact
 
 TOKENS = 32
 """Tokens over which decoding is timed."""
+
+ROWS = 8
+"""Times that an encoder reads a row, to be timed."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,12 @@ class Measured:
       policy: what every tensor has.
       bytes: of the parameters in memory.
       disk: bytes of the newest checkpoint, which before holds the optimizer's state too.
-      loss: nats per token of the run's held-out text; None if there is no such text here.
-      perplexity: exp(loss).
-      seconds_per_token: of decoding one token after another, the median of 32.
+      loss: nats per token of the run's held-out text, or per text for classes; None if there is no
+        such text here.
+      perplexity: exp(loss); None for classes.
+      accuracy: the share of held-out texts whose class is found; None without classes.
+      seconds_per_token: of decoding one token after another, the median of 32; of an encoder, which
+        decodes nothing, of a row as long as the context, by its tokens.
     """
 
     policy: str
@@ -48,6 +55,7 @@ class Measured:
     disk: int
     loss: float | None
     perplexity: float | None
+    accuracy: float | None
     seconds_per_token: float
 
 
@@ -58,16 +66,20 @@ def size_in_memory(params: Any) -> int:
 
 def measured(model: TrainedModel, run: Path | None) -> Measured:
     """Measures a model; `run` is its directory on this machine, if it has one."""
-    loss = None
+    loss = perplexity = accuracy = None
     with contextlib.suppress(DataError, InputError):  # its text may be missing here
-        loss = evaluate(model, progress=False).eval_loss
+        found = evaluate(model, progress=False)
+        loss, accuracy = found.eval_loss, found.accuracy
+        perplexity = None if model.config.model.classes else found.perplexity
+    decodes = model.config.model.family == "decoder"
     return Measured(
         model.config.precision,
         size_in_memory(model.params),
         size_on_disk(run) if run is not None else 0,
         loss,
-        None if loss is None else math.exp(loss) if loss < 709 else math.inf,
-        _seconds_per_token(model),
+        perplexity,
+        accuracy,
+        _seconds_per_token(model) if decodes else _seconds_of_a_row(model) / model.config.context,
     )
 
 
@@ -84,6 +96,28 @@ def _seconds_per_token(model: TrainedModel) -> float:
                 begin = time.perf_counter()
                 growing.drawn()
                 times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:]))
+
+
+def _seconds_of_a_row(model: TrainedModel) -> float:
+    """The time in which an encoder reads one row, once its program is compiled."""
+    config, sites = model.config.model, model.sites
+
+    def predicted(params: Params, rows: jax.Array) -> jax.Array:
+        """The logits of every position of the rows, or of the pooled one."""
+        own = assembled(params, config)
+        given: dict[str, Any] = {"cotangent_scales": None, "constrain": ANYWHERE}
+        x = own.trunk({"inputs": rows}, sites=sites, context=QUIET, **given)
+        return own.logits(x, sites, QUIET)
+
+    read, times = exact.jit(predicted), []
+    params = jax.device_put(model.params)
+    rows = np.full((1, model.config.context), model.tokenizer.start_of_document, np.int32)
+    with stages.stage("timing a row"):
+        for _ in range(ROWS + 1):
+            begin = time.perf_counter()
+            jax.block_until_ready(read(params, rows))
+            times.append(time.perf_counter() - begin)
     return float(np.median(times[1:]))
 
 

@@ -29,13 +29,13 @@ class QuantizeConfig:
     policy: str
     """What tensors become, such as w=int8@channel; keys that it leaves out are the run's own."""
     calibrate: Path | None = None
-    """Calibration text in UTF-8; by default the run's own training text."""
+    """Calibration text in UTF-8, for a classifier one text per line; default: the training text."""
     method: Method = "nearest"
     """How weights are rounded: to nearest, or by GPTQ, AWQ or SmoothQuant."""
     observer: Observer = "minmax"
     """What factors cover: minmax all of a group; percentile 99.9% of it; mse what errs least."""
     windows: Annotated[int, at_least(1)] = 64
-    """Windows of the calibration text, of the length of the run's context, at most."""
+    """The most windows of the calibration text, each as long as the context; or texts of it."""
     keep_worst: Annotated[int, at_least(0)] = 0
     """Products that stay in the compute format: those that cost most on the calibration text."""
 

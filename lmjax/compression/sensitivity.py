@@ -5,16 +5,17 @@ Knows loaded models and steps of evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.compression.calibration import batches
+from lmjax.compression.calibration import Rows
 from lmjax.console import stages
+from lmjax.errors import InputError
 from lmjax.inference import TrainedModel
-from lmjax.model import weights
+from lmjax.model import objective_of, weights
 from lmjax.parallel import sharding
 from lmjax.precision import paths
 from lmjax.train import Phase, make_eval_step
@@ -25,23 +26,32 @@ def losses_alone(
     phase: Phase,
     flat: Mapping[str, np.ndarray],
     rounded: Callable[..., Any],
-    windows: np.ndarray,
+    batches: Sequence[Rows],
 ) -> dict[str, float]:
-    """By what the loss rises, in nats a token, for each product whose weights are stored.
+    """By how many nats the loss of a token or text rises, for each product that stores weights.
 
     Args:
       model: as trained; its policy computes everything but the weights in question.
       phase: the formats that weights are to get.
       flat: parameters by path, f32, as they are to be rounded.
       rounded: `(site, weight, axis) -> Packed`.
-      windows: `int32[N, context + 1]`.
+      batches: of the calibration text.
+
+    Raises:
+      InputError: the model predicts nothing, or the text lacks its classes.
     """
+    config = phase.config.model
+    if config.headless or not set(objective_of(config).reads) <= batches[0].keys():
+        raise InputError(
+            "products are ranked by their loss, but these calibration texts have no classes; leave "
+            "out --keep-worst, or calibrate a classifier on its own training text"
+        )
     mesh = sharding.make_mesh(sharding.MeshConfig())
     evaluate = make_eval_step(model.phase, mesh)
 
     def loss(changed: Mapping[str, np.ndarray]) -> float:
         params = paths.unflatten(dict(changed))
-        sums = np.sum([np.asarray(evaluate(params, b), np.float64) for b in batches(windows)], 0)
+        sums = np.sum([np.asarray(evaluate(params, b), np.float64) for b in batches], 0)
         return float(sums[0] / sums[1])
 
     exactly = loss(flat)

@@ -64,8 +64,10 @@ def write_run(
         ) from error
 
 
-def write_result(folder: Path, model: TrainedModel, loss: float | None) -> None:
-    """Writes `result.json`, as a run has it that is done, with the held-out loss of the model."""
+def write_result(
+    folder: Path, model: TrainedModel, loss: float | None, accuracy: float | None
+) -> None:
+    """Writes `result.json`, as a run has it that is done, with its held-out scores."""
     config = model.config
     if loss is not None:
         result = {
@@ -75,6 +77,8 @@ def write_result(folder: Path, model: TrainedModel, loss: float | None) -> None:
             "train_seconds": 0.0,
             "parameters_sha256": parameters_sha256(model.params),
         }
+        if accuracy is not None:
+            result |= {"accuracy": accuracy, "error_rate": 1 - accuracy}
         write_json(folder / "result.json", result)
 
 

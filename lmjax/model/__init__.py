@@ -1,5 +1,6 @@
 """The Transformer: the only room that knows Flax, which it uses to build and name parameters."""
 
+from lmjax.model.assembly import Batch
 from lmjax.model.attention_form import Form
 from lmjax.model.config import ModelConfig, RopeScaling, gpt2, llama_1b
 from lmjax.model.decoding import Cache, decoding_params, extend, initial_cache
@@ -36,6 +37,7 @@ from lmjax.model.stack import block_groups
 __all__ = [
     "ANYWHERE",
     "QUIET",
+    "Batch",
     "Cache",
     "Constrain",
     "Context",

@@ -102,6 +102,12 @@ class Objective(Protocol):
         """
         return batch
 
+    def predictions(
+        self, x: jax.Array, model: Assembly, batch: Batch, sites: Sites, context: Context
+    ) -> jax.Array:
+        """The logits of what is predicted in a posed batch, of what left the trunk."""
+        return model.logits(x, sites, context)
+
     def loss(
         self,
         x: jax.Array,

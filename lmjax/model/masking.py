@@ -98,6 +98,16 @@ class MaskedTokens(Objective):
         shown = jnp.where(share < MASKED, mask, shown)
         return tokens.at[chosen].set(shown, unique_indices=True), chosen, targets
 
+    def predictions(
+        self, x: jax.Array, model: Assembly, batch: Batch, sites: Sites, context: Context
+    ) -> jax.Array:
+        """See `Objective`: of chosen tokens, `[B, N, V]`; all that the model has without a head."""
+        if self.config.headless:
+            return model.logits(x, sites, context)
+        with sites["transform/dense"].scope:
+            x = jnp.take_along_axis(x, batch["chosen"][..., None], axis=1)
+        return model.logits(x, sites, context)
+
     def loss(
         self,
         x: jax.Array,
@@ -137,10 +147,8 @@ class MaskedTokens(Objective):
         multiplier: float = 1.0,
     ) -> TokenLosses:
         targets = batch["targets"]
-        with sites["transform/dense"].scope:
-            x = jnp.take_along_axis(x, batch["chosen"][..., None], axis=1)
         return token_losses(
-            model.logits(x, sites, context),
+            self.predictions(x, model, batch, sites, context),
             targets,
             sites["loss"],
             context.at("loss").probe,

@@ -159,7 +159,7 @@ def test_gptq_makes_errors_of_products_smaller() -> None:
 
 def test_what_products_read_is_counted_in_every_block(model: TrainedModel) -> None:
     windows = np.random.default_rng(0).integers(0, 256, (9, 16)).astype(np.int32)
-    found = Calibration.of(model.phase, model.params, windows).inputs
+    found = Calibration.of(model.phase, model.params, [{"inputs": windows}]).inputs
     products = [
         path for path, site in model.sites.items() if site.site.kind.name == "WEIGHT_PRODUCT"
     ]
