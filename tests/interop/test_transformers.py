@@ -205,7 +205,8 @@ def test_a_run_continues_as_they_do_and_leaves_as_it_came(both: Both, tmp_path: 
 
 
 def test_every_architecture_is_compared():
-    assert {kind.partition("-")[0] for kind in KINDS} == set(ARCHITECTURES)
+    in_test_bert = {"bert"}
+    assert {kind.partition("-")[0] for kind in KINDS} == set(ARCHITECTURES) - in_test_bert
 
 
 @pytest.mark.long
