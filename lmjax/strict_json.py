@@ -52,6 +52,19 @@ def read(path: Path) -> Any:
     return loads(path.read_text(encoding="utf-8"))
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it does not hold JSON, or no object.
+    """
+    value = read(path)
+    if not isinstance(value, dict):
+        raise ValueError("it holds no object")
+    return value
+
+
 def _finite_or_text(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite_or_text(part) for name, part in value.items()}

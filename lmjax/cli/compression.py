@@ -86,8 +86,8 @@ def quantize(
         (
             layer.path,
             layer.format,
-            f"{layer.weight_snr:.1f}" if layer.weight_snr < math.inf else "",
-            "" if layer.output_snr is None else f"{layer.output_snr:.1f}",
+            _decibel(layer.weight_snr),
+            _decibel(layer.output_snr),
             "" if layer.loss_alone is None else f"{layer.loss_alone:+.5f}",
         )
         for layer in made.layers
@@ -169,6 +169,11 @@ def _rows(runs: dict[str, Measured]) -> Iterator[tuple[str, ...]]:
         disk = in_bytes(run.disk) if run.disk else ""
         speed = f"{1000 * run.seconds_per_token:.2f}"
         yield name, in_bytes(run.bytes), disk, loss, score, speed
+
+
+def _decibel(ratio: float | None) -> str:
+    """A ratio, if it was measured and there are errors."""
+    return "" if ratio is None or ratio == math.inf else f"{ratio:.1f}"
 
 
 def in_bytes(count: int) -> str:

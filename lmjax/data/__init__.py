@@ -12,7 +12,7 @@ from lmjax.data.corpus import TokenizedCorpus, prepare, tokenized_corpus
 from lmjax.data.errors import CacheFailed, DataError
 from lmjax.data.pipeline import document_starts, train_iterator, validation_batches
 from lmjax.data.rows import document_rows
-from lmjax.data.tokenizer_files import load_tokenizer, read_tokenizer
+from lmjax.data.tokenizer_files import holds_tokenizer, load_tokenizer, read_tokenizer
 from lmjax.data.tokenizers import ByteTokenizer, Tokenizer
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Tokenizer",
     "document_rows",
     "document_starts",
+    "holds_tokenizer",
     "load_tokenizer",
     "prepare",
     "read_tokenizer",

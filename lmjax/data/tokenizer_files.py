@@ -187,19 +187,16 @@ def read_tokenizer(name: str, end_of_document: str = "") -> Tokenizer:
     """
     path = expanded(name)
     if path.is_dir():
-        pair = _pair(path)
-        if not (path / FILE).exists() and pair is None:
+        if not holds_tokenizer(path):
             names = " nor ".join(" and ".join(names) for names in PAIRS)
             raise DataError(f"{path} holds no tokenizer: neither {FILE} nor {names}")
         path = path / FILE if (path / FILE).exists() else path
     try:
-        file = _from_pair(path) if path.is_dir() else strict_json.read(path)
+        file = _from_pair(path) if path.is_dir() else strict_json.read_object(path)
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from error
     except ValueError as error:
         raise DataError(f"the tokenizer {path} is damaged: {error}") from error
-    if not isinstance(file, dict):
-        raise DataError(f"the tokenizer {path} is damaged: it holds no object")
     if file.keys() == {"sha256", "name", "tokenizer"}:
         return load_tokenizer(path)
     folder = path if path.is_dir() else path.parent
@@ -208,6 +205,11 @@ def read_tokenizer(name: str, end_of_document: str = "") -> Tokenizer:
         return FileTokenizer({"tokenizer": file, "end_of_document": end})
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer that `read_tokenizer` looks at."""
+    return (folder / FILE).exists() or _pair(folder) is not None
 
 
 def _pair(folder: Path) -> tuple[Path, Path] | None:

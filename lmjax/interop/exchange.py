@@ -182,7 +182,7 @@ def _tokenizer_of(
 ) -> tuple[Tokenizer, DataConfig, tuple[str, ...]]:
     """The tokenizer of an imported model, the settings that name it, and notes."""
     rows, notes = found.model.vocab_size, found.notes
-    tokenizer: Tokenizer | None = own_tokenizer(found.folder)
+    tokenizer: Tokenizer | None = own_tokenizer(found.folder, data.end_of_document)
     if tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=str(found.folder.absolute()))
     elif data.tokenizer_path:

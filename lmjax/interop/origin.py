@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lmjax import strict_json
-from lmjax.data import DataError, Tokenizer, load_tokenizer, read_tokenizer
+from lmjax.data import Tokenizer, holds_tokenizer, load_tokenizer, read_tokenizer
 from lmjax.errors import InputError
 from lmjax.interop.reading import POLICIES, Pretrained, is_pretrained, pretrained, read_model
 from lmjax.model import (
@@ -104,11 +104,13 @@ def of_files(found: Pretrained) -> dict[str, SitePolicy]:
     return param_sites(found.model, resolve_sites(found.model, policy))
 
 
-def own_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a folder of Hugging Face; None if there is none that can be read."""
-    with contextlib.suppress(DataError):
-        return read_tokenizer(str(folder))
-    return None
+def own_tokenizer(folder: Path, end_of_document: str = "") -> Tokenizer | None:
+    """The tokenizer in a folder of Hugging Face; None if it holds none.
+
+    Raises:
+      DataError: it holds one that is damaged, or in which no token ends a document.
+    """
+    return read_tokenizer(str(folder), end_of_document) if holds_tokenizer(folder) else None
 
 
 def settings_of(name: str) -> dict[str, Any]:

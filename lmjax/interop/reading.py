@@ -169,13 +169,13 @@ def _read_model(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        values = strict_json.read(folder / CONFIG)
+        values = strict_json.read_object(folder / CONFIG)
         kind = values["model_type"]
     except OSError as error:
         raise InputError(
             f"{folder} holds no model: {CONFIG} cannot be read ({error.strerror})"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         what = "has no model_type" if isinstance(error, KeyError) else f"is damaged: {error}"
         raise InputError(f"{folder / CONFIG} {what}") from error
     if kind not in ARCHITECTURES:

@@ -131,10 +131,14 @@ def _listed(folder: Path) -> dict[str, Path]:
     if (folder / SINGLE).exists() or not (folder / INDEX).exists():
         return {}
     try:
-        placed = strict_json.read(folder / INDEX)["weight_map"]
-        names = {name: folder / Path(file).name for name, file in placed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / INDEX} cannot be read: {error}") from error
+        placed = strict_json.read_object(folder / INDEX).get("weight_map")
+    except OSError as error:
+        raise InputError(f"cannot read {folder / INDEX}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{folder / INDEX} is damaged: {error}") from error
+    if not isinstance(placed, dict) or not all(isinstance(f, str) for f in placed.values()):
+        raise InputError(f"{folder / INDEX} is damaged: weight_map does not name files of tensors")
+    names = {name: folder / Path(file).name for name, file in placed.items()}
     if not names:
         raise InputError(f"{folder / INDEX} lists no tensors")
     return names

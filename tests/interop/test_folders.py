@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lmjax.checks import LARGEST_F32
-from lmjax.data import ByteTokenizer
+from lmjax.data import ByteTokenizer, DataError
 from lmjax.errors import InputError
 from lmjax.inference import load_model
 from lmjax.interop import export_run, import_run, pretrained
@@ -151,6 +151,10 @@ NORM, TABLE = "model.norm.weight", "model.embed_tokens.weight"
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda f: (f / "config.json").unlink(), "holds no model: config.json cannot be"),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+    "no object": (
+        lambda f: (f / "config.json").write_text("[1]"),
+        "is damaged: it holds no object",
+    ),
     "no type": (lambda f: config_with(f, model_type=None), "has no model_type"),
     "another architecture": (
         lambda f: config_with(f, model_type="mamba"),
@@ -206,6 +210,17 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: tensors_with(f, lambda t: t[NORM].__setitem__(3, np.nan)),
         "model.norm.weight holds NaN or infinite numbers",
     ),
+    "an index of nothing": (
+        lambda f: (
+            (f / "model.safetensors").unlink()
+            or (f / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+        ),
+        "index.json is damaged: weight_map does not name files of tensors",
+    ),
+    "a damaged tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text('{"model":'),
+        "tokenizer.json is damaged: Expecting value",
+    ),
     "a larger tokenizer": (
         lambda f: (
             config_with(f, vocab_size=250)
@@ -223,7 +238,7 @@ def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path: Path, case: st
     written(tmp_path / "hf", "llama")
     spoil, message = WRONG[case]
     spoil(tmp_path / "hf")
-    with pytest.raises(InputError, match=message) as error:
+    with pytest.raises((InputError, DataError), match=message) as error:
         import_run(tmp_path / "hf", tmp_path / "run")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
