@@ -25,10 +25,9 @@ from lmjax.inference import TrainedModel
 from lmjax.model import (
     ANYWHERE,
     Batch,
-    Context,
     ModelConfig,
-    Params,
     assembled,
+    in_evaluation,
     is_of_objective,
     objective_of,
     site_tree,
@@ -103,8 +102,14 @@ class Calibration:
     inputs: Mapping[str, Inputs]
 
     @classmethod
-    def of(cls, phase: Phase, params: Params, batches: Iterable[Rows]) -> Calibration:
-        """What products read of batches of texts; see `calibration_batches`."""
+    def of(cls, phase: Phase, params: Any, batches: Iterable[Rows]) -> Calibration:
+        """What products read of batches of texts.
+
+        Args:
+          phase: the formats.
+          params: as `TrainedModel.evaluated` is.
+          batches: from `calibration_batches`.
+        """
         read, found = exact.jit(_reading(phase)), None
         with stages.stage("reading the calibration text"):
             for batch in batches:
@@ -160,9 +165,10 @@ def _reading(phase: Phase) -> Any:
     """`(params, batch) ->` what each product reads, as `site_tree` lays it out."""
     model = phase.config.model
 
-    def total(slots: Any, params: Params, batch: Batch) -> jax.Array:
+    def total(slots: Any, params: Any, batch: Batch) -> jax.Array:
         """The sum of all predictions, on which every product has a part."""
-        context = Context(None, None, slots)
+        params, quiet = in_evaluation(params)
+        context = quiet._replace(slots=slots)
         with jax.numpy_dtype_promotion("strict"):
             own = assembled(params, model)
             x = own.trunk(
@@ -175,7 +181,7 @@ def _reading(phase: Phase) -> Any:
             found = objective_of(model).predictions(x, own, batch, phase.sites, context)
             return jnp.sum(found.astype(jnp.float32))
 
-    def read(params: Params, batch: Batch) -> Any:
+    def read(params: Any, batch: Batch) -> Any:
         """The gradients of the slots."""
         posed = batch if model.pooled else objective_of(model).posed(batch, None)
         found = jax.grad(total)(_slots(phase, posed), params, posed)

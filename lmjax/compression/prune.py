@@ -87,7 +87,7 @@ def prune(model: TrainedModel, config: PruneConfig) -> PrunedModel:
     calibration = None
     if config.method == "wanda":
         batches = calibration_batches(model, config.calibrate, config.windows)
-        calibration = Calibration.of(model.phase, model.params, batches)
+        calibration = Calibration.of(model.phase, model.evaluated, batches)
     sparsity: dict[str, float] = {}
     with stages.stage("pruning"):
         for path, weight in inside.items():

@@ -2,7 +2,8 @@
 
 Weights are rounded from what products read of them, so to nearest and without calibration the
 quantized model computes, bit for bit, what the trained one does under the same policy without
-`.stored`. That is what trained under such a policy (quantization-aware training) has learned.
+`.stored`. That is what trained under such a policy (quantization-aware training) has learned; a
+weight whose factor was learned or observed in training keeps it, if it is rounded to nearest.
 
 Knows loaded models, policies and the methods of this room.
 """
@@ -27,11 +28,12 @@ from lmjax.compression.smoothing import awq, smoothed, smoothquant
 from lmjax.console import stages
 from lmjax.errors import InputError
 from lmjax.inference import TrainedModel
-from lmjax.model import stored_weights, weights
+from lmjax.model import Calibrated, stored_weights, weights
 from lmjax.precision import exact, paths
+from lmjax.precision.operands import current
 from lmjax.precision.packed import Packed, one_member, packed
 from lmjax.precision.policy import Policy, SitePolicy
-from lmjax.precision.scaling import quantize_with_scale
+from lmjax.precision.scaling import Factors, quantize_with_scale
 from lmjax.train import Phase, phase_of
 
 
@@ -95,12 +97,12 @@ def quantize(model: TrainedModel, config: QuantizeConfig) -> QuantizedModel:
     }
     calibration = None
     if batches is not None:
-        calibration = Calibration.of(model.phase, model.params, batches)
+        calibration = Calibration.of(model.phase, model.evaluated, batches)
         choose = {"awq": awq, "smoothquant": smoothquant}.get(config.method)
         if choose is not None:
             with stages.stage("scaling channels"):
                 flat, calibration = smoothed(phase, flat, calibration, choose, config.observer)
-    rounding = _Rounding(config, calibration)
+    rounding = _Rounding(config, calibration, _trained_factors(model, phase))
     alone: Mapping[str, float] = {}
     if config.keep_worst and batches is not None:
         alone = losses_alone(model, phase, flat, rounding, batches)
@@ -109,7 +111,7 @@ def quantize(model: TrainedModel, config: QuantizeConfig) -> QuantizedModel:
     with stages.stage("rounding weights"):
         params = _stored_like(flat, model.params, phase, rounding)
     layers, pair = _layers(flat, params, phase, calibration, alone)
-    made = dataclasses.replace(model, phase=phase, params=params)
+    made = dataclasses.replace(model.within(phase), params=params)
     return QuantizedModel(made, layers, *pair)
 
 
@@ -154,12 +156,33 @@ def _phase(model: TrainedModel, policy: Policy) -> Phase:
     return phase
 
 
+def _trained_factors(model: TrainedModel, phase: Phase) -> dict[str, jax.Array]:
+    """Learned and observed factors of weights that keep their quantizer, f32[] by site."""
+    if not isinstance(model.evaluated, Calibrated):
+        return {}
+    found: dict[str, jax.Array] = {}
+    for path, factor in paths.flatten(model.evaluated.factors).items():
+        place, _, role = path.rpartition("/")
+        for index, site in enumerate(phase.layout.place(place).paths):
+            operand, stores = model.sites[site].second, phase.sites[site].stores
+            if role == "w" and operand and stores == current(operand.quantizer, None):
+                found[site] = factor[index] if factor.ndim else factor
+    return found
+
+
 @dataclass(frozen=True)
 class _Rounding:
-    """How one weight is rounded."""
+    """How one weight is rounded.
+
+    Attributes:
+      config: what was asked for.
+      calibration: what products read, if that was measured.
+      trained: factors that weights were trained with, f32[] by the path of their product.
+    """
 
     config: QuantizeConfig
     calibration: Calibration | None
+    trained: Mapping[str, jax.Array]
 
     def __call__(self, site: SitePolicy, x: jax.Array, axis: int) -> Packed:
         """A weight of a site, `[., .]` f32, as it is stored."""
@@ -174,7 +197,8 @@ class _Rounding:
                 turn = lambda leaf: leaf.T if leaf.ndim == 2 else leaf
                 found = jax.tree.map(turn, found)
         else:
-            found = _nearest(read, quantizer, axis, self.config.observer)
+            trained = self.trained.get(site.path)
+            found = _nearest(read, quantizer, axis, self.config.observer, trained)
         return packed(found, quantizer, axis=axis, inputs=inputs)
 
     def _inputs(self, site: SitePolicy) -> jax.Array | None:
@@ -191,8 +215,13 @@ class _Rounding:
         return observed_factors(largest, of_x.quantizer, "minmax", axis=0).scale
 
 
-def _to_nearest(read: jax.Array, quantizer: Any, axis: int, observer: Any) -> Any:
-    factors = observed_factors(read, quantizer, observer, axis=axis)
+def _to_nearest(
+    read: jax.Array, quantizer: Any, axis: int, observer: Any, trained: jax.Array | None
+) -> Any:
+    if trained is None:
+        factors = observed_factors(read, quantizer, observer, axis=axis)
+    else:
+        factors = Factors(trained)
     return quantize_with_scale(read, quantizer, axis=axis, factors=factors)
 
 

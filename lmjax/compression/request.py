@@ -15,6 +15,7 @@ from lmjax.compression.observers import Observer
 from lmjax.errors import InputError
 from lmjax.model import Sites
 from lmjax.precision.grammar import KEYS, parse_policy
+from lmjax.precision.operands import current
 from lmjax.precision.policy import Policy, PolicyError, Rule
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.settings import Operand
@@ -86,7 +87,7 @@ def _stored(operand: Operand) -> Operand:
         return operand
     if operand.rotation:
         raise InputError(f"w={operand}: weights that are stored are not rotated; leave out .rht")
-    return Operand(replace(operand.quantizer, history=0), kept="stored")
+    return Operand(current(operand.quantizer, None), kept="stored")
 
 
 def keeping(policy: Policy, kept: Sequence[str], sites: Sites) -> Policy:

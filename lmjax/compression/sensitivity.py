@@ -5,6 +5,7 @@ Knows loaded models and steps of evaluation.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def losses_alone(
     evaluate = make_eval_step(model.phase, mesh)
 
     def loss(changed: Mapping[str, np.ndarray]) -> float:
-        params = paths.unflatten(dict(changed))
+        params = dataclasses.replace(model, params=paths.unflatten(dict(changed))).evaluated
         sums = np.sum([np.asarray(evaluate(params, b), np.float64) for b in batches], 0)
         return float(sums[0] / sums[1])
 

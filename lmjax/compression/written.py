@@ -53,10 +53,11 @@ def write_run(
             write_config(folder, model.config)
             write_json(folder / "environment.json", environment())
             model.tokenizer.save(folder / "tokenizer.json")
-            params = jax.tree.map(jnp.asarray, model.params)
+            params, scaling = jax.tree.map(jnp.asarray, (model.params, model.scaling))
             with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
                 progress = {"train_seconds": 0.0, "corpus": "", "rewinds": []}
-                checkpoints.save(model.step, params_alone(params, model.step), {}, progress)
+                state = params_alone(params, model.step, scaling)
+                checkpoints.save(model.step, state, {}, progress)
             finish(folder)
     except OSError as error:
         raise StorageFailed(

@@ -36,7 +36,7 @@ from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase
 from lmjax.telemetry.rows import TelemetryConfig, telemetry_row, tensor_format
 from lmjax.train.evaluate import held_out_loss
-from lmjax.train.step import make_eval_step, make_train_step
+from lmjax.train.step import evaluated, make_eval_step, make_train_step
 
 WATCHED = 4
 """Steps of a trial whose tensors are counted, spread evenly over it."""
@@ -341,9 +341,8 @@ def _trained(config: Config, precision: str, steps: int, seed: int) -> _Trained:
                 updates = jax.device_get(metrics["updates"])
                 rows.append(telemetry_row(number, tensors, updates, phase.sites, phase.layout))
         evaluate = make_eval_step(phase, run.mesh)
-        loss = held_out_loss(
-            evaluate, run.state.params, run.corpus, run.config, run.mesh, batches=32
-        )
+        params = evaluated(run.state.params, run.state.scaling, phase)
+        loss = held_out_loss(evaluate, params, run.corpus, run.config, run.mesh, batches=32)
     seen = list(rows[0]["tensors"]) if rows else []
     return _Trained(
         phase,

@@ -35,7 +35,8 @@ from lmjax.precision.grammar import parse_policy
 from lmjax.precision.policy import SitePolicy
 from lmjax.runs.resolved import Phase
 from lmjax.runs.state import change_phase
-from lmjax.train.step import evaluation, make_train_step
+from lmjax.telemetry.measure import common_scaling
+from lmjax.train.step import evaluated, evaluation, make_train_step
 
 RESOLUTION = 2.0**-20
 """Changes of the loss below this share of it are no finding: f32 has 2^-23."""
@@ -177,19 +178,21 @@ class _Trial:
         """f64[batches]: nats per token."""
         self.count += 1
         phase = dataclasses.replace(self._run.phase, sites=sites)
-        params = self._trained(phase)
+        state = self._trained(phase)
+        scaling = common_scaling(state.scaling, phase.layout, self._run.phase.sites, sites)
+        params = evaluated(state.params, scaling, phase)
         program = exact.jit(evaluation(phase, self._run.mesh))
         found = jax.device_get([program(params, batch) for batch in self._batches])
         return np.array([float(nats) / float(tokens) for nats, tokens in found])
 
     def _trained(self, phase: Phase) -> Any:
         if not self._training:
-            return self._state.params
+            return self._state
         step = make_train_step(phase, self._run.mesh)
         state = jax.tree.map(jnp.copy, self._state)
         for batch in self._training:
             state, _ = step(state, batch)
-        return state.params
+        return state
 
 
 class _Search:

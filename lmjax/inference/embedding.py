@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 
 from lmjax.data import document_rows
 from lmjax.inference.run import TrainedModel
-from lmjax.model import ANYWHERE, QUIET, Params, assembled
+from lmjax.model import ANYWHERE, assembled, in_evaluation
 from lmjax.precision import exact
 from lmjax.precision.exact import at_least_f32
 from lmjax.train import InputError, Phase
@@ -60,7 +61,7 @@ def sentence_embeddings(
         longest = max(len(documents[index]) for index in chosen)
         rows = [documents[index] for index in chosen] + [documents[chosen[0]]] * _ROWS
         inputs, lengths = document_rows(rows[:_ROWS], -(-longest // _MULTIPLE) * _MULTIPLE)
-        found[chosen] = np.asarray(embed(model.params, inputs, lengths))[: len(chosen)]
+        found[chosen] = np.asarray(embed(model.evaluated, inputs, lengths))[: len(chosen)]
     return found
 
 
@@ -69,12 +70,13 @@ def _program(phase: Phase) -> jax.stages.Wrapped:
     """The compiled `(params, inputs, lengths) -> f32[B, D]`."""
     config, sites = phase.config.model, phase.sites
 
-    def embed(params: Params, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+    def embed(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
         """The mean over the tokens of each row, divided by its norm."""
-        x = assembled(params, config).trunk(
+        own, context = in_evaluation(params)
+        x = assembled(own, config).trunk(
             {"inputs": inputs, "lengths": lengths},
             sites=sites,
-            context=QUIET,
+            context=context,
             cotangent_scales=None,
             constrain=ANYWHERE,
         )

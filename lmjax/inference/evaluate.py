@@ -62,11 +62,11 @@ def evaluate(model: TrainedModel, *, progress: bool = True) -> Evaluation:
     with stages.stage("evaluating on the whole validation split"):
         scores: tuple[float | None, float | None] = None, None
         if config.model.classes:
-            loss, classes = held_out_classes(phase, model.params, corpus, mesh)
+            loss, classes = held_out_classes(phase, model.evaluated, corpus, mesh)
             scores = classes.accuracy, classes.f1
         else:
             eval_step = _refusing_non_finite(make_eval_step(phase, mesh), model)
-            loss = held_out_loss(eval_step, model.params, corpus, config, mesh)
+            loss = held_out_loss(eval_step, model.evaluated, corpus, config, mesh)
     tokens = len(corpus.validation) - 1
     bits = None
     if config.model.family == "decoder":

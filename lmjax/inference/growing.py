@@ -54,7 +54,7 @@ class Growing:
         self._ids = [list(row) for row in ids]
         self._given = [len(row) for row in ids]
         self._programs = programs_of(model)
-        self._params = self._programs.prepare(model.params)
+        self._params = self._programs.prepare(model.evaluated)
         self._positions = padded_length(max(self._given) + how.tokens, model.config.context)
         self._readers: list[Reader | None] = [None] * len(ids)
         self._cache = self._programs.start(len(ids), self._positions) if len(ids) > 1 else None

@@ -97,7 +97,7 @@ def _decoded(model: TrainedModel, ids: np.ndarray) -> np.ndarray:
     """The log-probability of all tokens but the first, from a cache; f64[N - 1]."""
     positions = padded_length(len(ids), model.config.context)
     programs = programs_of(model)
-    params = programs.prepare(model.params)
+    params = programs.prepare(model.evaluated)
     reader = Reader(model, 1, positions=positions, params=params)
     logits = np.asarray(reader.logits(ids[:1].tolist()), np.float64)
     first = logits[ids[1]] - logits.max() - np.log(np.exp(logits - logits.max()).sum())

@@ -69,7 +69,7 @@ class DecodingPrograms(NamedTuple):
     """Compiled functions of one config and tokenizer.
 
     Attributes:
-      prepare: `params -> decoding_params`.
+      prepare: `params -> decoding_params`, of what `TrainedModel.evaluated` is.
       start: `(rows, length) -> cache`.
       read: `(params, cache, tokens [1, T], start, last, document_starts) -> logits [V], cache`: the
         logits after the token at index `last`.
@@ -253,7 +253,7 @@ class Reader:
         self._context = model.config.context
         self._positions = positions or self._context
         self._programs = programs_of(model)
-        self._params = self._programs.prepare(model.params) if params is None else params
+        self._params = self._programs.prepare(model.evaluated) if params is None else params
         self._start = model.tokenizer.start_of_document
         self._document_mask = model.config.data.document_mask
         self.first = max(tokens - self._context, 0)

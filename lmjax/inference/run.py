@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,23 @@ import jax
 from lmjax.console import stages
 from lmjax.console.progress import say
 from lmjax.data import Tokenizer, load_tokenizer
-from lmjax.model import Params, Sites, apply
+from lmjax.model import Calibrated, Params, Sites, apply, in_evaluation
 from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.run_directory import own_data
 from lmjax.runs.store.remote import fetched
-from lmjax.train import Config, InputError, Phase, abstract_params, read_config, resolve
+from lmjax.telemetry.measure import common_scaling
+from lmjax.train import (
+    Config,
+    InputError,
+    Phase,
+    abstract_params,
+    abstract_scaling,
+    evaluated,
+    read_config,
+    resolve,
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +40,15 @@ class TrainedModel:
       params: the parameters, in their stored formats.
       step: the training step of the parameters.
       tokenizer: the run's own copy.
+      scaling: the state of observed and learned scale factors, as `TrainState` has it; operands
+        that are not in it are scaled by themselves.
     """
 
     phase: Phase
     params: Any
     step: int
     tokenizer: Tokenizer
+    scaling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -47,29 +60,43 @@ class TrainedModel:
         """The formats of every site."""
         return self.phase.sites
 
+    @property
+    def evaluated(self) -> Params | Calibrated:
+        """The parameters, together with the factors that were learned or observed with them."""
+        return evaluated(self.params, self.scaling, self.phase)
+
+    def within(self, phase: Phase) -> TrainedModel:
+        """The same parameters in another phase, with the factors that are valid there."""
+        scaling = common_scaling(self.scaling, phase.layout, self.sites, phase.sites)
+        return dataclasses.replace(self, phase=phase, scaling=scaling)
+
     def under(self, precision: str) -> TrainedModel:
         """The same parameters, to be computed with under another policy.
+
+        Factors that were learned or observed count where a tensor keeps its quantizer.
 
         Raises:
           InputError: the policy is not one, or does not suit the model.
         """
         try:
             own = dataclasses.replace(self.phase.config, precision=precision)
-            return dataclasses.replace(self, phase=resolve(own).after(self.step))
+            return self.within(resolve(own).after(self.step))
         except ValueError as error:
             raise InputError(str(error)) from error
 
     def logits_function(self) -> Any:
         """The compiled `(params, tokens, document_starts) -> logits [B, T, V]`.
 
-        Tokens are `int32[B, T]`. `document_starts` is `int32[B, T]`, from
+        `params` is `evaluated`. Tokens are `int32[B, T]`. `document_starts` is `int32[B, T]`, from
         `lmjax.data.document_starts`, for models with a document mask whose rows hold several
         documents; without it, each row is one document.
         """
         config, sites = self.config.model, self.sites
 
-        def logits(params: Params, tokens: jax.Array, starts: jax.Array | None = None) -> jax.Array:
-            return apply(params, tokens, config=config, sites=sites, document_starts=starts)
+        def logits(params: Any, tokens: jax.Array, starts: jax.Array | None = None) -> jax.Array:
+            own, context = in_evaluation(params)
+            given: dict[str, Any] = {"config": config, "sites": sites, "document_starts": starts}
+            return apply(own, tokens, context=context, **given)
 
         return exact.jit(logits)
 
@@ -118,8 +145,10 @@ def _load_model(workdir: Path, precision: str | None) -> TrainedModel:
         mesh = sharding.make_mesh(sharding.MeshConfig())
         phase = resolve(config).after(step)
         params = checkpoints.restore_params(step, abstract_params(phase, mesh))
+        scaling = checkpoints.restore_scaling(step, abstract_scaling(phase, mesh))
     finally:
         checkpoints.close()
     tokenizer = load_tokenizer(workdir / "tokenizer.json")
-    model = TrainedModel(phase, jax.device_get(params), step, tokenizer)
+    params, scaling = jax.device_get((params, scaling))
+    model = TrainedModel(phase, params, step, tokenizer, scaling)
     return model if precision is None else model.under(precision)

@@ -22,7 +22,7 @@ from lmjax.data.tokenizers import Ids
 from lmjax.inference.finite import not_finite
 from lmjax.inference.reading import padded_length
 from lmjax.inference.run import TrainedModel, refuse_encoder
-from lmjax.model import Params, apply, log_probabilities
+from lmjax.model import apply, in_evaluation, log_probabilities
 from lmjax.precision import exact
 from lmjax.train import Phase
 
@@ -206,7 +206,7 @@ def scored_windows(model: TrainedModel, windows: Iterable[Ids]) -> Iterator[Scor
         count = len(window) - 1
         padded = np.zeros((1, padded_length(count, context) + 1), np.int32)
         padded[0, : len(window)] = window
-        found, likeliest = program(model.params, padded[:, :-1], padded[:, 1:])
+        found, likeliest = program(model.evaluated, padded[:, :-1], padded[:, 1:])
         yield ScoredWindow(
             np.asarray(found, np.float64)[0, :count], np.asarray(likeliest)[0, :count]
         )
@@ -217,8 +217,9 @@ def _window_scores(phase: Phase) -> Any:
     """The compiled `(params, inputs, targets) -> log-probabilities, likeliest`, `[1, T]` each."""
     model, sites = phase.config.model, phase.sites
 
-    def window_scores(params: Params, inputs: jax.Array, targets: jax.Array) -> Any:
-        logits = apply(params, inputs, config=model, sites=sites)
+    def window_scores(params: Any, inputs: jax.Array, targets: jax.Array) -> Any:
+        own, context = in_evaluation(params)
+        logits = apply(own, inputs, config=model, sites=sites, context=context)
         found = log_probabilities(logits, targets, sites["loss"])
         found = jnp.where(jnp.isfinite(logits).all(axis=-1), found, jnp.nan)
         return found, jnp.argmax(logits, axis=-1) == targets

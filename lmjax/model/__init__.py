@@ -31,7 +31,7 @@ from lmjax.model.layers import ANYWHERE, Constrain
 from lmjax.model.layout import is_of_objective
 from lmjax.model.loss import log_probabilities, token_losses
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.sites import QUIET, Context, Sites
+from lmjax.model.sites import QUIET, Calibrated, Context, Sites, in_evaluation
 from lmjax.model.stack import block_groups
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "QUIET",
     "Batch",
     "Cache",
+    "Calibrated",
     "Constrain",
     "Context",
     "Form",
@@ -57,6 +58,7 @@ __all__ = [
     "dense_weights",
     "extend",
     "gpt2",
+    "in_evaluation",
     "initial_cache",
     "initial_params",
     "is_of_objective",

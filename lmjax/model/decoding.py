@@ -30,7 +30,7 @@ from lmjax.model.families import Params, assembled, layout
 from lmjax.model.layout import BLOCKS
 from lmjax.model.mask import Position, mask_and_positions
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.sites import QUIET, Sites, within
+from lmjax.model.sites import Calibrated, Sites, in_evaluation, within
 from lmjax.model.stack import block_groups, block_sites
 from lmjax.precision import paths
 from lmjax.precision.packed import Packed, is_stored, one_member
@@ -40,20 +40,25 @@ Cache = tuple[LayerCache, ...]
 """Keys and values, one entry a layer: arrays only, to be donated to the call that extends them."""
 
 
-def decoding_params(params: Params, *, config: ModelConfig, sites: Sites) -> Params:
+def decoding_params(
+    params: Params | Calibrated, *, config: ModelConfig, sites: Sites
+) -> Params | Calibrated:
     """The parameters as `extend` reads them: layers apart, each cast to its compute format.
 
     The casts are those that `apply` makes in every call, so no value changes; made once, a token
     reads parameters in the compute format, often half of what is stored.
 
     Args:
-      params: as `initial_params` gives them.
+      params: as `initial_params` gives them, or with the factors they are evaluated with.
       config: the model.
       sites: the formats of every site.
 
     Returns:
       The same tree, but for `blocks`, which is a tuple with one entry a layer.
     """
+    if isinstance(params, Calibrated):
+        own = decoding_params(params.params, config=config, sites=sites)
+        return params._replace(params=own)
     readers = {path: [sites[path]] for path in layout(config).paths}
     stack = layout(config).stack
     if config.tied:
@@ -87,7 +92,7 @@ def initial_cache(config: ModelConfig, sites: Sites, batch: int, length: int) ->
 
 
 def extend(
-    params: Params,
+    params: Params | Calibrated,
     tokens: jax.Array,
     cache: Cache,
     start: Position,
@@ -113,14 +118,15 @@ def extend(
       The logits of the token after each, `[B, T, vocab_size]`, in the output format of `head`; and
       the cache of `start + T` tokens.
     """
-    first, *_ = params[BLOCKS]
+    own, context = in_evaluation(params)
+    first, *_ = own[BLOCKS]
     # The stack of blocks is built like one block: only the shapes of its parameters differ.
-    model = assembled(params | {BLOCKS: first}, config)
+    model = assembled(own | {BLOCKS: first}, config)
     assert isinstance(model, Decoder), "a text is read by decoders only"
     graphdef, _ = nnx.split(model.blocks)
     mask, positions = mask_and_positions(start, tokens.shape[1], document_starts)
-    x = model.embedded(tokens, positions, sites, QUIET)
-    branches = parametrisation_of(config).branches()
+    x = model.embedded(tokens, positions, sites, context)
+    inside, branches = context.at(BLOCKS), parametrisation_of(config).branches()
     layers = []
     for begin, end in block_groups(config, sites):
         group = block_sites(config, sites, begin, end)
@@ -129,12 +135,12 @@ def extend(
             angles = rotary_angles(config, positions, group["attention/rope"])
         x = group["residual"].to_output(group["residual"].to_compute(x))
         for index in range(begin, end):
-            block = nnx.merge(graphdef, params[BLOCKS][index])
-            own = jax.tree.map(lambda weight, i=index: weight[i], branches)
-            x, layer = block(x, group, angles, QUIET, mask, own, cache=cache[index], start=start)
+            block = nnx.merge(graphdef, own[BLOCKS][index])
+            at, ratios = jax.tree.map(lambda leaf, i=index: leaf[i], (inside, branches))
+            x, layer = block(x, group, angles, at, mask, ratios, cache=cache[index], start=start)
             assert layer is not None, "a block that was given a cache returns one"
             layers.append(layer)
-    return model.logits(x, sites, QUIET), tuple(layers)
+    return model.logits(x, sites, context), tuple(layers)
 
 
 def _narrowed(param: jax.Array | Packed, readers: Sequence[SitePolicy]) -> jax.Array | Packed:

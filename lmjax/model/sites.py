@@ -82,6 +82,25 @@ QUIET = Context()
 """No randomness, nothing measured: evaluation."""
 
 
+class Calibrated(NamedTuple):
+    """Parameters together with the scale factors that they are evaluated with.
+
+    Attributes:
+      params: the parameters.
+      factors: observed and learned factors, as in `Context`.
+    """
+
+    params: Any
+    factors: Any
+
+
+def in_evaluation(params: Any) -> tuple[Any, Context]:
+    """Parameters that may be `Calibrated`, and the context to apply them in."""
+    if isinstance(params, Calibrated):
+        return params.params, Context(None, params.factors)
+    return params, QUIET
+
+
 def at_site(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates what a site computes: it is traced in the scope of its `SitePolicy` argument."""
 

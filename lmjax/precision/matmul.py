@@ -126,7 +126,7 @@ def einsum(
     with site.scope:
         x = _watched("x", x, site.activations, roles.x_summed, site, probe)
         if isinstance(w, Packed):
-            return _primal(spec, site, unit, x, w, key, {})
+            return _primal(spec, site, unit, x, w, key, factors)
         w = _watched("w", w, site.second, roles.w_summed, site, probe)
         gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
         return _einsum(spec, site, unit, x, w, key, factors, gradients)
@@ -292,7 +292,7 @@ def _product(
     block = _block(of_x, of_w)
     first, second = pair
     if isinstance(second, Packed):
-        factors = {} if second.inputs is None else {"x": second.inputs}
+        factors = factors if second.inputs is None else {"x": second.inputs}
     elif block and plan.x_summed:
         first, second = _rotated((first, second), plan, site, random_signs(block, _fold(key, 2)))
         factors = {}

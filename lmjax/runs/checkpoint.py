@@ -40,7 +40,9 @@ from lmjax.parallel.agreement import from_first, is_first
 from lmjax.precision import paths
 from lmjax.runs.checkpoint_files import (
     compared,
+    held_of,
     is_unsealed,
+    metadata_tree,
     one_line,
     read_json,
     system_error,
@@ -223,7 +225,7 @@ class Checkpoints:
         handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
         try:
             with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-                proof.compare_descriptions(_stored(reader.metadata(state)))
+                proof.compare_descriptions(metadata_tree(reader.metadata(state)))
                 for target in proof.templates(ocp.PLACEHOLDER) if proof.content else ():
                     kinds = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), target)
                     args = ocp.args.PyTreeRestore(target, restore_args=kinds)
@@ -272,7 +274,7 @@ class Checkpoints:
         """
         folder = self._folder(step)
         with self._reading(step) as arrays:
-            stored = paths.flatten(_stored(self._arrays.metadata(arrays)))
+            stored = paths.flatten(metadata_tree(self._arrays.metadata(arrays)))
             casts = compared(step, stored, paths.flatten(target), allow_cast)
             if casts:
                 self._note(f"checkpoint {step} is cast while it is read: {', '.join(casts)}")
@@ -289,22 +291,37 @@ class Checkpoints:
         Raises:
           CheckpointError: as for `restore`.
         """
+        return self._restore_part(step, "params", target)
+
+    def restore_scaling(self, step: int, target: Any) -> Any:
+        """Reads what a checkpoint has of the state of scale factors, alone.
+
+        Args and errors are as for `restore_params`; `target` comes from `abstract_scaling`.
+        """
         with self._reading(step) as arrays:
-            found = _stored(self._arrays.metadata(arrays))["params"]
-            compared(step, paths.flatten(found), paths.flatten(target), allow_cast=False)
-            handler = ocp.PyTreeCheckpointHandler()
-            with ocp.Checkpointer(handler) as reader:
-                args = ocp.args.PyTreeRestore(
-                    {"params": target},
-                    restore_args={"params": ocp.checkpoint_utils.construct_restore_args(target)},
-                    partial_restore=True,
-                )
-                return reader.restore(arrays, args=args)["params"]
+            stored = metadata_tree(self._arrays.metadata(arrays)).get("scaling") or {}
+        held = held_of(target, stored)
+        return self._restore_part(step, "scaling", held) if held else {}
 
     def holds_params_alone(self, step: int) -> bool:
         """Whether a checkpoint has no state of an optimizer: it was written, not trained."""
         with self._reading(step) as arrays:
-            return not jax.tree.leaves(_stored(self._arrays.metadata(arrays)).get("opt_state"))
+            return not jax.tree.leaves(
+                metadata_tree(self._arrays.metadata(arrays)).get("opt_state")
+            )
+
+    def _restore_part(self, step: int, part: str, target: Any) -> Any:
+        with self._reading(step) as arrays:
+            found = paths.flatten(metadata_tree(self._arrays.metadata(arrays))[part])
+            compared(step, found, paths.flatten(target), allow_cast=False)
+            handler = ocp.PyTreeCheckpointHandler()
+            with ocp.Checkpointer(handler) as reader:
+                args = ocp.args.PyTreeRestore(
+                    {part: target},
+                    restore_args={part: ocp.checkpoint_utils.construct_restore_args(target)},
+                    partial_restore=True,
+                )
+                return reader.restore(arrays, args=args)[part]
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[Path]:
@@ -380,10 +397,3 @@ class Checkpoints:
         for pattern in (".*.partial", ".*.removed", "*.orbax-checkpoint-tmp*"):
             for folder in self._directory.glob(pattern):
                 shutil.rmtree(folder)
-
-
-def _stored(metadata: Any) -> Any:
-    """Orbax's metadata of the arrays in a folder, as a tree."""
-    if metadata.item_metadata is None:
-        raise ValueError("Orbax finds no arrays in it")
-    return metadata.item_metadata.tree

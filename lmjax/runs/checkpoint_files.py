@@ -74,3 +74,17 @@ def compared(
             )
         casts.append(f"{path} from {in_words(old)} to {in_words(new)}")
     return casts
+
+
+def held_of(target: Any, stored: Any) -> Any:
+    """The part of nested dicts that is stored."""
+    if not isinstance(target, dict):
+        return target
+    return {name: held_of(part, stored[name]) for name, part in target.items() if name in stored}
+
+
+def metadata_tree(metadata: Any) -> Any:
+    """Orbax's metadata of the arrays in a folder, as a tree."""
+    if metadata.item_metadata is None:
+        raise ValueError("Orbax finds no arrays in it")
+    return metadata.item_metadata.tree

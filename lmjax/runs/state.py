@@ -108,17 +108,29 @@ def refuse_stored(phase: Phase) -> None:
             )
 
 
-def params_alone(params: Params, step: int) -> TrainState:
-    """The state of a run that holds parameters to be read, and nothing to train them with."""
+def params_alone(params: Params, step: int, scaling: dict[str, Any] | None = None) -> TrainState:
+    """The state of a run that holds parameters to be read, and nothing to train them with.
+
+    Args:
+      params: the parameters.
+      step: training steps that they have seen.
+      scaling: the state of the factors that they are read with.
+    """
     zeros = jnp.zeros(2, jnp.uint32)
     opt_state: Any = ()
-    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state, {}, {}, zeros)
+    return TrainState(jnp.asarray(step, jnp.int32), params, opt_state, {}, scaling or {}, zeros)
 
 
 def abstract_params(config: Config | Phase, mesh: Any) -> Params:
     """Shapes, dtypes and shardings of the parameters, as `abstract_state` has them."""
     phase = phase_of(config)
     shapes = params_shapes(phase)
+    return _placed(shapes, state_shardings(mesh, structure(phase.config.model)[2], shapes))
+
+
+def abstract_scaling(phase: Phase, mesh: Any) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of the state of scale factors."""
+    shapes = jax.eval_shape(lambda: initial_scaling(phase.layout, phase.sites))
     return _placed(shapes, state_shardings(mesh, structure(phase.config.model)[2], shapes))
 
 

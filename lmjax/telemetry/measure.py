@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lmjax.model import Sites, site_tree
 from lmjax.precision import paths
 from lmjax.precision.past import DelayedScale, Slope, init_delayed_scale, update_delayed_scale
+from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.sites import Layout, Place, Stack
@@ -74,9 +75,25 @@ def lasting_factors(scaling: Tree, layout: Layout, sites: Sites) -> Tree:
         {
             path: state.scale
             for path, state in paths.flatten(scaling, _is_delayed).items()
-            if _quantizer(path, layout, sites).way != "delayed" and not path.endswith("/g")
+            if not path.endswith("/g")
+            and any(q and q.way != "delayed" for q in _members(path, layout, sites))
         }
     )
+
+
+def common_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tree:
+    """The part of a state that is valid under other formats, which may differ between blocks too.
+
+    Those are the operands with the same quantizer, or with none that follows from past steps.
+    """
+
+    def valid(path: str) -> bool:
+        after = _members(path, layout, new)
+        pairs = zip(_members(path, layout, old), after, strict=True)
+        return any(after) and all(q is None or q == before for before, q in pairs)
+
+    flat = paths.flatten(scaling, _is_delayed)
+    return paths.unflatten({path: state for path, state in flat.items() if valid(path)})
 
 
 def slots(
@@ -169,16 +186,30 @@ def _delayed(place: Place, sites: Sites) -> dict[str, Quantizer]:
     if not place.site.is_product:
         return found
     for site in (sites[path] for path in place.paths):
-        for role, operand in {"w": site.second, "x": site.activations, "g": site.grads}.items():
-            if operand is None or not operand.quantizer.history:
-                continue
-            if found.setdefault(role, operand.quantizer) != operand.quantizer:
+        for role, quantizer in _of_site(site).items():
+            if found.setdefault(role, quantizer) != quantizer:
                 raise ValueError(
                     f"the histories of all blocks are one array, but {role} of {place} is "
-                    f"{found[role]} in one block and {operand.quantizer} in another; give every "
+                    f"{found[role]} in one block and {quantizer} in another; give every "
                     "block the same"
                 )
     return found
+
+
+def _of_site(site: SitePolicy) -> dict[str, Quantizer]:
+    """The delayed quantizers of a product, by role."""
+    operands = {"w": site.second, "x": site.activations, "g": site.grads}
+    return {
+        role: operand.quantizer
+        for role, operand in operands.items()
+        if operand is not None and operand.quantizer.history
+    }
+
+
+def _members(path: str, layout: Layout, sites: Sites) -> list[Quantizer | None]:
+    """The delayed quantizer of an operand in each block, by its path in `TrainState.scaling`."""
+    place, _, role = path.rpartition("/")
+    return [_of_site(sites[member]).get(role) for member in layout.place(place).paths]
 
 
 def _quantizer(path: str, layout: Layout, sites: Sites) -> Quantizer:

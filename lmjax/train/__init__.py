@@ -11,9 +11,16 @@ from lmjax.runs.config import (
 )
 from lmjax.runs.resolved import Phase, Resolved, phase_of, resolve
 from lmjax.runs.run_directory import read_config
-from lmjax.runs.state import TrainState, abstract_params, abstract_state, create_state, seed_key
+from lmjax.runs.state import (
+    TrainState,
+    abstract_params,
+    abstract_scaling,
+    abstract_state,
+    create_state,
+    seed_key,
+)
 from lmjax.train.loop import Outcome, train
-from lmjax.train.step import make_eval_step, make_train_step
+from lmjax.train.step import evaluated, make_eval_step, make_train_step
 
 __all__ = [
     "CheckpointConfig",
@@ -28,8 +35,10 @@ __all__ = [
     "TrainState",
     "TrainingFailed",
     "abstract_params",
+    "abstract_scaling",
     "abstract_state",
     "create_state",
+    "evaluated",
     "make_eval_step",
     "make_train_step",
     "phase_of",

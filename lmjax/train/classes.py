@@ -13,10 +13,10 @@ import numpy as np
 
 from lmjax.data import TokenizedCorpus, validation_batches
 from lmjax.files.filenames import no_math
-from lmjax.model import Constrain, assembled, objective_of
+from lmjax.model import Constrain, assembled, in_evaluation, objective_of
 from lmjax.parallel import sharding
 from lmjax.runs.resolved import Phase
-from lmjax.train.step import Batch, in_evaluation
+from lmjax.train.step import Batch
 
 
 @dataclass(frozen=True)

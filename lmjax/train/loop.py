@@ -325,7 +325,7 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
     with stages.stage("evaluating on the whole validation split"):
         if run.config.model.classes:
             phase = run.resolved.after(run.step)
-            params = evaluated(run.state, phase)
+            params = evaluated(run.state.params, run.state.scaling, phase)
             found = held_out_classes(phase, params, run.corpus, run.mesh)
             return record_result(run, *found)
         return record_result(run, _held_out(run, programs))
@@ -334,5 +334,6 @@ def _finish(run: Run, programs: Programs) -> dict[str, Any]:
 def _held_out(run: Run, programs: Programs, *, batches: int = 0) -> float:
     """The held-out loss of the parameters, computed in the phase that produced them."""
     phase = run.resolved.after(run.step)
-    eval_step, params = programs.evaluation(phase, run.mesh), evaluated(run.state, phase)
+    eval_step = programs.evaluation(phase, run.mesh)
+    params = evaluated(run.state.params, run.state.scaling, phase)
     return held_out_loss(eval_step, params, run.corpus, run.config, run.mesh, batches=batches)

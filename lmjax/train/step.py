@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lmjax.model import QUIET, Constrain, Context, assembled, objective_of
+from lmjax.model import (
+    Calibrated,
+    Constrain,
+    Context,
+    Params,
+    assembled,
+    in_evaluation,
+    objective_of,
+)
 from lmjax.model.head import Backward
 from lmjax.optim import loss_scale
 from lmjax.optim.optimizer import learning_rate_schedule
@@ -230,24 +238,10 @@ def _over_micro_batches(
     return gradients, measured, jnp.mean(losses)
 
 
-class Calibrated(NamedTuple):
-    """Parameters with the factors that they are evaluated with; see `measure.lasting_factors`."""
-
-    params: Any
-    factors: measure.Tree
-
-
-def evaluated(state: TrainState, phase: Phase) -> Any:
+def evaluated(params: Params, scaling: measure.Tree, phase: Phase) -> Params | Calibrated:
     """What of a state is evaluated: its parameters, `Calibrated` where factors belong to them."""
-    factors = measure.lasting_factors(state.scaling, phase.layout, phase.sites)
-    return Calibrated(state.params, factors) if factors else state.params
-
-
-def in_evaluation(params: Any) -> tuple[Any, Context]:
-    """The parameters that `evaluated` gave, and the context to apply them in."""
-    if isinstance(params, Calibrated):
-        return params.params, Context(None, params.factors)
-    return params, QUIET
+    factors = measure.lasting_factors(scaling, phase.layout, phase.sites)
+    return Calibrated(params, factors) if factors else params
 
 
 def make_eval_step(config: Config | Phase, mesh: Any = None) -> jax.stages.Wrapped:

@@ -171,13 +171,14 @@ def test_learned_factors_follow_the_loss_and_no_loss_scale(tiny, draw_state, dra
 
 def test_evaluation_uses_learned_and_observed_factors(tiny, draw_state):
     config = tiny("f32,w=int4@tensor.learned,x=int8@tensor.delayed,g=int8@tensor.observed")
-    found = evaluated(draw_state(config), phase_of(config))
+    state, phase = draw_state(config), phase_of(config)
+    found = evaluated(state.params, state.scaling, phase)
     assert set(paths.flatten(found.factors)) == {
         path for path in delayed(draw_state(config)) if path.endswith("/w")
     }
     plain = tiny(DELAYED)
     state = draw_state(plain)
-    assert evaluated(state, phase_of(plain)) is state.params
+    assert evaluated(state.params, state.scaling, phase_of(plain)) is state.params
 
 
 def test_histories_of_cotangents_are_free_of_the_loss_scale(tiny, draw_state, draw_batch, step_of):
