@@ -25,19 +25,14 @@ from lmjax.cli.common import (
     written,
 )
 from lmjax.console import stages
-from lmjax.console.tables import Column, print_table, table_lines, terminal_width
-from lmjax.console.wording import counted
-from lmjax.diagnosis import (
-    Advice,
-    Attribution,
-    Cost,
-    Difference,
-    Element,
-    Replay,
-    Replayed,
-    Trial,
-    Twin,
+from lmjax.console.tables import (
+    Column,
+    print_sentences,
+    print_table,
+    table_lines,
+    terminal_width,
 )
+from lmjax.console.wording import counted
 
 LOST = (
     *(Column("tensor", "key"), Column("format", "setting")),
@@ -112,24 +107,26 @@ def twin(
     if different:
         print_table(TWIN, [_twin_row(d) for d in different], each="tensor")
         print()
-    print("\n".join(_twin_summary(made)))
+    print_sentences(_twin_summary(made))
     return DONE
 
 
-def _twin_row(difference: Difference) -> Sequence[str]:
+def _twin_row(difference: diagnosis.Difference) -> Sequence[str]:
     d = difference
     own = "" if math.isnan(d.own_error) else f"{d.own_error:.2g}"
     numbers = f"{d.relative_error:.2g}", own, f"{d.bits:.1f}", f"{d.cosine:.6f}"
     return (d.path, *numbers, f"{d.largest_error:.2g}", str(d.non_finite))
 
 
-def _twin_summary(made: Twin) -> list[str]:
+def _twin_summary(made: diagnosis.Twin) -> list[str]:
     same = sum(not d.relative_error for d in made.differences)
     first, count = made.first, len(made.differences)
     lines = [
         f"step {made.step + 1}, {made.precision} against {made.reference}: loss {made.loss:.6f}, "
         f"reference {made.reference_loss:.6f}, difference {made.loss - made.reference_loss:+.2e}",
-        f"{same} of {count} tensors are equal to their twin" if same else "no tensor is equal",
+        f"{same} of {count} tensors are equal to their twin"
+        if same
+        else "no tensor is equal to its twin",
     ]
     if first is None:
         return [*lines, f"no relative error exceeds {made.bound:g}"]
@@ -144,7 +141,7 @@ def _twin_summary(made: Twin) -> list[str]:
     return [*lines, f"by themselves, these sites exceed it: {named}"]
 
 
-def _twin_json(made: Twin) -> dict[str, Any]:
+def _twin_json(made: diagnosis.Twin) -> dict[str, Any]:
     path = lambda difference: None if difference is None else difference.path
     return {
         **{name: value for name, value in vars(made).items() if name != "differences"},
@@ -191,18 +188,18 @@ def replay(
     else:
         print_table(REPLAY, [_replay_row(step) for step in made.steps], each="step")
         print()
-        print("\n".join(_replay_summary(made)))
+        print_sentences(_replay_summary(made))
     return FAILED if made.own and made.identical is False else DONE
 
 
-def _replay_row(step: Replayed) -> Sequence[str]:
+def _replay_row(step: diagnosis.Replayed) -> Sequence[str]:
     numbers = f"{step.loss:.6f}", f"{step.grad_norm:.4g}", f"{step.loss_scale:g}"
     recorded = "" if step.recorded is None else f"{step.recorded:.6f}"
     yes = lambda value: "" if value is None else "yes" if value else "no"
     return str(step.step), *numbers, recorded, yes(step.same), yes(step.skipped)
 
 
-def _replay_summary(made: Replay) -> list[str]:
+def _replay_summary(made: diagnosis.Replay) -> list[str]:
     origin = f"the checkpoint of step {made.start}" if made.start else "the initial parameters"
     lines = [f"from {origin}, under {made.precision}"]
     if made.own:
@@ -221,13 +218,11 @@ def _replay_summary(made: Replay) -> list[str]:
     return lines
 
 
-def _element(found: Element) -> str:
+def _element(found: diagnosis.Element) -> str:
     """A sentence about an element: where it is, what made it, and from what."""
-    where = ", ".join(map(str, found.index))
+    where = f"[{', '.join(map(str, found.index))}]" if found.index else ""
     what = f"{found.site}/{found.tensor}" if found.operation and "/" not in found.tensor else ""
-    text = (
-        f"step {found.step}, {found.direction}, {what or found.tensor}[{where}] = {found.value:g}"
-    )
+    text = f"step {found.step}, {found.direction}, {what or found.tensor}{where} = {found.value:g}"
     if math.isfinite(found.value):
         text += f", {found.outlier:.3g} times the root mean square"
     if found.micro_batch:
@@ -281,10 +276,13 @@ def attribute(
     return DONE
 
 
-def _print_attribution(made: Attribution) -> None:
-    print(
-        f"step {made.step}, {made.batches} batches: {made.precision} has loss "
-        f"{made.loss:.6f}, {made.reference} has {made.reference_loss:.6f}"
+def _print_attribution(made: diagnosis.Attribution) -> None:
+    print_sentences(
+        [
+            f"step {made.step}, {made.batches} batches: {made.precision} has loss {made.loss:.6f}, "
+            f"{made.reference} has {made.reference_loss:.6f}; tried "
+            f"{counted(made.evaluations, 'mixture')} of both"
+        ]
     )
     if not made.sites:
         print("nothing to attribute: no site changes the loss")
@@ -303,12 +301,12 @@ def _print_attribution(made: Attribution) -> None:
     rest = [made.total] + ([] if made.remaining is None else [made.remaining])
     print_table(COSTS, [_cost_row(cost, made.total) for cost in rest])
     if made.remaining is not None:
-        print("what remains is the difference with the sites above switched back")
+        print_sentences(["what remains is the difference with the sites above switched back"])
 
 
-def _cost_row(cost: Cost, total: Cost) -> Sequence[str]:
+def _cost_row(cost: diagnosis.Cost, total: diagnosis.Cost) -> Sequence[str]:
     share = cost.change / total.change if total.change else math.nan
-    interval = f"{cost.low:+.2e} {cost.high:+.2e}"
+    interval = f"{cost.low:+.1e} to {cost.high:+.1e}"
     return cost.where, f"{cost.difference:+.2e}", interval, f"{cost.change:.2e}", f"{share:.1%}"
 
 
@@ -354,7 +352,7 @@ def advise(
     return DONE
 
 
-def _advice_json(made: Advice) -> dict[str, Any]:
+def _advice_json(made: diagnosis.Advice) -> dict[str, Any]:
     lost = lambda found: {path: loss._asdict() for path, loss in found.items()}
     trials = [
         dataclasses.asdict(one) | {"predicted": lost(one.predicted), "measured": lost(one.measured)}
@@ -363,7 +361,7 @@ def _advice_json(made: Advice) -> dict[str, Any]:
     return dataclasses.asdict(made) | {"trials": trials}
 
 
-def _advice_lines(made: Advice) -> Iterator[str]:
+def _advice_lines(made: diagnosis.Advice) -> Iterator[str]:
     for number, trial in enumerate(made.trials, 1):
         yield f"Trial {number}: {trial.precision}"
         rows = [
@@ -394,7 +392,7 @@ def _advice_lines(made: Advice) -> Iterator[str]:
     yield f"advised: --precision '{made.precision}'"
 
 
-def _lost_row(trial: Trial, path: str) -> Sequence[str]:
+def _lost_row(trial: diagnosis.Trial, path: str) -> Sequence[str]:
     found, expected = trial.measured[path], trial.predicted[path]
     pairs = (found.underflow, expected.underflow, found.overflow, expected.overflow)
     return path, trial.formats[path], *(f"{share:.2%}" for share in pairs)

@@ -11,7 +11,9 @@ Knows how to write lines to a terminal (rich), and nothing about what tables con
 
 from __future__ import annotations
 
+import functools
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -59,6 +61,16 @@ def print_table(
     lines = table_lines(columns, rows, each=each, width=terminal_width())
     for number, line in enumerate(lines):
         console.print(Text(line, style="bold" if number == 0 else ""), soft_wrap=True)
+
+
+def print_sentences(lines: Iterable[str]) -> None:
+    """Prints lines of prose, wrapped between words if standard output is a terminal."""
+    width = terminal_width()
+    filled = functools.partial(
+        textwrap.fill, subsequent_indent=HANGING, break_long_words=False, break_on_hyphens=False
+    )
+    for line in lines:
+        print(filled(line, width) if width else line)
 
 
 def terminal_width() -> int | None:

@@ -64,9 +64,10 @@ def outline_of(phase: Phase, mesh: Mesh, params: Any, *inputs: Any) -> Outlines:
     gradient = jax.grad(make_scaled_loss(phase, mesh), has_aux=True)
     jax.eval_shape(gradient, params, *inputs, slots, {})
     sizes = {path: (stack.size,) * stack.holds(path) for path in found}
+    # The head's gradients are computed with its loss.
     return {
-        path: jax.ShapeDtypeStruct((*sizes[path], *outline.shape), outline.dtype)
-        for path, outline in found.items()
+        path: jax.ShapeDtypeStruct((*sizes[path], *found[path].shape), found[path].dtype)
+        for path in sorted(found, key=is_value, reverse=True)
     }
 
 

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lmjax.diagnosis.opened import OpenRun
 from lmjax.diagnosis.tapped import (
@@ -38,10 +37,8 @@ from lmjax.diagnosis.tapped import (
 )
 from lmjax.parallel.sharding import Mesh
 from lmjax.precision import exact
-from lmjax.precision.bits import largest_magnitude
 from lmjax.precision.sites import Layout
-from lmjax.precision.squares import scale_for_squares
-from lmjax.precision.taps import Copy, Swap
+from lmjax.precision.taps import Compare, Copy, Swap
 from lmjax.runs.resolved import Phase
 from lmjax.train.step import Batch
 
@@ -60,7 +57,7 @@ class Difference:
       relative_error: norm of the difference over the norm of the reference.
       own_error: the same if the site is handed the reference's tensors: what it did by itself. NaN
         for `dy`, which a site does not compute.
-      cosine: of the angle between both.
+      cosine: of the angle between both; NaN if a norm is not finite.
       largest_error: largest magnitude of the difference over that of the reference.
       non_finite: number of elements that are not finite, but are under the reference.
     """
@@ -187,75 +184,48 @@ def twin_program(phase: Phase, reference: Phase, mesh: Mesh, outlines: Outlines)
         """Three passes: the reference, the policy, and the policy on the reference's tensors."""
         inputs = batch, key, scale
 
-        def values(under: Phase, slots: dict[str, Any], factors: Any) -> tuple[Any, dict[str, Any]]:
-            _, found, loss = tapped(under, mesh, slots, params, *inputs, factors)
-            return loss, {path: slot.values for path, slot in found.items()}
+        def taken(under: Phase, slots: dict[str, Any], factors: Any) -> tuple[dict[str, Any], Any]:
+            _, slots, loss = tapped(under, mesh, slots, params, *inputs, factors)
+            return slots, loss
+
+        def slots(kind: type[Compare]) -> dict[str, Any]:
+            return {p: kind.to(copy.values, stack.holds(p)) for p, copy in expected.items()}
 
         copies = {path: Copy(jnp.zeros(o.shape, o.dtype)) for path, o in outlines.items()}
-        theirs, expected = values(reference, copies, factors[1])
-        ours, actual = values(phase, copies, factors[0])
-        swaps = {path: Swap(tensor) for path, tensor in expected.items()}
-        _, alone = values(phase, swaps, factors[0])
-        statistics = {
-            path: _statistics(actual[path], expected[path], alone[path], stack.holds(path))
-            for path in outlines
-        }
-        return (ours, theirs), statistics
+        expected, theirs = taken(reference, copies, factors[1])
+        actual, ours = taken(phase, slots(Compare), factors[0])
+        alone, _ = taken(phase, slots(Swap), factors[0])
+        own = {path: slot.deviation.error for path, slot in alone.items()}
+        found = {p: actual[p].deviation._asdict() | {"own": own[p]} for p in outlines}
+        return (ours, theirs), found
 
     return exact.jit(program)
-
-
-def _statistics(
-    actual: jax.Array, expected: jax.Array, alone: jax.Array, stacked: bool
-) -> dict[str, jax.Array]:
-    """Sums over a tensor, or over each of a stack, after scaling by a power of two."""
-    axes = tuple(range(1 if stacked else 0, expected.ndim))
-    largest = largest_magnitude(expected, axes)
-    scale = jnp.expand_dims(scale_for_squares(largest), axes)
-    a, b, error = actual * scale, expected * scale, (actual - expected) * scale
-    lost = ~jnp.isfinite(actual) & jnp.isfinite(expected)
-    sums = {
-        "error": jnp.square(error),
-        "own": jnp.square((alone - expected) * scale),
-        "actual": jnp.square(a),
-        "expected": jnp.square(b),
-        "product": a * b,
-        "non_finite": lost.astype(a.dtype),
-        "largest_error": jnp.abs(actual - expected),
-    }
-
-    # In one pass; rows first, so that no sum in f32 is long.
-    def join(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        return (*(p + q for p, q in zip(x[:-1], y[:-1], strict=True)), jnp.maximum(x[-1], y[-1]))
-
-    zeros, reduced = (jnp.zeros((), a.dtype),) * len(sums), tuple(sums.values())
-    for some in (axes[-1:], axes[:-1]):
-        reduced = jax.lax.reduce(reduced, zeros, join, some)
-    return dict(zip(sums, reduced, strict=True)) | {"largest": largest}
 
 
 def _differences(found: Mapping[str, Any], places: Layout) -> tuple[Difference, ...]:
     """Rows of every tensor in the order of computation, of a stack member by member."""
     rows = []
     for path, index in in_order(list(found), places):
-        numbers = {name: float(np.asarray(s)[index]) for name, s in found[path].items()}
+        numbers = {name: float(one[index]) for name, one in found[path].items()}
         member = places.stack.member(index[0], path) if index else path
         rows.append(_difference(member, numbers))
     return tuple(rows)
 
 
-def _difference(path: str, sums: Mapping[str, float]) -> Difference:
+def _difference(path: str, found: Mapping[str, float]) -> Difference:
+    """From what `Deviation` has, and the error of the site by itself."""
     site, _, role = path.rpartition("/")
-    lengths = math.sqrt(sums["actual"] * sums["expected"])
-    cosine = sums["product"] / lengths if lengths else float(sums["actual"] == sums["expected"])
+    actual, expected = found["actual"], found["expected"]
+    lengths = math.sqrt(actual * expected)
+    cosine = found["product"] / lengths if lengths else float(actual == expected)
     return Difference(
         site=site,
         role=role,
-        relative_error=_ratio(sums["error"], sums["expected"]),
-        own_error=math.nan if role == "dy" else _ratio(sums["own"], sums["expected"]),
-        cosine=max(-1.0, min(1.0, cosine)),
-        largest_error=_ratio(sums["largest_error"] ** 2, sums["largest"] ** 2),
-        non_finite=int(sums["non_finite"]),
+        relative_error=_ratio(found["error"], expected),
+        own_error=math.nan if role == "dy" else _ratio(found["own"], expected),
+        cosine=max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else math.nan,
+        largest_error=_ratio(found["furthest"] ** 2, found["largest"] ** 2),
+        non_finite=int(found["non_finite"]),
     )
 
 

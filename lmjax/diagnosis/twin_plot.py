@@ -31,27 +31,26 @@ def draw_twin(twin: Twin, path: str | os.PathLike[str], title: str = "") -> None
     """Draws the relative error of every tensor, from the first site to the last.
 
     Lines are errors as they accumulate, dots what a site does by itself. Gradients are computed
-    from right to left.
+    from right to left, and stand where the first value of their site does.
 
     Args:
       twin: what to draw.
       path: output file.
       title: identifies the run.
     """
-    sites = list(
-        dict.fromkeys(d.site for d in twin.differences if d.role not in ("dy", "dx", "dw"))
-    )
-    sites += list(dict.fromkeys(d.site for d in twin.differences if d.site not in sites))
-    width = max(9.0, 0.09 * len(sites))
-    text = f"{title}   {twin.precision}  against  {twin.reference},  step {twin.step}".strip()
-    heading = textwrap.wrap(text, int(width / 0.085), replace_whitespace=False)
+    values = [d for d in twin.differences if PANELS["values"](d.role)]
+    names = [d.site for d in values]
+    width = max(9.0, 0.09 * len(names))
+    texts = f"{title}   step {twin.step}".strip(), f"{twin.precision}   against   {twin.reference}"
+    heading = [line for text in texts for line in textwrap.wrap(text, int(width / 0.085))]
     height = 2.1 * len(PANELS) + 1.5 + 0.2 * len(heading)
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(len(PANELS), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for panel, (name, holds) in zip(axes, PANELS.items(), strict=True):
         shown = [d for d in twin.differences if holds(d.role)]
-        _panel(panel, name, shown, sites, twin.bound)
-    _label_depth(axes[-1], sites)
+        places = range(len(values)) if shown == values else [names.index(d.site) for d in shown]
+        _panel(panel, name, shown, np.array(places), twin.bound)
+    _label_depth(axes[-1], names)
     axes[0].legend(loc="lower right", ncols=3, fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
     figure.suptitle(no_math("\n".join(heading)), x=0.01, y=1 - 0.1 / height, ha="left", va="top")
     figure.subplots_adjust(
@@ -61,8 +60,9 @@ def draw_twin(twin: Twin, path: str | os.PathLike[str], title: str = "") -> None
     figure.savefig(path, dpi=110)
 
 
-def _panel(panel: Axes, name: str, shown: list[Difference], sites: list[str], bound: float) -> None:
-    places = np.array([sites.index(d.site) for d in shown])
+def _panel(
+    panel: Axes, name: str, shown: list[Difference], places: np.ndarray, bound: float
+) -> None:
     order = np.argsort(places, kind="stable")
     error, own = (
         np.clip(np.nan_to_num([getattr(d, what) for d in shown], nan=0, posinf=1e3), _LEAST, 1e3)
@@ -76,6 +76,7 @@ def _panel(panel: Axes, name: str, shown: list[Difference], sites: list[str], bo
     panel.set_yscale("log")
     panel.set_title(name, fontsize=9, loc="left")
     panel.set_ylabel("relative error", fontsize=8)
+    panel.set_ylim(bottom=_LEAST / 2)
     panel.tick_params(labelsize=7)
     panel.grid(axis="y", linewidth=0.3)
     panel.spines[["top", "right"]].set_visible(False)

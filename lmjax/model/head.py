@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.model.layers import ANYWHERE, Constrain
-from lmjax.model.loss import token_losses
+from lmjax.model.loss import mean_handed_on, token_losses
 from lmjax.model.parametrisation import Parametrisation
 from lmjax.model.sites import Context, Sites
 from lmjax.precision import probes
@@ -126,14 +126,16 @@ def mean_loss(
     )
     weights = second_operand(head.spec, head.weights, sites["head"], own.probe)
     product = {role: slot for role, slot in (own.slots or {}).items() if role != "w"}
-    slots = {"head": product, "loss": of_loss.slots or {}}
+    inside = {role: slot for role, slot in (of_loss.slots or {}).items() if role != "y"}
+    slots = {"head": product, "loss": inside}
     with jax.named_scope("loss_scale"):
         narrow = sites["loss"].to_compute(backward.cotangent)
         cotangent = narrow.astype(at_least_f32(narrow.dtype)) / count
     given = own.key, own.factors, targets, cotangent
     total = _summed(form, x, weights, slots, given)
     with sites["loss"].scope, aside("mean"):
-        return sites["loss"].to_compute(total / count)
+        mean = total / count
+    return mean_handed_on(mean, sites["loss"], of_loss.probe)
 
 
 def token_nats(

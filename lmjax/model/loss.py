@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.model.parametrisation import IDENTITY, Parametrisation
-from lmjax.model.sites import at_site, take
+from lmjax.model.sites import at_site, take, within_site
+from lmjax.precision.asides import aside
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe
 
@@ -53,6 +54,14 @@ def token_losses(
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     losses = log_partition - target_logits, jnp.square(log_partition)
     return TokenLosses(*(scales.losses(x, weight) for x in losses))
+
+
+@at_site
+def mean_handed_on(mean: jax.Array, site: SitePolicy, probe: Probe | None) -> jax.Array:
+    """The mean loss in the compute format of the site `loss`, which a probe taps as `y`."""
+    with aside("mean"):
+        mean = site.to_compute(mean)
+    return within_site(mean, site, probe, "y")
 
 
 def log_probabilities(logits: jax.Array, targets: jax.Array, site: SitePolicy) -> jax.Array:

@@ -19,7 +19,7 @@ from lmjax.model.assembly import Assembly, Batch, Objective
 from lmjax.model.config import ModelConfig
 from lmjax.model.head import Backward
 from lmjax.model.layers import ANYWHERE, Constrain
-from lmjax.model.loss import TokenLosses, token_losses
+from lmjax.model.loss import TokenLosses, mean_handed_on, token_losses
 from lmjax.model.objectives import counted
 from lmjax.model.parametrisation import Parametrisation
 from lmjax.model.sites import Context, Sites
@@ -122,7 +122,7 @@ class MaskedTokens(Objective):
         loss = jnp.mean(losses.cross_entropy)
         if self.config.z_loss:
             loss = loss + self.config.z_loss * jnp.mean(losses.z)
-        return loss
+        return mean_handed_on(loss, sites["loss"], context.at("loss").probe)
 
     def evaluate(
         self,

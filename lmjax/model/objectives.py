@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lmjax.model.assembly import Assembly, Batch, Objective
 from lmjax.model.head import Backward, mean_loss, token_nats
 from lmjax.model.layers import ANYWHERE, Constrain
-from lmjax.model.loss import token_losses
+from lmjax.model.loss import mean_handed_on, token_losses
 from lmjax.model.parametrisation import Parametrisation
 from lmjax.model.sites import Context, Sites
 from lmjax.precision.asides import aside
@@ -88,16 +88,16 @@ class TextClass(Objective):
         backward: Backward,
     ) -> jax.Array:
         """See `Objective`."""
-        classes = batch["classes"][:, None]
+        classes, probe = batch["classes"][:, None], context.at("loss").probe
         losses = token_losses(
             model.logits(x, sites, context),
             classes,
             sites["loss"],
-            context.at("loss").probe,
+            probe,
             scales=self.scales,
             weight=backward.multiplier / classes.size,
         )
-        return jnp.mean(losses.cross_entropy)
+        return mean_handed_on(jnp.mean(losses.cross_entropy), sites["loss"], probe)
 
     def evaluate(
         self,

@@ -35,7 +35,7 @@ from lmjax.precision.asides import aside
 from lmjax.precision.bits import largest_magnitude, pattern, split
 from lmjax.precision.formats import Format
 from lmjax.precision.past import Slope
-from lmjax.precision.taps import Copy, Extreme, handed_on
+from lmjax.precision.taps import TAPS, handed_on
 
 EXPONENTS = 256
 """Length of a histogram of exponents; see `exponent_histogram`."""
@@ -393,7 +393,7 @@ def combine(first: Any, second: Any) -> Any:
 
 def is_slot(node: Any) -> bool:
     """Whether a node of a pytree is a measurement."""
-    return isinstance(node, Copy | Extreme) or hasattr(node, "combine")
+    return isinstance(node, TAPS) or hasattr(node, "combine")
 
 
 def _maximum(x: jax.Array) -> jax.Array:

@@ -88,9 +88,10 @@ class Site:
         """Its tensors that can be tapped whole, as it hands them on; see `taps.py`.
 
         Values: its output `y` and what is `inner`. Gradients: `dy`, the cotangent of its output as
-        it arrives, and its `gradients`.
+        it arrives, unless that is the loss, and its `gradients`.
         """
-        return self.gradients if self.scalar else (*self.inner, "y", "dy", *self.gradients)
+        arriving = () if self.scalar else ("dy",)
+        return (*self.inner, "y", *arriving, *self.gradients)
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -22,15 +22,18 @@ from lmjax.train.step import make_scaled_loss
 PLANTED = "blocks/1/mlp/up"
 
 
+POLICY = f"p=f32,c=bf16; {PLANTED}: c=e5m2; loss: c=e5m2"
+
+
 @pytest.fixture(scope="module")
 def made(tiny, opened, draw_batch) -> Twin:
-    """A run in bf16 with one site in e5m2, against f32."""
-    config = tiny(f"p=f32,c=bf16; {PLANTED}: c=e5m2")
+    """A run in bf16 with two sites in e5m2, against f32."""
+    config = tiny(POLICY)
     return twin(opened(config), draw_batch(config))
 
 
-def test_a_site_in_a_narrow_format_is_named_and_no_other(made: Twin):
-    assert made.sites == (PLANTED,)
+def test_sites_in_a_narrow_format_are_named_and_no_other(made: Twin):
+    assert made.sites == (PLANTED, "loss")
     assert made.first is not None
     assert made.first.path == f"{PLANTED}/y"
     own = {d.path: d.own_error for d in made.differences}
@@ -45,6 +48,7 @@ def test_tensors_come_in_the_order_of_computation(made: Twin):
         "embed/y", "embed/sum", "blocks/0/residual/entering", "blocks/0/attention/scores/y",
         "blocks/0/attention/out/y", "blocks/0/residual/between", "blocks/0/mlp/down/y",
         "blocks/0/residual/y", "blocks/1/residual/entering", "blocks/1/residual/y", "head/y",
+        "loss/y",
     ]  # fmt: skip
     backwards = [
         "loss/dx", "head/dy", "head/dx", "blocks/1/mlp/down/dy", "blocks/1/mlp/down/dx",
@@ -57,7 +61,7 @@ def test_tensors_come_in_the_order_of_computation(made: Twin):
 def test_errors_are_those_of_the_logits_computed_without_a_twin(
     made: Twin, tiny, opened, draw_batch, compile_fast
 ):
-    config = tiny(f"p=f32,c=bf16; {PLANTED}: c=e5m2")
+    config = tiny(POLICY)
     run, tokens = opened(config), draw_batch(config)["inputs"]
     phases = run.phase, phase_under(run.phase, "f32")
     both = [
