@@ -47,6 +47,7 @@ POLICIES = (
 )
 CHEAP = POLICIES[1], POLICIES[5], POLICIES[15], POLICIES[16], POLICIES[17]
 FAMILIES = ("gpt2", "llama")
+WIDELY_USED = ("f32", "mixed_bf16", "mixed_f16", "fp8")
 
 
 def traced_failures(config: Any, program: str) -> list[tuple[str, str, str]]:
@@ -75,12 +76,15 @@ def test_fp8_products_of_a_gpu_are_the_ones_asked_for(tiny: Any) -> None:
         assert traced_failures(tiny("fp8"), "evaluate") == []
 
 
-def test_the_products_of_an_encoder_belong_to_sites(tiny: Any) -> None:
+def encoder(policy: str) -> Any:
     config = bert_tiny_mlm.config()
     small = {"layers": 2, "width": 16, "heads": 2, "vocab_size": 64, "max_positions": 16}
     model = dataclasses.replace(config.model, **small)
-    config = dataclasses.replace(config, model=model, context=16, precision="mixed_bf16")
-    assert traced_failures(config, "evaluate") == []
+    return dataclasses.replace(config, model=model, context=16, batch_size=8, precision=policy)
+
+
+def test_the_products_of_an_encoder_belong_to_sites() -> None:
+    assert traced_failures(encoder("mixed_bf16"), "evaluate") == []
 
 
 def test_a_compiled_program_obeys_its_policy(tiny: Any) -> None:
@@ -101,13 +105,23 @@ def test_a_compiled_program_obeys_its_policy(tiny: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_program_of_a_policy_raises_a_false_alarm(policy: str, family: str, tiny: Any) -> None:
-    config = tiny(policy, family, batch_size=8)
-    meshes = [sharding.MeshConfig()]
+    assert_clean(tiny(policy, family, batch_size=8), ("train", "evaluate", "decode"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("policy", WIDELY_USED)
+def test_no_program_of_an_encoder_raises_a_false_alarm(policy: str) -> None:
+    assert_clean(encoder(policy), ("train", "evaluate"))
+
+
+def assert_clean(config: Any, programs: tuple[str, ...]) -> None:
+    """On one device, or on eight where there are: `XLA_FLAGS=...force_host_platform...=8`."""
+    mesh = sharding.MeshConfig()
     if jax.device_count() == 8:
-        meshes = [sharding.MeshConfig(data=2, fsdp=2, tensor=2)]
-    for mesh in meshes:
-        report = audit(dataclasses.replace(config, mesh=mesh))
-        found = [(one.name, row.site, finding) for one, row, finding in report.failures]
-        assert found == []
-        for one in report.inspections:
-            assert all(share.attributed >= LEAST_ATTRIBUTED for share in one.shares.values())
+        mesh = sharding.MeshConfig(data=2, fsdp=2, tensor=2)
+    report = audit(dataclasses.replace(config, mesh=mesh), programs=programs)
+    assert [(one.name, row.site, finding) for one, row, finding in report.failures] == []
+    assert len(report.inspections) == len(programs)
+    for one in report.inspections:
+        assert one.shares
+        assert all(share.attributed >= LEAST_ATTRIBUTED for share in one.shares.values())
