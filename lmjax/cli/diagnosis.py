@@ -363,7 +363,8 @@ def _advice_json(made: diagnosis.Advice) -> dict[str, Any]:
 
 def _advice_lines(made: diagnosis.Advice) -> Iterator[str]:
     for number, trial in enumerate(made.trials, 1):
-        yield f"Trial {number}: {trial.precision}"
+        scaled = f", loss scale {trial.loss_scale:g}" if trial.loss_scale != 1 else ""
+        yield f"Trial {number}: {trial.precision}{scaled}"
         rows = [
             _lost_row(trial, path)
             for path, measured in trial.measured.items()
@@ -389,7 +390,7 @@ def _advice_lines(made: diagnosis.Advice) -> Iterator[str]:
             f"no loss scale is right for f16: below {made.loss_scale:g} gradients underflow, above "
             f"{made.largest_loss_scale:g} others overflow"
         )
-    yield f"advised: --precision '{made.precision}'"
+    yield f"advised: {made.flags}"
 
 
 def _lost_row(trial: diagnosis.Trial, path: str) -> Sequence[str]:

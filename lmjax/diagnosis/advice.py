@@ -28,13 +28,12 @@ from scipy import stats
 
 from lmjax.chips import DEVICES
 from lmjax.console import stages
+from lmjax.diagnosis.exponents import GRADIENTS, Exponents, Loss, f16_loss_scales, predicted
 from lmjax.diagnosis.opened import fresh_run
-from lmjax.precision.formats import parse_format
 from lmjax.precision.probes import Census
-from lmjax.precision.quantizer import parse_quantizer
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase
-from lmjax.telemetry.rows import TelemetryConfig, telemetry_row, tensor_format
+from lmjax.telemetry.rows import telemetry_row, tensor_format
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.step import evaluated, make_eval_step, make_train_step
 
@@ -45,47 +44,13 @@ KEY_OF = {"w": "w", "x": "x", "g": "g", "y": "c", "dx": "c", "dw": "c"}
 """The key of a policy that sets the format of each role."""
 
 
-class Exponents(NamedTuple):
-    """The tensors of one role at one site, over some steps.
-
-    Attributes:
-      size: number of elements.
-      maximum: largest magnitude.
-      counts: by exponent e, how many have a magnitude in [2^e, 2^(e + 1)).
-    """
-
-    size: float
-    maximum: float
-    counts: dict[int, float]
-
-    def share(self, low: float, high: float) -> float:
-        """Share of elements with magnitudes from `low` to `high`; uniform within an exponent."""
-        inside = 0.0
-        for exponent, count in self.counts.items():
-            start = math.ldexp(1.0, exponent)
-            part = min(high, 2 * start) - max(low, start)
-            inside += count * min(max(part / start, 0.0), 1.0)
-        return inside / self.size if self.size else 0.0
-
-
-class Loss(NamedTuple):
-    """Shares of a tensor: `underflow` becomes 0, `overflow` is beyond the largest number."""
-
-    underflow: float
-    overflow: float
-
-    @property
-    def worst(self) -> float:
-        """The larger share."""
-        return max(self)
-
-
 @dataclass(frozen=True)
 class Trial:
     """A policy that was tried.
 
     Attributes:
       precision: the policy.
+      loss_scale: the static scale of f16, in the middle of those that are right; 1 for others.
       losses: held-out nats per token, by seed.
       gap: mean over seeds of what it loses to f32.
       half_width: of the 95% confidence interval of the gap; infinite with one seed.
@@ -95,6 +60,7 @@ class Trial:
     """
 
     precision: str
+    loss_scale: float
     losses: tuple[float, ...]
     gap: float
     half_width: float
@@ -130,6 +96,15 @@ class Advice:
     largest_loss_scale: float
     trials: tuple[Trial, ...]
 
+    @property
+    def flags(self) -> str:
+        """Of an experiment, to train as advised."""
+        scales = [t.loss_scale for t in self.trials if t.precision == self.precision]
+        scale = f"{scales[-1]:g}" if scales else "1"
+        flags = {"kind": "static", "initial": scale, "maximum": scale} if scale != "1" else {}
+        scaled = "".join(f" --loss-scale.{name} {value}" for name, value in flags.items())
+        return f"--precision '{self.precision}'{scaled}"
+
 
 def advise(
     config: Config,
@@ -154,19 +129,26 @@ def advise(
       ValueError: the chip is unknown.
     """
     ladders = _ladders(target)
-    wide = [_trained(config, "f32", steps, seed) for seed in range(seeds)]
-    exponents = wide[0].exponents
+    wide = _trained(config, "f32", steps, seeds)
+    smallest, largest = f16_loss_scales(wide[0].exponents, budget)
+    middle = 2.0 ** round(math.log2((smallest or 1.0) * largest) / 2)
     trials: list[Trial] = []
     advised = "f32"
     formats: dict[str, str] = {}
     for ladder in ladders:
+        scale = min(middle, largest) if "f16" in ladder.compute else 1.0
+        exponents = {
+            path: found.times(scale) if path.endswith(GRADIENTS) else found
+            for path, found in wide[0].exponents.items()
+        }
         policy, chosen = _policy(wide[0].phase, ladder, exponents, budget)
         formats = formats or chosen
-        ran = [_trained(config, policy, steps, seed) for seed in range(seeds)]
+        ran = _trained(config, policy, steps, seeds, scale)
         gaps = np.array([one.loss - other.loss for one, other in zip(ran, wide, strict=True)])
         trials.append(
             Trial(
                 policy,
+                scale,
                 tuple(one.loss for one in ran),
                 float(np.mean(gaps)),
                 _half_width(gaps),
@@ -178,50 +160,10 @@ def advise(
         if trials[-1].gap <= tolerance:
             advised = policy
             break
-    smallest, largest = f16_loss_scales(exponents, budget)
     losses = tuple(one.loss for one in wide)
     return Advice(
         budget, tolerance, target, advised, losses, formats, smallest, largest, tuple(trials)
     )
-
-
-def predicted(tensor: Exponents, text: str) -> Loss:
-    """What a format would do to a tensor.
-
-    Args:
-      tensor: its exponents in f32.
-      text: the format, such as `e4m3@tensor`. The factor of one that is scaled by channels or
-        blocks is taken to be that of the tensor, which is the worst case.
-    """
-    quantizer = parse_quantizer(text)
-    number_format, factor = quantizer.format, 1.0
-    if quantizer.groups != "none" and tensor.maximum > 0:
-        factor = tensor.maximum / number_format.largest_finite
-    # To nearest: what is at most half of the smallest number becomes 0.
-    smallest = number_format.smallest_subnormal / 2
-    return Loss(
-        tensor.share(0.0, smallest * factor),
-        tensor.share(number_format.largest_finite * factor, math.inf) if factor == 1 else 0.0,
-    )
-
-
-def f16_loss_scales(
-    exponents: Mapping[str, Exponents], budget: float
-) -> tuple[float | None, float]:
-    """The smallest loss scale at which gradients survive f16, and the largest without overflow.
-
-    Returns:
-      Powers of two; None for the first if 1 is enough.
-    """
-    f16 = parse_format("f16")
-    gradients = [e for path, e in exponents.items() if path.endswith(("/dx", "/dw", "/g"))]
-    highest = max((e.maximum for e in gradients), default=0.0) or 1.0
-    largest = 2.0 ** math.floor(math.log2(f16.largest_finite / 2 / highest))
-    scale = 1.0
-    threshold = f16.smallest_subnormal / 2
-    while scale < 2.0**100 and any(e.share(0, threshold / scale) > budget for e in gradients):
-        scale *= 2
-    return (None if scale == 1 else scale), largest
 
 
 class Ladder(NamedTuple):
@@ -314,43 +256,48 @@ class _Trained(NamedTuple):
     lost: dict[str, Loss]
 
 
-def _trained(config: Config, precision: str, steps: int, seed: int) -> _Trained:
-    """The first steps of an experiment under a policy, some of them watched."""
+def _trained(
+    config: Config, precision: str, steps: int, seeds: int, loss_scale: float = 1.0
+) -> list[_Trained]:
+    """The first steps of an experiment under a policy, some of them watched, from several seeds."""
     scale = dataclasses.replace(config.loss_scale, kind="auto", format="auto")
-    run = fresh_run(
-        dataclasses.replace(
-            config,
-            precision=precision,
-            seed=config.seed + seed,
-            loss_scale=scale,
-            telemetry=TelemetryConfig(every=1),
+    if loss_scale != 1:
+        scale = dataclasses.replace(
+            scale, kind="static", initial=loss_scale, maximum=loss_scale, per_block=False
         )
-    )
-    phase = run.phase
+    watching = dataclasses.replace(config.telemetry, every=1)
+    config = dataclasses.replace(config, precision=precision, loss_scale=scale, telemetry=watching)
+    first = fresh_run(config)
+    mesh, phase = first.mesh, first.phase
+    # Compiled once for all seeds, which no program depends on.
+    plain, counting = (make_train_step(phase, mesh, telemetry=counts) for counts in (False, True))
+    evaluate = make_eval_step(phase, mesh)
     watched = {round(steps * part / WATCHED) for part in range(1, WATCHED + 1)}
-    rows: list[dict[str, Any]] = []
-    with stages.stage(f"training {steps} steps with {precision}, seed {run.config.seed}"):
-        step, counting = (
-            make_train_step(phase, run.mesh, telemetry=telemetry) for telemetry in (False, True)
+
+    def one(seed: int) -> _Trained:
+        own = dataclasses.replace(first.config, seed=first.config.seed + seed)
+        run = fresh_run(own) if seed else first
+        rows: list[dict[str, Any]] = []
+        with stages.stage(f"training {steps} steps with {precision}, seed {own.seed}"):
+            for number in range(1, steps + 1):
+                step = counting if number in watched and not seed else plain
+                run.state, metrics = step(run.state, run.next_batch())
+                if "telemetry" in metrics:
+                    tensors: dict[str, Census] = jax.device_get(metrics["telemetry"])
+                    updates = jax.device_get(metrics["updates"])
+                    rows.append(telemetry_row(number, tensors, updates, phase.sites, phase.layout))
+            params = evaluated(run.state.params, run.state.scaling, phase)
+            loss = held_out_loss(evaluate, params, run.corpus, own, mesh, batches=32)
+        seen = list(rows[0]["tensors"]) if rows else []
+        return _Trained(
+            phase,
+            loss,
+            {path: _exponents([row["tensors"][path] for row in rows]) for path in seen},
+            {path: tensor_format(path, phase.sites, phase.layout) for path in seen},
+            {path: _lost([row["tensors"][path] for row in rows]) for path in seen},
         )
-        for number in range(1, steps + 1):
-            program = counting if number in watched and not seed else step
-            run.state, metrics = program(run.state, run.next_batch())
-            if "telemetry" in metrics:
-                tensors: dict[str, Census] = jax.device_get(metrics["telemetry"])
-                updates = jax.device_get(metrics["updates"])
-                rows.append(telemetry_row(number, tensors, updates, phase.sites, phase.layout))
-        evaluate = make_eval_step(phase, run.mesh)
-        params = evaluated(run.state.params, run.state.scaling, phase)
-        loss = held_out_loss(evaluate, params, run.corpus, run.config, run.mesh, batches=32)
-    seen = list(rows[0]["tensors"]) if rows else []
-    return _Trained(
-        phase,
-        loss,
-        {path: _exponents([row["tensors"][path] for row in rows]) for path in seen},
-        {path: tensor_format(path, phase.sites, phase.layout) for path in seen},
-        {path: _lost([row["tensors"][path] for row in rows]) for path in seen},
-    )
+
+    return [one(seed) for seed in range(seeds)]
 
 
 def _exponents(rows: Sequence[Mapping[str, Any]]) -> Exponents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from lmjax.cli import diagnosis, verbs
 from lmjax.diagnosis import Advice, Attribution, Cost, Difference, Element, Replay, Replayed, Twin
-from lmjax.diagnosis.advice import Loss, Trial
+from lmjax.diagnosis.advice import Trial
+from lmjax.diagnosis.exponents import Loss
 
 
 @pytest.mark.parametrize("verb", ["twin", "replay", "attribute"])
@@ -82,13 +84,17 @@ def test_attribution_prints_shares_and_what_remains(capsys: pytest.CaptureFixtur
 
 def test_advice_shows_the_outcome_beside_the_prediction():
     trial = Trial(
-        "p=f32,c=bf16", (2.51,), 0.01, math.inf, {"head/dw": "f16"},
+        "p=f32,c=f16", 2048.0, (2.51,), 0.01, math.inf, {"head/dw": "f16"},
         {"head/dw": Loss(0.02, 0.0)}, {"head/dw": Loss(0.03, 0.0)},
     )  # fmt: skip
-    made = Advice(0.01, 0.02, "", "p=f32,c=bf16", (2.5,), {}, 256.0, 2.0**17, (trial,))
+    made = Advice(0.01, 0.02, "", "p=f32,c=f16", (2.5,), {}, 256.0, 2.0**17, (trial,))
     lines = "\n".join(diagnosis._advice_lines(made))
     assert "3.00%" in lines
     assert "2.00%" in lines
     assert "gap +0.0100 nats, accepted up to 0.02" in lines
     assert "f16 would need a loss scale of 256 to 131072" in lines
-    assert lines.endswith("advised: --precision 'p=f32,c=bf16'")
+    assert lines.startswith("Trial 1: p=f32,c=f16, loss scale 2048")
+    scaled = "--loss-scale.kind static --loss-scale.initial 2048 --loss-scale.maximum 2048"
+    assert lines.endswith(f"advised: --precision 'p=f32,c=f16' {scaled}")
+    wide = dataclasses.replace(made, precision="f32")
+    assert wide.flags == "--precision 'f32'"

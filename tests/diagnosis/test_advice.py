@@ -10,13 +10,8 @@ import pytest
 from run_helpers import tiny as tiny_run
 
 from lmjax.diagnosis import advise
-from lmjax.diagnosis.advice import (
-    Exponents,
-    _ladders,
-    _policy,
-    f16_loss_scales,
-    predicted,
-)
+from lmjax.diagnosis.advice import _ladders, _policy
+from lmjax.diagnosis.exponents import Exponents, f16_loss_scales, predicted
 from lmjax.precision import quantize
 from lmjax.precision.grammar import parse_policy
 from lmjax.runs.resolved import phase_of
@@ -98,22 +93,33 @@ MODELS = {
         "positions": "rope", "norm": "rms", "activation": "swiglu", "bias": False, "tied": False,
         "mlp_width": 32,
     },
-    "wide": {"width": 32, "layers": 2},
+    "bert": {
+        "family": "encoder", "norm_epsilon": 1e-12, "activation": "gelu_erf", "vocab_size": 257,
+    },
 }  # fmt: skip
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("target", ["", "v100"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_advised_policy_trains_like_f32_and_loses_what_was_predicted(name: str, home):
+def test_the_advised_policy_trains_like_f32_and_loses_what_was_predicted(
+    name: str, target: str, home
+):
+    """A V100 has f16, in which some gradients become 0 whatever the loss scale."""
     config = tiny_run(home, model=MODELS[name], telemetry={"exact": True})
-    made = advise(config, steps=40, seeds=5)
-    print(name, made.precision, [(t.precision, t.gap, t.half_width) for t in made.trials])
-    if made.precision != "f32":
-        assert made.trials[-1].gap <= 0.01
-    for trial in made.trials:
-        for path, found in trial.measured.items():
-            expected = trial.predicted[path].underflow
-            if max(found.underflow, expected) > 1e-3:
-                print(path, trial.formats[path], found.underflow, expected)
-                assert 0.5 <= found.underflow / expected <= 2
-    assert math.isfinite(made.trials[-1].half_width)
+    made = advise(config, target=target, steps=40, seeds=5)
+    trial = made.trials[-1]
+    print(name, made.flags, f"{trial.gap:+.4f} +- {trial.half_width:.4f}")
+    assert made.precision == trial.precision != "f32"
+    assert trial.gap <= 0.01
+    assert math.isfinite(trial.half_width)
+    shares = [
+        (path, m.underflow, trial.predicted[path].underflow) for path, m in trial.measured.items()
+    ]
+    found, expected = (sum(share[column] for share in shares) for column in (1, 2))
+    print("all tensors", found, expected)
+    assert max(found, expected) < 1e-3 or 0.5 <= found / expected <= 2
+    for path, found, expected in shares:
+        if max(found, expected) > 1e-3:
+            print(path, trial.formats[path], found, expected)
+            assert 0.5 <= found / expected <= 2
