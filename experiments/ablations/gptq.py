@@ -3,7 +3,7 @@
 Command:   python -m lmjax reproduce gptq
 Hardware:  2 CPU cores
 Time:      3 runs, shared with other claims, 20 seconds each on a core, and a minute after them
-Expected:  confirmed: GPTQ costs 0.20 to 0.43 of what rounding to nearest does at 4 bits, and at
+Expected:  confirmed: GPTQ costs 0.21 to 0.42 of what rounding to nearest does at 4 bits, and at
            most 0.15 of it at 3 bits
 
 Weights of trained f32 runs are rounded to int4 and int3 with one factor for each output, as in the
