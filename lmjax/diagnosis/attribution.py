@@ -35,8 +35,7 @@ from lmjax.precision.grammar import parse_policy
 from lmjax.precision.policy import SitePolicy
 from lmjax.runs.resolved import Phase
 from lmjax.runs.state import change_phase
-from lmjax.telemetry.measure import common_scaling
-from lmjax.train.step import evaluated, evaluation, make_train_step
+from lmjax.train.step import evaluated, evaluation, make_train_step, scaling_within
 
 RESOLUTION = 2.0**-20
 """Changes of the loss below this share of it are no finding: f32 has 2^-23."""
@@ -179,7 +178,7 @@ class _Trial:
         self.count += 1
         phase = dataclasses.replace(self._run.phase, sites=sites)
         state = self._trained(phase)
-        scaling = common_scaling(state.scaling, phase.layout, self._run.phase.sites, sites)
+        scaling = scaling_within(state.scaling, self._run.phase, phase)
         params = evaluated(state.params, scaling, phase)
         program = exact.jit(evaluation(phase, self._run.mesh))
         found = jax.device_get([program(params, batch) for batch in self._batches])

@@ -21,6 +21,7 @@ from lmjax.inference.run import TrainedModel
 from lmjax.inference.sampling import NOT_FINITE, Limits, draw
 from lmjax.model import Sites, decoding_params, extend, initial_cache, log_probabilities
 from lmjax.precision import exact
+from lmjax.precision.backend import this_backend
 from lmjax.train import Phase
 
 CHUNK: Final = 64
@@ -102,13 +103,14 @@ def _programs(phase: Phase, first_token: int, last_token: int) -> DecodingProgra
     model, functions = phase.config.model, _Functions(phase, first_token, last_token)
     given: dict[str, Any] = {"config": model, "sites": phase.sites}
     empty = functools.partial(initial_cache, model, phase.sites)
+    loop: dict[str, Any] = {"donate_argnums": 1, "weights_in_loop": this_backend().platform}
     return DecodingPrograms(
         prepare=exact.jit(functools.partial(decoding_params, **given)),
         start=exact.jit(empty, static_argnums=(0, 1)),
         read=exact.jit(functions.read, donate_argnums=1),
         place=exact.jit(_placed, donate_argnums=0),
-        draw=exact.jit(functions.draw, donate_argnums=1),
-        follow=exact.jit(functions.follow, donate_argnums=1),
+        draw=exact.jit(functions.draw, **loop),
+        follow=exact.jit(functions.follow, **loop),
     )
 
 

@@ -18,7 +18,6 @@ from lmjax.precision import exact
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.run_directory import own_data
 from lmjax.runs.store.remote import fetched
-from lmjax.telemetry.measure import common_scaling
 from lmjax.train import (
     Config,
     InputError,
@@ -28,6 +27,7 @@ from lmjax.train import (
     evaluated,
     read_config,
     resolve,
+    scaling_within,
 )
 
 
@@ -67,7 +67,7 @@ class TrainedModel:
 
     def within(self, phase: Phase) -> TrainedModel:
         """The same parameters in another phase, with the factors that are valid there."""
-        scaling = common_scaling(self.scaling, phase.layout, self.sites, phase.sites)
+        scaling = scaling_within(self.scaling, self.phase, phase)
         return dataclasses.replace(self, phase=phase, scaling=scaling)
 
     def under(self, precision: str) -> TrainedModel:

@@ -14,6 +14,9 @@ That is `jnp.einsum`, except on XLA's CPU backend:
   materialised first.
 - Its bf16 kernels take six times as long for one row as for two, as when a token is decoded. A
   row that is alone is therefore multiplied twice.
+- Before a product of int8, or of weights that are stored in another dtype than the activations',
+  it writes them out in a wider one. With one row, such a product is therefore a multiplication and
+  a reduction, which reads each weight once.
 
 All but the first apply to a single device only: axes that a mesh divides cannot be merged in place.
 A product of narrow operands is exact in f32, so only the order of the sum can change.
@@ -48,19 +51,77 @@ def contract(
     Args:
       spec: as `lmjax.precision.matmul.einsum` takes it.
       x: the first operand.
-      w: the second operand.
+      w: the second operand, where `is_one_row` in any dtype that holds numbers of `x`'s.
       precision: precision of the product.
       accumulate: dtype of the sum and of the result.
     """
     backend = this_backend().platform
     if backend != "cpu":
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
+    if (x.dtype != w.dtype or x.dtype == jnp.int8) and is_one_row(spec, x.shape):
+        return _one_row(spec, x, w, precision, accumulate)
+    return _on_cpu(spec, x, w, precision, accumulate)
+
+
+def _on_cpu(
+    spec: str, x: jax.Array, w: jax.Array, precision: jax.lax.Precision, accumulate: Any
+) -> jax.Array:
     algorithm: Any = precision
-    if accumulate == jnp.float32 and widened(backend, x.dtype):
+    if accumulate == jnp.float32 and widened("cpu", x.dtype):
         algorithm = jax.lax.DotAlgorithmPreset.F32_F32_F32
     one_device = jax.device_count() == 1
     product = _on_one_cpu if one_device else jnp.einsum
     return product(spec, x, w, precision=algorithm, preferred_element_type=accumulate)
+
+
+def is_one_row(spec: str, x_shape: tuple[int, ...]) -> bool:
+    """Whether `contract` reads the second operand element by element, of any dtype.
+
+    That is so on one CPU, for a single row times weights that are summed over their first axes.
+
+    Args:
+      spec: as `lmjax.precision.matmul.einsum` takes it.
+      x_shape: shape of the first operand.
+    """
+    if not _is_one_cpu():
+        return False
+    x_axes, w_axes, y_axes = axes_of(spec)
+    summed = "".join(axis for axis in x_axes if axis not in y_axes)
+    kept = w_axes.removeprefix(summed)
+    sizes = dict(zip(x_axes, x_shape, strict=True))
+    alone = math.prod(sizes[axis] for axis in roles_of(spec).x_kept) == 1
+    first = w_axes == summed + kept and not set(kept) & set(x_axes)
+    return alone and first and bool(kept) and y_axes.endswith(kept)
+
+
+def _one_row(
+    spec: str, x: jax.Array, w: jax.Array, precision: jax.lax.Precision, accumulate: Any
+) -> jax.Array:
+    _, w_axes, y_axes = axes_of(spec)
+    found = _row_times(precision, accumulate)(x.reshape(-1), w.reshape(x.size, -1))
+    sizes = dict(zip(w_axes, w.shape, strict=True))
+    return found.reshape([sizes.get(axis, 1) for axis in y_axes])
+
+
+@functools.cache
+def _row_times(precision: jax.lax.Precision, accumulate: Any) -> Any:
+    """`[K], [K, N] -> [N]`; of several rows under `vmap`, a product as for any other rows."""
+
+    @jax.custom_batching.custom_vmap
+    def times(row: jax.Array, w: jax.Array) -> jax.Array:
+        # Written out, as it would otherwise be computed again for each output.
+        row = jax.lax.optimization_barrier(row.astype(accumulate))
+        return jnp.sum(row[:, None] * w.astype(accumulate), axis=0)
+
+    @times.def_vmap
+    def rows_times(size: int, batched: Any, x: jax.Array, w: jax.Array) -> Any:
+        """Of `size` rows."""
+        del size
+        row, weights = ("r" if own else "" for own in batched)
+        spec = f"{row}k,{weights}kn->rn"
+        return _on_cpu(spec, x, w.astype(x.dtype), precision, accumulate), True
+
+    return times
 
 
 def widened(platform: str, dtype: Any) -> bool:

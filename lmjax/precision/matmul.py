@@ -52,7 +52,13 @@ import jax.numpy as jnp
 from lmjax.precision.asides import aside
 from lmjax.precision.backend import this_backend
 from lmjax.precision.block_scaled import Blocks, block_scaled_product
-from lmjax.precision.contraction import Roles, axes_of, beside_result, roles_of
+from lmjax.precision.contraction import (
+    Roles,
+    axes_of,
+    beside_result,
+    is_one_row,
+    roles_of,
+)
 from lmjax.precision.grouping import Axis
 from lmjax.precision.hadamard import random_signs, rotate
 from lmjax.precision.native import is_block_scaled, product_dtypes
@@ -327,8 +333,10 @@ def _sum(
         total = block_scaled_product(spec, Blocks(x.values, x.factors), Blocks(w.values, w.factors))
         return rounded_sum(total, site)
     dtypes = product_dtypes(this_backend(), site, of_x, of_w, terms)
-    x_dtype, w_dtype = dtypes or (x.values.dtype, w.values.dtype)
-    return sum_of_products(spec, x.values.astype(x_dtype), w.values.astype(w_dtype), site)
+    x_dtype, w_dtype = dtypes or (x.values.dtype, x.values.dtype)
+    elements = w.stored and is_one_row(spec, x.values.shape)
+    second = w.values if elements else w.values.astype(w_dtype)
+    return sum_of_products(spec, x.values.astype(x_dtype), second, site)
 
 
 def _rotated(

@@ -31,15 +31,17 @@ class Ready(NamedTuple):
     """An operand as it is multiplied.
 
     Attributes:
-      values: of its shape and dtype.
+      values: of its shape and dtype; elements that were stored are f32 and still to be cast.
       late: what the sum is still to be multiplied by, and the quantizer that this is a factor of:
         f32[], or f32 of the operand's shape, but with length 1 at the summed axes.
       factors: of the blocks of a block-scaled product.
+      stored: whether values are elements of a weight that is stored as such.
     """
 
     values: jax.Array
     late: tuple[jax.Array, Quantizer] | None = None
     factors: jax.Array | None = None
+    stored: bool = False
 
 
 def ready_operand(
@@ -107,7 +109,9 @@ def _ready_packed(w: Packed, operand: Operand | None, site: SitePolicy, blocks: 
     """Weights as they are stored, which were rounded once."""
     if operand is None or not (blocks or multiplies_elements(operand, site.compute)):
         return Ready(site.to_compute(w.dense()))
-    return _with_factors(w.quantized, w.quantizer, site.jmp.compute_dtype, blocks)
+    elements = w.quantized
+    ready = _with_factors(elements, w.quantizer, elements.values.dtype, blocks)
+    return ready._replace(stored=not blocks)
 
 
 def current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:

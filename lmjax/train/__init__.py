@@ -20,7 +20,7 @@ from lmjax.runs.state import (
     seed_key,
 )
 from lmjax.train.loop import Outcome, train
-from lmjax.train.step import evaluated, make_eval_step, make_train_step
+from lmjax.train.step import evaluated, make_eval_step, make_train_step, scaling_within
 
 __all__ = [
     "CheckpointConfig",
@@ -45,6 +45,7 @@ __all__ = [
     "read_config",
     "refuse_no_seed",
     "resolve",
+    "scaling_within",
     "seed_key",
     "train",
 ]

@@ -244,6 +244,11 @@ def evaluated(params: Params, scaling: measure.Tree, phase: Phase) -> Params | C
     return Calibrated(params, factors) if factors else params
 
 
+def scaling_within(scaling: measure.Tree, own: Phase, other: Phase) -> measure.Tree:
+    """The part of the state of scale factors of a phase that is valid in another one."""
+    return measure.common_scaling(scaling, other.layout, own.sites, other.sites)
+
+
 def make_eval_step(config: Config | Phase, mesh: Any = None) -> jax.stages.Wrapped:
     """The compiled evaluation of one batch.
 

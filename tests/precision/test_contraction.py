@@ -79,6 +79,39 @@ def test_every_form_is_the_product(spec: str, dtype, alone: str, pretend):
         np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["btk,kn->btn", "bthd,hdn->btn", "btn,nhd->bthd"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8])
+def test_elements_of_weights_are_read_as_they_are(spec: str, dtype, equations, pretend):
+    """One row; several rows under vmap are a product."""
+    pretend("one device, fast bf16")
+    x, _ = draw(spec, alone="bt")
+    row, weights = jnp.round(4 * x).astype(dtype), spec.partition("->")[0].split(",")[1]
+    shape = [SIZES[axis] for axis in weights]
+    w = jnp.asarray(np.random.default_rng(1).integers(-127, 128, shape), jnp.int8)
+    wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    product = functools.partial(
+        contraction.contract, spec, precision=jax.lax.Precision.DEFAULT, accumulate=wide
+    )
+    assert contraction.is_one_row(spec, row.shape)
+    assert not list(equations(jax.make_jaxpr(product)(row, w), "dot_general"))
+    expected = np.einsum(spec, *(np.asarray(a, np.float64) for a in (row, w)))
+    for elements in (w, w.astype(jnp.float32)):
+        np.testing.assert_array_equal(product(row, elements), expected)
+    rows = jnp.stack([row, -row, 2 * row])
+    each = jax.vmap(product, in_axes=(0, None))
+    assert list(equations(jax.make_jaxpr(each)(rows, w), "dot_general"))
+    np.testing.assert_array_equal(each(rows, w), np.stack([expected, -expected, 2 * expected]))
+
+
+def test_several_rows_and_weights_summed_over_other_axes_are_products(pretend):
+    pretend("one device")
+    assert not contraction.is_one_row("btk,kn->btn", (1, 2, 7))
+    assert not contraction.is_one_row("btd,vd->btv", (1, 1, 7))
+    assert not contraction.is_one_row("btkgh,bskh->bkgts", (1, 1, 2, 1, 4))
+    pretend("eight devices")
+    assert not contraction.is_one_row("btk,kn->btn", (1, 1, 7))
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_one_device_changes_nothing_but_shapes(spec: str, equations, pretend):
     pretend("one device")
