@@ -56,7 +56,7 @@ class Trial:
       half_width: of the 95% confidence interval of the gap; infinite with one seed.
       formats: that each tensor is rounded to.
       predicted: what it was expected to lose of each tensor.
-      measured: what telemetry counted.
+      measured: what it lost: elements that are 0 and are not in f32, and that overflow.
     """
 
     precision: str
@@ -154,7 +154,7 @@ def advise(
                 _half_width(gaps),
                 ran[0].formats,
                 {path: predicted(exponents[path], text) for path, text in ran[0].formats.items()},
-                ran[0].lost,
+                ran[0].lost_to(wide[0]),
             )
         )
         if trials[-1].gap <= tolerance:
@@ -254,6 +254,14 @@ class _Trained(NamedTuple):
     exponents: dict[str, Exponents]
     formats: dict[str, str]
     lost: dict[str, Loss]
+
+    def lost_to(self, wide: _Trained) -> dict[str, Loss]:
+        """What each tensor lost here and to what it was computed from, compared with a wide run."""
+        zeros = {path: e.zeros - wide.exponents[path].zeros for path, e in self.exponents.items()}
+        return {
+            path: Loss(max(0.0, found.underflow + zeros[path]), found.overflow)
+            for path, found in self.lost.items()
+        }
 
 
 def _trained(

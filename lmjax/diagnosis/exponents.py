@@ -29,6 +29,11 @@ class Exponents(NamedTuple):
     maximum: float
     counts: dict[int, float]
 
+    @property
+    def zeros(self) -> float:
+        """Share of elements that are 0."""
+        return 1 - sum(self.counts.values()) / self.size
+
     def times(self, power: float) -> Exponents:
         """Those of the tensors times a power of two."""
         shift = round(math.log2(power))

@@ -10,8 +10,8 @@ import pytest
 from run_helpers import tiny as tiny_run
 
 from lmjax.diagnosis import advise
-from lmjax.diagnosis.advice import _ladders, _policy
-from lmjax.diagnosis.exponents import Exponents, f16_loss_scales, predicted
+from lmjax.diagnosis.advice import _ladders, _policy, _trained
+from lmjax.diagnosis.exponents import GRADIENTS, Exponents, f16_loss_scales, predicted
 from lmjax.precision import quantize
 from lmjax.precision.grammar import parse_policy
 from lmjax.runs.resolved import phase_of
@@ -123,3 +123,24 @@ def test_the_advised_policy_trains_like_f32_and_loses_what_was_predicted(
         if max(found, expected) > 1e-3:
             print(path, trial.formats[path], found, expected)
             assert 0.5 <= found / expected <= 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_underflow_in_f16_as_their_exponents_in_f32_say(name: str, home):
+    """With too small a loss scale, so that some of them do, and few make others vanish."""
+    scale = 16.0
+    small = {"loss_multiplier": 2.0**-10, "batch_size": 16, "telemetry": {"exact": True}}
+    config = tiny_run(home, model=MODELS[name], **small)
+    (wide,) = _trained(config, "f32", 8, 1)
+    (narrow,) = _trained(config, "p=f32,c=f16,o=f32", 8, 1, loss_scale=scale)
+    compared = []
+    for path, lost in narrow.lost_to(wide).items():
+        exponents = wide.exponents[path].times(scale if path.endswith(GRADIENTS) else 1.0)
+        expected = predicted(exponents, narrow.formats[path]).underflow
+        if max(lost.underflow, expected) > 0.01 and narrow.formats[path] == "f16":
+            compared.append((path, narrow.formats[path], lost.underflow, expected))
+    print(name, *compared, sep="\n")
+    near = [0.5 <= found / expected <= 2 for _, _, found, expected in compared]
+    assert len(near) > 5
+    assert sum(near) >= 0.9 * len(near)  # a sum of what vanished has more zeros than in f32

@@ -93,7 +93,7 @@ def test_int8_products_are_int8_on_tpus(compiled):
 def test_a_step_has_an_exact_memory_on_every_chip(name: str, compiled):
     plan = compiled(name, "mixed_bf16", mesh=MeshConfig(data=1, fsdp=-1))
     assert plan.fits
-    parameters = 4 * 3 * 2 * 128 * (3 * 512 + 128 * 2 + 128)  # a lower bound: kernels and moments
+    parameters = 4 * 3 * 2 * 128 * (3 * 256 + 4 * 128)  # a lower bound: kernels and moments
     assert plan.memory.arguments > parameters / plan.target.devices
     assert plan.memory.temporaries > 0
     assert {one.axes for one in plan.sent} == {("fsdp",)}
