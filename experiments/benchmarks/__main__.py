@@ -2,11 +2,11 @@
 
 Command:   python -m experiments.benchmarks --out runs/benchmarks
 Hardware:  any; PyTorch where `--torch-python` has it
-Time:      20 minutes on 2 CPU cores
+Time:      half an hour on 2 CPU cores
 Expected:  runs/benchmarks/index.md and runs/benchmarks/ratios.png
 
 Each benchmark is a command of its own, printed beside what it measured. What a machine lacks
-(PyTorch, a C++ compiler, memory) is said on the page.
+(PyTorch, transformers, a C++ compiler, memory) is said on the page.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lmjax import strict_json
@@ -29,8 +30,9 @@ def commands(shapes: Sequence[str], rounds: int, torch_python: str) -> list[list
     peers = ["--peers", "jnp,torch", "--torch-python", torch_python]
     counted = ["--rounds", str(rounds)]
     trained = [[f"{HERE}.throughput", "--shape", shape, *counted, *peers] for shape in shapes]
+    decoded = [f"{HERE}.decoding", *counted, "--hf-python", torch_python]
     others = [[f"{HERE}.telemetry_cost", *counted], [f"{HERE}.fixed_order", *counted]]
-    return [*trained, [f"{HERE}.first_step"], *others]
+    return [*trained, decoded, [f"{HERE}.first_step"], *others]
 
 
 def measured(command: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
@@ -46,12 +48,14 @@ def measured(command: Sequence[str]) -> tuple[dict[str, Any] | None, str]:
 
 
 def flat(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """The numbers of a result with their names; a ratio is one of them."""
+    """The numbers of a result with their names; a ratio is one, and so is the median of rounds."""
     if isinstance(value, dict) and {"median", "low", "high"} <= set(value):
         return [(name, f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})")]
     if isinstance(value, dict):
         inner = (flat(part, f"{name}, {key}" if name else key) for key, part in value.items())
         return [row for rows in inner for row in rows]
+    if isinstance(value, list) and value and all(isinstance(one, float) for one in value):
+        return [(f"{name}, median", f"{median(value):.4g}")]
     return [(name, f"{value:.4g}")] if isinstance(value, float) else []
 
 
@@ -93,7 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs", "benchmarks"), metavar="DIR")
     parser.add_argument("--shapes", type=names, default=["S", "M"], help="by commas")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--torch-python", default=sys.executable, help="a Python that has torch")
+    parser.add_argument(
+        "--torch-python", default=sys.executable, help="a Python that has torch and transformers"
+    )
     flags = parser.parse_args(arguments)
     flags.out.mkdir(parents=True, exist_ok=True)
     sections, drawn, failed = [], [], False
@@ -103,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed |= result is None
         sections.append(section(command, result, missing))
         if result is not None and "ratios" in result:
-            drawn.append((result["shape"]["name"], result))
+            drawn.append((result.get("shape", {}).get("name", "decoding"), result))
     draw(drawn, flags.out / "ratios.png")
     head = "# Benchmarks\n\n![Speed relative to peers](ratios.png)"
     (flags.out / "index.md").write_text("\n\n".join([head, *sections]) + "\n", encoding="utf-8")

@@ -33,15 +33,19 @@ from lmjax.data.tokenizers import ByteTokenizer
 from lmjax.inference.growing import Generation, Growing
 from lmjax.inference.run import TrainedModel
 from lmjax.inference.sampling import Sampler
-from lmjax.model import ModelConfig, initial_params
+from lmjax.model import ModelConfig, initial_params, stored_weights
 from lmjax.precision import exact
 from lmjax.runs.resolved import phase_of
 from lmjax.train import Config
 from lmjax.train.memory import keep_freed_memory
 
-POLICIES = ("f32", "mixed_bf16")
-HF = {"f32": "f32", "mixed_bf16": "bf16"}
-"""The format that transformers computes a policy in."""
+POLICIES = {
+    "f32": "f32",
+    "mixed_bf16": "mixed_bf16",
+    "int8 weights": "mixed_bf16,w=int8@channel.stored",
+}
+HF = {"f32": "f32", "mixed_bf16": "bf16", "int8 weights": "bf16"}
+"""The format that transformers computes a policy in; it has no int8 weights on a CPU."""
 PROMPT = 32
 WARM_UP = 2
 """Tokens before the first round, which compile."""
@@ -60,7 +64,9 @@ def _model(policy: str) -> TrainedModel:
     wide = Config(precision="f32", context=1024, model=shape).resolved()
     sites = phase_of(wide).sites
     params = exact.jit(lambda key: initial_params(key, shape, sites))(jax.random.key(0))
-    return TrainedModel(phase_of(dataclasses.replace(wide, precision=policy)), params, 0, _Words())
+    phase = phase_of(dataclasses.replace(wide, precision=policy))
+    params = exact.jit(lambda own: stored_weights(own, shape, phase.sites))(params)
+    return TrainedModel(phase, params, 0, _Words())
 
 
 def answer(policy: str, rows: int) -> None:
@@ -85,12 +91,13 @@ def answer(policy: str, rows: int) -> None:
 def contestants(rows: int, hf_python: str) -> tuple[dict[str, Worker], list[str]]:
     """The processes by name, and why others are missing."""
     commands = {
-        f"lmjax {policy}": [sys.executable, "-m", __spec__.name, "--answer", policy, str(rows)]
-        for policy in POLICIES
+        f"lmjax {name}": [sys.executable, "-m", __spec__.name, "--answer", policy, str(rows)]
+        for name, policy in POLICIES.items()
     }
     if hf_python:
         peer = str(Path(__file__).parent / "peers" / "hf_decoding.py")
-        commands |= {f"transformers {HF[p]}": [hf_python, peer, HF[p], str(rows)] for p in POLICIES}
+        own = sorted(set(HF.values()))
+        commands |= {f"transformers {f}": [hf_python, peer, f, str(rows)] for f in own}
     running, missing = {}, []
     for name, command in commands.items():
         worker = Worker(name, command, environment=KEEP_FREED_MEMORY)
