@@ -58,7 +58,7 @@ class Slope(NamedTuple):
         return Slope(jnp.maximum(self.maximum, other.maximum), self.slope + other.slope)
 
 
-class DelayedScale(NamedTuple):
+class ScaleState(NamedTuple):
     """State of a factor that follows from past steps, without an extra pass over the tensor.
 
     Attributes:
@@ -72,25 +72,28 @@ class DelayedScale(NamedTuple):
     scale: jax.Array
 
 
-def init_delayed_scale(quantizer: Quantizer) -> DelayedScale:
+def init_scale_state(quantizer: Quantizer) -> ScaleState:
     """Returns the state before the first tensor: factor one.
 
     Raises:
-      ValueError: the quantizer is not delayed.
+      ValueError: the quantizer takes its factor from the tensor itself.
     """
     if not quantizer.history:
-        raise ValueError(f"{quantizer} takes its factor from the tensor itself; add .delayed")
-    return DelayedScale(
+        raise ValueError(
+            f"{quantizer} takes its factor from the tensor itself; add .delayed, .observed or "
+            ".learned"
+        )
+    return ScaleState(
         history=jnp.zeros((quantizer.history,), jnp.float32), scale=jnp.ones((), jnp.float32)
     )
 
 
-def update_delayed_scale(
-    state: DelayedScale,
+def update_scale_state(
+    state: ScaleState,
     amax: jax.Array,
     quantizer: Quantizer,
     slope: jax.Array | None = None,
-) -> DelayedScale:
+) -> ScaleState:
     """Adds what was measured of a tensor to the history, and finds the factor for the next one.
 
     A non-finite maximum is ignored, because a skipped step must leave no trace. The factor does not
@@ -112,10 +115,10 @@ def update_delayed_scale(
     history = jnp.where(jnp.isfinite(amax), pushed, state.history)
     largest = jnp.max(history)
     scale = scale_from_maximum(largest, quantizer)
-    return DelayedScale(history, jnp.where(largest > 0, scale, state.scale))
+    return ScaleState(history, jnp.where(largest > 0, scale, state.scale))
 
 
-def _observed(state: DelayedScale, amax: jax.Array, quantizer: Quantizer) -> DelayedScale:
+def _observed(state: ScaleState, amax: jax.Array, quantizer: Quantizer) -> ScaleState:
     """Recalibrates after the first step, and then every so many steps."""
     steps, largest = state.history
     largest = jnp.maximum(largest, amax)
@@ -123,12 +126,12 @@ def _observed(state: DelayedScale, amax: jax.Array, quantizer: Quantizer) -> Del
     found = jnp.where(due & (largest > 0), scale_from_maximum(largest, quantizer), state.scale)
     count = jnp.where(due, np.float32(1.0), steps + np.float32(1.0))
     new = jnp.stack([count, jnp.where(due, np.float32(0.0), largest)]), found
-    return DelayedScale(*_unless_lost(jnp.isfinite(amax), new, state))
+    return ScaleState(*_unless_lost(jnp.isfinite(amax), new, state))
 
 
 def _descended(
-    state: DelayedScale, amax: jax.Array, slope: jax.Array, quantizer: Quantizer
-) -> DelayedScale:
+    state: ScaleState, amax: jax.Array, slope: jax.Array, quantizer: Quantizer
+) -> ScaleState:
     """A step of Adam on the logarithm of the factor, which begins at that of the first maximum.
 
     The gradient by the factor is that of LSQ (Esser et al. 2020, equation 3). Its size depends on
@@ -151,7 +154,7 @@ def _descended(
     scale = jnp.where(began, scale, scale_from_maximum(amax, quantizer))
     history = [steps + one, *(jnp.where(began, moment, np.float32(0.0)) for moment in moments)]
     seen = jnp.isfinite(amax) & jnp.isfinite(slope) & (began | (amax > 0))
-    return DelayedScale(*_unless_lost(seen, (jnp.stack(history), scale), state))
+    return ScaleState(*_unless_lost(seen, (jnp.stack(history), scale), state))
 
 
 def _unless_lost(seen: jax.Array, new: Any, old: Any) -> Any:

@@ -51,7 +51,7 @@ class Quantizer:
         tensor, `amax / (largest * largest factor)`; for factors in e4m3.
       affine: whether elements are `round(x / scale) + zero_point`, which spends no codes on values
         that do not occur; for integers. Zero stays exact.
-      history: numbers of past steps from which the factor follows (see `DelayedScale`); 0 takes it
+      history: numbers of past steps from which the factor follows (see `ScaleState`); 0 takes it
         from the tensor itself.
       way: how it follows. delayed: from the largest of so many past maxima. observed: from the
         largest magnitude of `every` steps, after which it is found again. learned: by gradient

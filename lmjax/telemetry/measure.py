@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from lmjax.model import Sites, site_tree
 from lmjax.precision import paths
-from lmjax.precision.past import DelayedScale, Slope, init_delayed_scale, update_delayed_scale
+from lmjax.precision.past import ScaleState, Slope, init_scale_state, update_scale_state
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Census, FullCensus, Maximum, Spread, is_slot
 from lmjax.precision.quantizer import Quantizer
@@ -29,12 +29,12 @@ Tree = dict[str, Any]
 
 
 def initial_scaling(layout: Layout, sites: Sites) -> Tree:
-    """Returns a fresh `DelayedScale` for every operand with delayed scaling."""
+    """Returns a fresh `ScaleState` for every operand whose factor follows from past steps."""
 
-    def one(place: Place) -> dict[str, DelayedScale] | None:
+    def one(place: Place) -> dict[str, ScaleState] | None:
         """By role, for the delayed operands of a place."""
-        quantizers = _delayed(place, sites)
-        return {role: init_delayed_scale(q) for role, q in quantizers.items()} or None
+        quantizers = _following(place, sites)
+        return {role: init_scale_state(q) for role, q in quantizers.items()} or None
 
     return site_tree(layout, one)
 
@@ -44,8 +44,8 @@ def carried_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tr
 
     An operand with the same quantizer in both keeps its history; any other starts a fresh one.
     """
-    kept = paths.flatten(scaling, _is_delayed)
-    fresh = paths.flatten(initial_scaling(layout, new), _is_delayed)
+    kept = paths.flatten(scaling, _is_state)
+    fresh = paths.flatten(initial_scaling(layout, new), _is_state)
     same = {
         path: kept[path]
         for path in fresh
@@ -64,7 +64,7 @@ def factors(scaling: Tree, scale: jax.Array, stack: Stack) -> Tree:
     return paths.unflatten(
         {
             path: delayed.scale * _cotangent_scale(path, scale, stack)
-            for path, delayed in paths.flatten(scaling, _is_delayed).items()
+            for path, delayed in paths.flatten(scaling, _is_state).items()
         }
     )
 
@@ -74,7 +74,7 @@ def lasting_factors(scaling: Tree, layout: Layout, sites: Sites) -> Tree:
     return paths.unflatten(
         {
             path: state.scale
-            for path, state in paths.flatten(scaling, _is_delayed).items()
+            for path, state in paths.flatten(scaling, _is_state).items()
             if not path.endswith("/g")
             and any(q and q.way != "delayed" for q in _members(path, layout, sites))
         }
@@ -92,7 +92,7 @@ def common_scaling(scaling: Tree, layout: Layout, old: Sites, new: Sites) -> Tre
         pairs = zip(_members(path, layout, old), after, strict=True)
         return any(after) and all(q is None or q == before for before, q in pairs)
 
-    flat = paths.flatten(scaling, _is_delayed)
+    flat = paths.flatten(scaling, _is_state)
     return paths.unflatten({path: state for path, state in flat.items() if valid(path)})
 
 
@@ -111,7 +111,7 @@ def slots(
     def one(place: Place) -> dict[str, dict[str, Any]] | None:
         """By role and purpose, for what is measured at a place."""
         asked: dict[str, dict[str, Any]] = {}
-        for role, quantizer in _delayed(place, sites).items():
+        for role, quantizer in _following(place, sites).items():
             kind = Slope if quantizer.way == "learned" else Maximum
             asked.setdefault(role, {})["delayed"] = kind.empty()
         if predictive:
@@ -133,12 +133,10 @@ def updated_scaling(
     """Returns the histories updated with what a step measured."""
     maxima = _asked_by("delayed", measured)
     updated = {}
-    for path, delayed in paths.flatten(scaling, _is_delayed).items():
+    for path, delayed in paths.flatten(scaling, _is_state).items():
         quantizer = _quantizer(path, layout, sites)
         maximum = maxima[path].maximum / _cotangent_scale(path, scale, layout.stack)
-        update = lambda state, amax, *slope, q=quantizer: update_delayed_scale(
-            state, amax, q, *slope
-        )
+        update = lambda state, amax, *slope, q=quantizer: update_scale_state(state, amax, q, *slope)
         slope = []
         if isinstance(maxima[path], Slope):
             slope = [maxima[path].slope / _loss_scale(path, scale, layout.stack)]
@@ -180,8 +178,12 @@ def _asked_by(who: str, measured: Tree) -> dict[str, Any]:
     return {path.removesuffix(end): slot for path, slot in flat.items() if path.endswith(end)}
 
 
-def _delayed(place: Place, sites: Sites) -> dict[str, Quantizer]:
-    """The delayed quantizers of a site, by role; inside blocks, all blocks must agree."""
+def _following(place: Place, sites: Sites) -> dict[str, Quantizer]:
+    """The quantizers of a site whose factors follow from past steps, by role.
+
+    Raises:
+      ValueError: blocks disagree.
+    """
     found: dict[str, Quantizer] = {}
     if not place.site.is_product:
         return found
@@ -197,7 +199,7 @@ def _delayed(place: Place, sites: Sites) -> dict[str, Quantizer]:
 
 
 def _of_site(site: SitePolicy) -> dict[str, Quantizer]:
-    """The delayed quantizers of a product, by role."""
+    """The quantizers of a product whose factors follow from past steps, by role."""
     operands = {"w": site.second, "x": site.activations, "g": site.grads}
     return {
         role: operand.quantizer
@@ -207,7 +209,7 @@ def _of_site(site: SitePolicy) -> dict[str, Quantizer]:
 
 
 def _members(path: str, layout: Layout, sites: Sites) -> list[Quantizer | None]:
-    """The delayed quantizer of an operand in each block, by its path in `TrainState.scaling`."""
+    """The quantizer of an operand in each block, by its path in `TrainState.scaling`."""
     place, _, role = path.rpartition("/")
     return [_of_site(sites[member]).get(role) for member in layout.place(place).paths]
 
@@ -215,7 +217,7 @@ def _members(path: str, layout: Layout, sites: Sites) -> list[Quantizer | None]:
 def _quantizer(path: str, layout: Layout, sites: Sites) -> Quantizer:
     """The delayed quantizer of an operand, by its path in `TrainState.scaling`."""
     site, _, role = path.rpartition("/")
-    return _delayed(layout.place(site), sites)[role]
+    return _following(layout.place(site), sites)[role]
 
 
 def _cotangent_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:
@@ -231,5 +233,5 @@ def _loss_scale(path: str, scale: jax.Array, stack: Stack) -> jax.Array:
     return scale[:-1] if stack.holds(path) else scale[-1]
 
 
-def _is_delayed(node: Any) -> bool:
-    return isinstance(node, DelayedScale)
+def _is_state(node: Any) -> bool:
+    return isinstance(node, ScaleState)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmjax.precision.bits import largest_magnitude
-from lmjax.precision.past import init_delayed_scale, update_delayed_scale
+from lmjax.precision.past import init_scale_state, update_scale_state
 from lmjax.precision.quantizer import Quantizer, parse_quantizer
 from lmjax.precision.rounding import quantize
 from lmjax.precision.scaling import (
@@ -324,8 +324,8 @@ def test_rceil_takes_the_smallest_factor_under_which_nothing_saturates(element: 
 
 def test_delayed_factor_comes_from_the_history() -> None:
     quantizer = parse_quantizer("e4m3@tensor.delayed3")
-    state = init_delayed_scale(quantizer)
-    update = jax.jit(lambda state, amax: update_delayed_scale(state, amax, quantizer))
+    state = init_scale_state(quantizer)
+    update = jax.jit(lambda state, amax: update_scale_state(state, amax, quantizer))
     assert float(state.scale) == 1.0
     seen, scales = [448.0, 896.0, 224.0, 112.0, 56.0], []
     for amax in seen:
@@ -338,8 +338,8 @@ def test_delayed_factor_comes_from_the_history() -> None:
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_failed_step_leaves_no_trace_in_the_history(bad: float) -> None:
     quantizer = parse_quantizer("e4m3@tensor.delayed2")
-    before = update_delayed_scale(init_delayed_scale(quantizer), jnp.float32(7.0), quantizer)
-    after = update_delayed_scale(before, jnp.float32(bad), quantizer)
+    before = update_scale_state(init_scale_state(quantizer), jnp.float32(7.0), quantizer)
+    after = update_scale_state(before, jnp.float32(bad), quantizer)
     assert after.history.tolist() == before.history.tolist()
     assert float(after.scale) == float(before.scale)
 
@@ -347,9 +347,9 @@ def test_a_failed_step_leaves_no_trace_in_the_history(bad: float) -> None:
 def test_an_observed_factor_is_recalibrated_every_n_steps() -> None:
     quantizer = parse_quantizer("int8@tensor.observed3")
     assert str(quantizer) == "int8@tensor.observed3"
-    state, found = init_delayed_scale(quantizer), []
+    state, found = init_scale_state(quantizer), []
     for amax in [127.0, 254.0, NAN, 63.5, 63.5, 25.4, 12.7, 12.7]:
-        state = update_delayed_scale(state, jnp.float32(amax), quantizer)
+        state = update_scale_state(state, jnp.float32(amax), quantizer)
         found.append(float(state.scale))
     # After the first step, and after three more that are finite, by the largest of those.
     np.testing.assert_allclose(found, [1, 1, 1, 1, 2, 2, 2, 0.2], rtol=1e-6)
@@ -358,8 +358,8 @@ def test_an_observed_factor_is_recalibrated_every_n_steps() -> None:
 def test_a_learned_factor_begins_at_the_maximum_and_descends() -> None:
     quantizer = parse_quantizer("int4@tensor.learned")
     assert str(quantizer) == "int4@tensor.learned"
-    state = init_delayed_scale(quantizer)
-    step = jax.jit(lambda s, amax, slope: update_delayed_scale(s, amax, quantizer, slope))
+    state = init_scale_state(quantizer)
+    step = jax.jit(lambda s, amax, slope: update_scale_state(s, amax, quantizer, slope))
     state = step(state, jnp.float32(14.0), jnp.float32(5.0))
     assert float(state.scale) == 2.0
     for slope in (3e-4, 3e-4, NAN):  # Adam moves by its rate, whatever the size of the slope
@@ -370,7 +370,7 @@ def test_a_learned_factor_begins_at_the_maximum_and_descends() -> None:
 
 def test_zeros_leave_the_first_delayed_factor_alone() -> None:
     quantizer = parse_quantizer("e4m3@tensor.delayed2")
-    state = update_delayed_scale(init_delayed_scale(quantizer), jnp.float32(0.0), quantizer)
+    state = update_scale_state(init_scale_state(quantizer), jnp.float32(0.0), quantizer)
     assert float(state.scale) == 1.0
 
 
@@ -439,7 +439,7 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match="and only then"):
         fake_quantize(x, parse_quantizer("e4m3@tensor"), scale=jnp.float32(1.0))
     with pytest.raises(ValueError, match=r"add \.delayed"):
-        init_delayed_scale(parse_quantizer("e4m3@tensor"))
+        init_scale_state(parse_quantizer("e4m3@tensor"))
     with pytest.raises(ValueError, match="use f32, e8m0 or e4m3"):
         Quantizer(parse_quantizer("e4m3").format, "tensor", scale=parse_quantizer("bf16").format)
 

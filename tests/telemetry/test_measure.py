@@ -14,7 +14,7 @@ from lmjax.optim import loss_scale
 from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.parallel import sharding
 from lmjax.precision import paths
-from lmjax.precision.past import DelayedScale
+from lmjax.precision.past import ScaleState
 from lmjax.precision.probes import Census, Fate, FullCensus, is_slot
 from lmjax.runs.resolved import phase_of
 from lmjax.telemetry import measure
@@ -126,8 +126,8 @@ def test_telemetry_shows_the_logit_cotangent_die(
     assert float(lost) == pytest.approx(zeros, abs=0.04 if exponent == -9 else 2e-3)
 
 
-def delayed(state: Any) -> dict[str, DelayedScale]:
-    return paths.flatten(state.scaling, lambda node: isinstance(node, DelayedScale))
+def delayed(state: Any) -> dict[str, ScaleState]:
+    return paths.flatten(state.scaling, lambda node: isinstance(node, ScaleState))
 
 
 def test_delayed_factors_follow_the_maxima_of_the_step_before(
