@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +26,8 @@ PANELS = {
 _WHOLE, _OWN, _BOUND = "#1f4e79", "#e07a2f", "#c1121f"
 _LEAST = 1e-8
 """Smaller relative errors are drawn as this."""
+_MOST = 1e3
+"""Larger ones are drawn as this."""
 
 
 def draw_twin(twin: Twin, path: str | os.PathLike[str], title: str = "") -> None:
@@ -50,6 +53,7 @@ def draw_twin(twin: Twin, path: str | os.PathLike[str], title: str = "") -> None
         shown = [d for d in twin.differences if holds(d.role)]
         places = range(len(values)) if shown == values else [names.index(d.site) for d in shown]
         _panel(panel, name, shown, np.array(places), twin.bound)
+    axes[0].set_ylim(_LEAST / 2, 2 * highest(twin))  # shared by all panels
     _label_depth(axes[-1], names)
     axes[0].legend(loc="lower right", ncols=3, fontsize=8, frameon=False, bbox_to_anchor=(1, 1))
     figure.suptitle(no_math("\n".join(heading)), x=0.01, y=1 - 0.1 / height, ha="left", va="top")
@@ -60,14 +64,23 @@ def draw_twin(twin: Twin, path: str | os.PathLike[str], title: str = "") -> None
     figure.savefig(path, dpi=110)
 
 
+def highest(twin: Twin) -> float:
+    """The largest number that is drawn: an error, or the bound."""
+    errors = (_drawn(twin.differences, what) for what in ("relative_error", "own_error"))
+    return max(twin.bound, *(float(one.max(initial=0)) for one in errors))
+
+
+def _drawn(differences: Sequence[Difference], what: str) -> np.ndarray:
+    """Errors as they are drawn; an infinite one as the largest."""
+    errors = np.array([getattr(d, what) for d in differences])
+    return np.clip(np.nan_to_num(errors, nan=0, posinf=_MOST), _LEAST, _MOST)
+
+
 def _panel(
     panel: Axes, name: str, shown: list[Difference], places: np.ndarray, bound: float
 ) -> None:
     order = np.argsort(places, kind="stable")
-    error, own = (
-        np.clip(np.nan_to_num([getattr(d, what) for d in shown], nan=0, posinf=1e3), _LEAST, 1e3)
-        for what in ("relative_error", "own_error")
-    )
+    error, own = (_drawn(shown, what) for what in ("relative_error", "own_error"))
     panel.plot(places[order], error[order], color=_WHOLE, linewidth=1, label="error")
     panel.plot(places, own, ".", color=_OWN, markersize=4, label="error of the site itself")
     panel.axhline(bound, color=_BOUND, linewidth=0.8, label="bound")
@@ -76,7 +89,6 @@ def _panel(
     panel.set_yscale("log")
     panel.set_title(name, fontsize=9, loc="left")
     panel.set_ylabel("relative error", fontsize=8)
-    panel.set_ylim(bottom=_LEAST / 2)
     panel.tick_params(labelsize=7)
     panel.grid(axis="y", linewidth=0.3)
     panel.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ import pytest
 
 from lmjax.diagnosis import Twin, twin
 from lmjax.diagnosis.twin import phase_under
-from lmjax.diagnosis.twin_plot import draw_twin
+from lmjax.diagnosis.twin_plot import draw_twin, highest
 from lmjax.model import apply, layout
 from lmjax.train.step import make_scaled_loss
 
@@ -83,6 +83,16 @@ def test_errors_are_those_of_the_logits_computed_without_a_twin(
 def test_it_is_drawn(made: Twin, tmp_path: Path):
     draw_twin(made, tmp_path / "twin.png", "a_$run")
     assert (tmp_path / "twin.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_errors_far_above_the_bound_are_in_the_picture(made: Twin):
+    """A gradient that is lost altogether has a relative error of 1, above all values."""
+    assert highest(made) == max(max(d.relative_error for d in made.differences), made.bound)
+    *others, last = made.differences
+    lost = dataclasses.replace(last, relative_error=0.99, own_error=math.nan)
+    assert highest(dataclasses.replace(made, differences=(*others, lost))) == 0.99
+    endless = dataclasses.replace(last, relative_error=math.inf)
+    assert highest(dataclasses.replace(made, differences=(*others, endless))) == 1e3
 
 
 def test_a_step_without_a_twin_is_the_program_that_it_was(
