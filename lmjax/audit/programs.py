@@ -14,11 +14,11 @@ from typing import Any, Final
 import jax
 import jax.numpy as jnp
 
-from lmjax.model import decoding_params, extend, initial_cache
+from lmjax.model import Calibrated, decoding_params, extend, initial_cache
 from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.runs.resolved import Phase
-from lmjax.train import abstract_state, make_eval_step, make_train_step
+from lmjax.train import abstract_state, evaluated, make_eval_step, make_train_step
 
 NAMES: Final = ("train", "evaluate", "decode")
 
@@ -71,7 +71,13 @@ def _evaluate(phase: Phase, mesh: Any) -> Any:
     parts = sharding.batch_parts(mesh)
     rows = -(-phase.config.evaluation.batch_size // parts) * parts
     batch = _rows(phase, mesh, rows)
-    return make_eval_step(phase, mesh).trace(abstract_state(phase, mesh).params, batch)
+    return make_eval_step(phase, mesh).trace(_evaluated(phase, mesh), batch)
+
+
+def _evaluated(phase: Phase, mesh: Any) -> Any:
+    """What evaluation and decoding are given of the state."""
+    state = abstract_state(phase, mesh)
+    return evaluated(state.params, state.scaling, phase)
 
 
 def _decode(phase: Phase, mesh: Any) -> Any:
@@ -79,14 +85,16 @@ def _decode(phase: Phase, mesh: Any) -> Any:
     model, sites = phase.config.model, phase.sites
     stored = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-        abstract_state(phase, mesh).params,
+        _evaluated(phase, mesh),
     )
-    params = jax.eval_shape(lambda p: decoding_params(p, config=model, sites=sites), stored)
+    own, factors = stored if isinstance(stored, Calibrated) else (stored, None)
+    params = jax.eval_shape(lambda p: decoding_params(p, config=model, sites=sites), own)
     cache = jax.eval_shape(lambda: initial_cache(model, sites, 1, phase.config.context))
 
-    def decode(weights: Any, tokens: jax.Array, cache: Any, start: jax.Array) -> Any:
-        return extend(weights, tokens, cache, start, config=model, sites=sites)
+    def decode(weights: Any, factors: Any, tokens: jax.Array, cache: Any, start: jax.Array) -> Any:
+        read = Calibrated(weights, factors) if factors else weights
+        return extend(read, tokens, cache, start, config=model, sites=sites)
 
     written_for = sharding.traced_for(mesh, decode)
     token, start = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    return exact.jit(written_for).trace(params, token, cache, start)
+    return exact.jit(written_for).trace(params, factors, token, cache, start)

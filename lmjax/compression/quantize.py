@@ -30,7 +30,6 @@ from lmjax.errors import InputError
 from lmjax.inference import TrainedModel
 from lmjax.model import Calibrated, stored_weights, weights
 from lmjax.precision import exact, paths
-from lmjax.precision.operands import current
 from lmjax.precision.packed import Packed, one_member, packed
 from lmjax.precision.policy import Policy, SitePolicy
 from lmjax.precision.scaling import Factors, quantize_with_scale
@@ -165,7 +164,7 @@ def _trained_factors(model: TrainedModel, phase: Phase) -> dict[str, jax.Array]:
         place, _, role = path.rpartition("/")
         for index, site in enumerate(phase.layout.place(place).paths):
             operand, stores = model.sites[site].second, phase.sites[site].stores
-            if role == "w" and operand and stores == current(operand.quantizer, None):
+            if role == "w" and operand and stores == operand.quantizer.of_the_tensor:
                 found[site] = factor[index] if factor.ndim else factor
     return found
 

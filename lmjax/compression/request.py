@@ -15,7 +15,6 @@ from lmjax.compression.observers import Observer
 from lmjax.errors import InputError
 from lmjax.model import Sites
 from lmjax.precision.grammar import KEYS, parse_policy
-from lmjax.precision.operands import current
 from lmjax.precision.policy import Policy, PolicyError, Rule
 from lmjax.precision.quantizer import Quantizer
 from lmjax.precision.settings import Operand
@@ -87,7 +86,7 @@ def _stored(operand: Operand) -> Operand:
         return operand
     if operand.rotation:
         raise InputError(f"w={operand}: weights that are stored are not rotated; leave out .rht")
-    return Operand(current(operand.quantizer, None), kept="stored")
+    return Operand(operand.quantizer.of_the_tensor, kept="stored")
 
 
 def keeping(policy: Policy, kept: Sequence[str], sites: Sites) -> Policy:

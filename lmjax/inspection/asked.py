@@ -9,7 +9,7 @@ Knows policies and declarations of sites.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
@@ -120,7 +120,7 @@ class Asked:
 
 def _names_of(quantizer: Quantizer) -> set[str]:
     """What a quantizer rounds to: itself, with a factor of its own, its elements and factors."""
-    now = replace(quantizer, history=0)
+    now = quantizer.of_the_tensor
     return {str(quantizer), str(now), quantizer.format.name, quantizer.scale.name}
 
 
@@ -158,7 +158,7 @@ def same(found: str, asked: str) -> bool:
         one, other = parse_quantizer(found), parse_quantizer(asked)
     except ValueError:
         return format_name(found) == format_name(asked)
-    return replace(one, history=0) == replace(other, history=0)
+    return one.of_the_tensor == other.of_the_tensor
 
 
 def stores(dtype: str, number_format: Format, *, nan: bool) -> bool:

@@ -5,7 +5,6 @@ Knows policies, quantizers, native products and JAX.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -118,4 +117,4 @@ def current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:
     """The quantizer; a delayed one without a factor scales by the tensor itself instead."""
     if factor is not None:
         return quantizer
-    return replace(quantizer, history=0, way="delayed", every=0)
+    return quantizer.of_the_tensor

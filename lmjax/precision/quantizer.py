@@ -107,6 +107,11 @@ class Quantizer:
         """Whether all elements of a tensor share a factor, that of each or that of the factors."""
         return self.groups == "tensor" or self.tensor_scale
 
+    @property
+    def of_the_tensor(self) -> Quantizer:
+        """The same quantizer, but with factors that follow from the tensor itself."""
+        return replace(self, history=0, way="delayed", every=0)
+
     def __str__(self) -> str:
         """The canonical name: `parse_quantizer(str(quantizer)) == quantizer`."""
         for name, named in _NAMED.items():

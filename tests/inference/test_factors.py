@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ POLICY = "f32; **/mlp: w=int4@tensor.learned,x=int8@tensor.observed2"
 def workdir(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two blocks with learned weights and observed activations in its MLPs."""
     folder = tmp_path_factory.mktemp("factors") / "run"
-    train(tiny(home, POLICY, steps=30, model={"layers": 2}), folder, progress=False)
+    config = tiny(home, POLICY, steps=30, model={"layers": 2}, audit=True)
+    train(config, folder, progress=False)
     return folder
 
 
@@ -48,6 +50,11 @@ def test_all_factors_of_the_run_are_read(model: TrainedModel) -> None:
     own = factors(model)
     assert set(own) == {f"blocks/mlp/{s}/{role}" for s in ("up", "down") for role in "wx"}
     assert all(leaf.shape == (2,) and np.all(leaf != 1) for leaf in own.values())
+
+
+def test_the_audit_of_its_step_passes(workdir: Path) -> None:
+    (phase,) = json.loads((workdir / "audit.json").read_text())["phases"].values()
+    assert phase["verdict"] == "pass", phase
 
 
 def test_evaluation_is_that_of_the_run(

@@ -44,8 +44,9 @@ POLICIES = (
     f"mixed_bf16; {NARROW_SITES}",
     "mixed_bf16; blocks/0: c=f32; head: c=f32; **/residual: c=f32",
     "p=f32,c=f16,w=e4m3@tensor.delayed,x=e4m3@tensor.delayed,g=e5m2@tensor.delayed",
+    "p=f32,c=bf16,w=int4@tensor.learned,x=int8@tensor.observed2",
 )
-CHEAP = POLICIES[1], POLICIES[5], POLICIES[15], POLICIES[16], POLICIES[17]
+CHEAP = POLICIES[1], POLICIES[5], POLICIES[15], POLICIES[16], POLICIES[17], POLICIES[20]
 FAMILIES = ("gpt2", "llama")
 WIDELY_USED = ("f32", "mixed_bf16", "mixed_f16", "fp8")
 
