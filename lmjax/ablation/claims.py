@@ -59,6 +59,7 @@ class Claim:
         here, but it traces.
       hardware: what `large` needs.
       quick: part of `reproduce --quick`.
+      needs: the command that installs what its runs lack here; empty: nothing is missing.
     """
 
     number: str
@@ -73,6 +74,7 @@ class Claim:
     large: Ablation
     hardware: str
     quick: bool = False
+    needs: str = ""
 
     def __post_init__(self) -> None:
         """Refuses an ablation of another name, whose files would be somewhere else."""

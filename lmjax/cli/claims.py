@@ -48,13 +48,18 @@ def choose(asked: Sequence[str], *, everything: bool = False, quick: bool = Fals
         raise InputError("give either names of claims, or --all, or --quick")
     known = load_claims(CLAIMS)
     if everything or quick:
-        return [claim for claim in known.values() if everything or claim.quick]
+        chosen = [claim for claim in known.values() if everything or claim.quick]
+        for lacking in filter(lambda claim: claim.needs, chosen):
+            print(f"left out: {lacking.name}, which needs: {lacking.needs}", file=sys.stderr)
+        return [claim for claim in chosen if not claim.needs]
     by_number = {claim.number.lower(): claim for claim in known.values()}
     found = {}
     for name in asked:
         claim = known.get(name) or by_number.get(name.lower())
         if claim is None:
             raise InputError(f"no claim is called {name!r}; there are {', '.join(known)}")
+        if claim.needs:
+            raise InputError(f"{claim.name} needs what is not installed: {claim.needs}")
         found[claim.name] = claim
     return list(found.values())
 

@@ -153,6 +153,18 @@ def test_choosing_by_name_by_number_and_in_bulk(known: Any) -> None:
             reproduce.choose(asked, everything=everything, quick=quick)
 
 
+def test_what_is_not_installed_is_left_out_of_all_and_refused_by_name(
+    known: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = claim(YES, name="here", number="A1")
+    known(here, claim(YES, name="away", number="A2", needs="pip install words"))
+    assert reproduce.choose([], everything=True) == [here]
+    assert capsys.readouterr().err == "left out: away, which needs: pip install words\n"
+    assert reproduce.choose(["here"]) == [here]
+    with pytest.raises(InputError, match="away needs what is not installed: pip install words"):
+        reproduce.choose(["A2"])
+
+
 # --- The command ---
 
 

@@ -123,6 +123,15 @@ def test_without_runs_a_claim_says_what_arithmetic_says_and_no_more(
     assert ("undecided" in outcomes) == (claim.ablation is not None)
 
 
+def batch_of(config: Config, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of a run, spread over a mesh."""
+    placed = lambda shape: sharding.batch_sharding(mesh, shape)
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed(shape))
+        for name, shape in config.data.batch_shapes(config.batch_size, config.context).items()
+    }
+
+
 TRACED = [
     pytest.param(
         claim,
@@ -140,10 +149,8 @@ def test_the_large_version_of_a_claim_traces_for_eight_devices(claim: Claim, arm
     """The last arm of quick claims that train; all others are in the long suite."""
     config = claim.large.arms[arm].resolved()
     mesh = sharding.abstract_mesh(sharding.MeshConfig(fsdp=4, tensor=2), 8)
-    shape = (config.batch_size, config.context)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.batch_sharding(mesh, shape))
     traced = make_train_step(config, mesh).trace(
-        abstract_state(config, mesh), {"inputs": tokens, "targets": tokens}
+        abstract_state(config, mesh), batch_of(config, mesh)
     )
     assert traced.out_info[1]["loss"].shape == ()
 
@@ -159,14 +166,8 @@ def test_config_is_complete_and_survives_json(name: str) -> None:
 def test_one_step_lowers_for_eight_devices(name: str) -> None:
     config = experiment(name).config().resolved()
     mesh = sharding.abstract_mesh(MESHES.get(name, sharding.MeshConfig(fsdp=2, tensor=2)), 8)
-    shapes = config.data.batch_shapes(config.batch_size, config.context)
-    placed = lambda shape: sharding.batch_sharding(mesh, shape)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed(shape))
-        for name, shape in shapes.items()
-    }
     state = abstract_state(config, mesh)
-    traced = make_train_step(config, mesh).trace(state, batch)
+    traced = make_train_step(config, mesh).trace(state, batch_of(config, mesh))
     new_state, metrics = traced.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
