@@ -2,9 +2,9 @@
 
 Command:   python -m experiments.benchmarks.decoding --hf-python PYTHON
 Hardware:  any
-Time:      5 minutes on 2 CPU cores
-Expected:  on 2 cores of an AMD EPYC with AVX512-BF16, twice as fast as transformers in f32 at 1 and
-           16 prompts; in bf16 about as fast at 1 prompt, and slower at 16
+Time:      4 minutes on 2 CPU cores
+Expected:  tokens per second over those of transformers, on an AMD EPYC with AVX512-BF16: 2.6 in f32
+           and 1.3 in bf16 at 1 prompt, 2.2 and 0.9 at 16; docs/inference.md has the intervals
 
 Random weights, prompts of 32 tokens, greedy. Each contestant is a process of its own, stopped while
 others run, and the order rotates from round to round. Time is that of the tokens after the first.
