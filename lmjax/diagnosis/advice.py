@@ -283,6 +283,7 @@ def _trained(
     watched = {round(steps * part / WATCHED) for part in range(1, WATCHED + 1)}
 
     def one(seed: int) -> _Trained:
+        """The run with one seed; telemetry is counted in the first alone."""
         own = dataclasses.replace(first.config, seed=first.config.seed + seed)
         run = fresh_run(own) if seed else first
         rows: list[dict[str, Any]] = []

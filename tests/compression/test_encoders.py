@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_helpers import home, tiny
+from run_helpers import home
+from untrained import untrained, verb
 
-from lmjax.cli import verbs
 from lmjax.cli.common import BAD_INPUT, DONE
 from lmjax.compression import Calibration, QuantizeConfig, calibration_batches, quantize
 from lmjax.compression.written import write_run
-from lmjax.data import tokenized_corpus
 from lmjax.errors import InputError
 from lmjax.inference import TrainedModel, load_model
-from lmjax.model import structure
-from lmjax.train import phase_of
 
 __all__ = ["home"]
 
 ENCODER = {"family": "encoder", "max_positions": 24, "vocab_size": 257, "token_types": 2}
-
-
-def untrained(home: Path, **changes: Any) -> TrainedModel:
-    """A model with weights as if they were a run's."""
-    config = tiny(home, "mixed_bf16", **changes)
-    generator = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(0.3 * generator.standard_t(4, leaf.shape), jnp.float32)
-    params = jax.tree.map(draw, structure(config.model)[1])
-    corpus = tokenized_corpus(config.data, window=17, progress=False)
-    return TrainedModel(phase_of(config), params, 7, corpus.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +30,6 @@ def model(home: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
     path.write_text("\n".join(["text,label", *rows]) + "\n")
     data = {"dataset": "labelled_files", "files": (str(path),)}
     return untrained(home, context=24, data=data, model=ENCODER | {"classes": 2})
-
-
-def verb(*arguments: object) -> int:
-    """The exit code of `python -m lmjax` with these arguments, in this process."""
-    with pytest.raises(SystemExit) as ended:
-        verbs.main([str(argument) for argument in arguments])
-    return ended.value.code if isinstance(ended.value.code, int) else 0
 
 
 def test_padding_is_not_counted(model: TrainedModel) -> None:

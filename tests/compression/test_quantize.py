@@ -10,44 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_helpers import home, tiny
+from run_helpers import home
+from untrained import untrained, verb
 
-from lmjax.cli import verbs
 from lmjax.cli.common import BAD_INPUT, DONE
 from lmjax.compression import Calibration, QuantizeConfig, quantize
 from lmjax.compression.gptq import gptq
 from lmjax.compression.observers import observed_factors
 from lmjax.compression.written import write_run
-from lmjax.data import tokenized_corpus
 from lmjax.errors import InputError
 from lmjax.inference import TrainedModel, load_model, score
-from lmjax.model import structure
 from lmjax.precision.quantizer import parse_quantizer
 from lmjax.precision.scaling import dequantize, quantize_with_scale
-from lmjax.train import phase_of
 
 __all__ = ["home"]
 
 TEXT = "the quick brown fox"
 
 
-def verb(*arguments: object) -> int:
-    """The exit code of `python -m lmjax` with these arguments, in this process."""
-    with pytest.raises(SystemExit) as ended:
-        verbs.main([str(argument) for argument in arguments])
-    code = ended.value.code
-    return code if isinstance(code, int) else 0
-
-
 @pytest.fixture(scope="module")
 def model(home: Path) -> TrainedModel:
     """An untrained model of one block whose weights have outliers, as if it were a run's."""
-    config = tiny(home, "mixed_bf16")
-    generator = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(0.3 * generator.standard_t(4, leaf.shape), jnp.float32)
-    params = jax.tree.map(draw, structure(config.model)[1])
-    corpus = tokenized_corpus(config.data, window=17, progress=False)
-    return TrainedModel(phase_of(config), params, 7, corpus.tokenizer)
+    return untrained(home)
 
 
 @pytest.fixture(scope="module")
