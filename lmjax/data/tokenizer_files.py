@@ -60,14 +60,7 @@ class FileTokenizer(Tokenizer):
         Raises:
           DataError: the file is damaged, or has no such token.
         """
-        try:
-            self._backend = Backend.from_str(strict_json.dumps(content["tokenizer"]))
-        except Exception as error:  # the library raises bare Exceptions
-            raise DataError(f"the tokenizer cannot be read: {one_line(error)}") from error
-        # A document that contains a marker as text must not end there.
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._backend = _backend(content["tokenizer"])
         self._saved = {name: content[name] for name in ("tokenizer", "end_of_document")}
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
@@ -97,6 +90,31 @@ class FileTokenizer(Tokenizer):
         return super()._chunks(text) if known else [text] if text else []
 
     @cached_property
+    def _encoder(self) -> Backend:
+        """The backend, with special tokens called what no text holds.
+
+        Models that look up whole pieces would find `</s>` in their vocabulary; merges of a BPE
+        never make it.
+        """
+        file = self._saved["tokenizer"]
+        model, added = file["model"], file.get("added_tokens", ())
+        special = {token["content"] for token in added if token.get("special")}
+        if "merges" in model and not model.get("ignore_merges"):
+            return self._backend
+        name = lambda word: f"\uffff{word}" if word in special else word
+        listed = model["vocab"]
+        own = {
+            "vocab": {name(word): number for word, number in listed.items()}
+            if isinstance(listed, Mapping)
+            else [[name(word), score] for word, score in listed]
+        }
+        own |= {"unk_token": name(model["unk_token"])} if model.get("unk_token") else {}
+        hidden = [token | {"content": name(token["content"])} for token in added]
+        return _backend(
+            file | {"model": model | own, "added_tokens": hidden, "post_processor": None}
+        )
+
+    @cached_property
     def _spelling(self) -> str:
         """How tokens spell text: as bytes, with a sign for spaces, or as words."""
         parts = strict_json.dumps([self._saved["tokenizer"].get("decoder")])
@@ -109,7 +127,7 @@ class FileTokenizer(Tokenizer):
     def _encode(self, chunks: Sequence[str]) -> Iterator[Ids]:
         waiting = iter(chunks)
         while group := list(islice(waiting, _TOGETHER)):
-            for encoding in self._backend.encode_batch_fast(group, add_special_tokens=False):
+            for encoding in self._encoder.encode_batch_fast(group, add_special_tokens=False):
                 yield np.asarray(encoding.ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer[Any]]) -> str:
@@ -145,6 +163,23 @@ class FileTokenizer(Tokenizer):
 
     def _exported(self) -> Any:
         return self._saved["tokenizer"]
+
+
+def _backend(file: Mapping[str, Any]) -> Backend:
+    """The library's tokenizer of a file.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    try:
+        backend = Backend.from_str(strict_json.dumps(file))
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"the tokenizer cannot be read: {one_line(error)}") from error
+    # A document that contains a marker as text must not end there.
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

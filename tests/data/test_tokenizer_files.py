@@ -73,6 +73,18 @@ def like_bert() -> Tokenizer:
     return backend
 
 
+def like_t5() -> Tokenizer:
+    """Pieces with scores; those of special tokens, 0, are the best of all."""
+    signs = sorted({"\u2581", *TEXT.replace(" ", "\u2581")})
+    special = ["<pad>", "</s>", "<unk>"]
+    scored = [(piece, 0.0) for piece in special] + [(sign, -2.0) for sign in signs]
+    backend = Tokenizer(models.Unigram([*scored, ("\u2581the", -3.0)], 2, False))
+    backend.add_special_tokens([*special, "<extra_id_0>"])
+    backend.add_tokens(["fox"])
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return backend
+
+
 def saved(folder: Path, backend: Tokenizer, settings: Any = None) -> str:
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
@@ -82,7 +94,7 @@ def saved(folder: Path, backend: Tokenizer, settings: Any = None) -> str:
 
 
 KINDS: dict[str, tuple[Callable[[], Tokenizer], str]] = {
-    "gpt2": (like_gpt2, "<|end|>"), "llama": (like_llama, "</s>"),
+    "gpt2": (like_gpt2, "<|end|>"), "llama": (like_llama, "</s>"), "t5": (like_t5, "</s>"),
 }  # fmt: skip
 
 
