@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -167,10 +167,9 @@ def resume_run(arguments: Sequence[str]) -> int:
         return _launched(_prolonged(launch, recorded, result is not None))
     if result is not None:
         print(
-            f"{run} is finished: held-out loss {float(result['eval_loss']):.4f} nats per token "
-            f"after {result['steps']} steps. --extend-steps N prolongs it; for a longer "
-            f"schedule start another run: an experiment with --config {run}/config.json, --steps "
-            "and --workdir"
+            f"{run} is finished: {held_out(result)} after {result['steps']} steps. --extend-steps "
+            "N prolongs it; for a longer schedule start another run: an experiment with --config "
+            f"{run}/config.json, --steps and --workdir"
         )
         return DONE
     keep_freed_memory()
@@ -214,19 +213,23 @@ def _launched(launch: TrainFlags) -> int:
                 text = generate_text(load_model(outcome.workdir), "", tokens=launch.sample)
             if is_first():
                 write_text(f"A sample:\n{text}\n")
-    loss = float(outcome.result["eval_loss"])
-    each, right = "token", ""
-    if "accuracy" in outcome.result:
-        each = "text"
-        right = ", accuracy {accuracy:.4f} and F1 {f1:.4f}".format_map(outcome.result)
     console.print(
-        f"held-out loss {loss:.4f} nats per {each}{right} after {counted(outcome.step, 'step')} "
+        f"{held_out(outcome.result)} after {counted(outcome.step, 'step')} "
         f"({outcome.result['train_seconds']:.1f} s of training); everything is in "
         f"{printable(launch.workdir)}",
         markup=False,
         soft_wrap=True,
     )
     return DONE
+
+
+def held_out(result: Mapping[str, Any]) -> str:
+    """The scores in `result.json`, or of an `Evaluation`, in words."""
+    names = {"accuracy": "accuracy", "F1": "f1"}
+    found = {name: result[key] for name, key in names.items() if result.get(key) is not None}
+    right = " and ".join(f"{name} {score:.4f}" for name, score in found.items())
+    loss = f"held-out loss {float(result['eval_loss']):.4f} nats per"
+    return f"{loss} text, {right}" if found else f"{loss} token"
 
 
 def _joined(config: DistributedConfig) -> bool:

@@ -21,6 +21,7 @@ from lmjax.cli.common import (
     RunDirectory,
     UserPath,
     bad_input,
+    held_out,
     print_json,
     write_text,
 )
@@ -356,6 +357,8 @@ def evaluate(
     result = bad_input(evaluate_run, model, progress=not json)
     if json:
         print_json(dataclasses.asdict(result))
+    elif result.accuracy is not None:
+        print(f"step {result.step}: {held_out(dataclasses.asdict(result))}")
     else:
         bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
         print(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from run_helpers import RESULT_KEYS, result, strict_loads, tiny
 
+from lmjax.cli import verbs
 from lmjax.data import tokenized_corpus
 from lmjax.errors import InputError
 from lmjax.inference import evaluate, load_model
@@ -38,7 +39,9 @@ def config(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
                 model=MODEL | {"classes": 2})  # fmt: skip
 
 
-def test_a_run_learns_classes_and_says_how_many_it_tells(config: Any, tmp_path: Path):
+def test_a_run_learns_classes_and_says_how_many_it_tells(
+    config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     train(config, tmp_path / "run", progress=False)
     found = result(tmp_path / "run")
     assert list(found) == [*RESULT_KEYS, "accuracy", "error_rate", "f1", "labels", "confusion"]
@@ -53,6 +56,11 @@ def test_a_run_learns_classes_and_says_how_many_it_tells(config: Any, tmp_path: 
     again = evaluate(load_model(tmp_path / "run"), progress=False)
     assert (again.accuracy, again.f1) == (found["accuracy"], found["f1"])
     assert again.eval_loss == pytest.approx(found["eval_loss"], rel=1e-6)
+    words = f"nats per text, accuracy {again.accuracy:.4f} and F1 {again.f1:.4f}"
+    for verb in ("evaluate", "resume"):
+        with pytest.raises(SystemExit, match="0"):
+            verbs.main([verb, str(tmp_path / "run")])
+        assert words in capsys.readouterr().out
 
 
 @pytest.mark.long
