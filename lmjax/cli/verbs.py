@@ -53,6 +53,7 @@ from lmjax.runs.store.object_store import as_url
 from lmjax.runs.store.remote import fetched
 from lmjax.train import InputError, Phase, resolve
 from lmjax.train.compilation import keep_programs
+from lmjax.train.memory import keep_freed_memory
 
 Count = Annotated[int, at_least(1)]
 
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     def run() -> int:
         """Parses the flags of the verb and calls it; returns its exit code."""
+        keep_freed_memory()
         keep_programs()
         if verb in verbs:
             refuse_unknown(flags, known_flags(verbs[verb]))

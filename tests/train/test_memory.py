@@ -2,7 +2,33 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
+
 from lmjax.train import memory
+
+FAULTS = """
+import resource
+from lmjax.train.memory import keep_freed_memory
+keep_freed_memory()
+import jax, jax.numpy as jnp
+
+@jax.jit
+def step(x):  # a temporary of 64 MiB, and a result of 32
+    wide = jax.lax.optimization_barrier(jnp.concatenate([x, x + 1]))
+    return (wide @ jnp.ones((8, 8), jnp.float32))[: len(x)]
+
+x = jnp.zeros((2**20, 8), jnp.float32)
+faults = []
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    x = jax.block_until_ready(step(x))
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults) * resource.getpagesize())
+"""
 
 
 class Device:
@@ -21,3 +47,11 @@ def test_free_memory_is_what_the_device_or_else_the_machine_has_left() -> None:
     assert memory.free_bytes(Device("gpu", None)) is None
     machine = memory.free_bytes(Device("cpu", None))
     assert machine is None or 2**20 < machine < 2**50
+
+
+@pytest.mark.skipif(os.confstr("CS_GNU_LIBC_VERSION") is None, reason="needs glibc")
+def test_a_repeated_program_finds_its_memory_as_it_left_it() -> None:
+    tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}  # a fault for each page of 4 KiB
+    command = [sys.executable, "-c", FAULTS]
+    ran = subprocess.run(command, env=os.environ | tunables, capture_output=True, check=True)
+    assert int(ran.stdout) < 2**22
