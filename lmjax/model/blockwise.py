@@ -35,8 +35,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lmjax.model.sheet import INSIDE, Given, Measured, Rules, Sheet
-from lmjax.model.tiling import Index, add_to, put, taken, visit
+from lmjax.model.sheet import INSIDE, Given, Measured, Rules, Sheet, Visible, where
+from lmjax.model.tiling import Index, add_to, put, taken
 from lmjax.precision.asides import aside
 from lmjax.precision.contraction import not_before
 from lmjax.precision.exact import at_least_f32
@@ -88,15 +88,14 @@ def _forward(
         jnp.zeros((*column[:3], v.shape[-1], tiling.rows), at_least_f32(v.dtype)),
     )
 
-    def step(state: _State, i: Index, j: Index) -> _State:
+    def step(state: _State, i: Index, j: Index, visible: Visible) -> _State:
         before = taken(state, i)
         query, key, value = taken(queries, i), taken(keys, j), taken(values, j)
         key, value = key[..., : sheet.seen(i), :], value[..., : sheet.seen(i)]
-        visible = sheet.visible(i, j)
         read = lambda: _read(sheet, before, (query, key, value), visible, sheet.keep(i, j))
         return put(state, sheet.when(visible, read, lambda: before), i)
 
-    top, total, read = visit(sheet.pairs, step, nothing)
+    top, total, read = sheet.visit(step, nothing)
     with rules.combine.scope:
         with aside("sum"):
             factor = rules.weight_factor * rules.divisor(tiling.keys)
@@ -129,7 +128,7 @@ def _read(
     sheet: Sheet,
     before: _State,
     blocks: tuple[jax.Array, jax.Array, jax.Array],
-    visible: jax.Array,
+    visible: Visible,
     keep: jax.Array | None,
 ) -> _State:
     """What queries have seen after one more block of keys."""
@@ -180,23 +179,22 @@ def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     zeros = lambda x: jnp.zeros(x.shape, at_least_f32(x.dtype))
     nothing = (zeros(jnp.swapaxes(queries, -1, -2)), zeros(keys), zeros(values), inside)
 
-    def step(state: Any, i: Index, j: Index) -> Any:
+    def step(state: Any, i: Index, j: Index, visible: Visible) -> Any:
         """Adds the gradients of one block of queries `i` and keys `j` to those so far."""
         *before, measured = state
         own = taken((queries, cotangents, logarithms, sums), i)
         whole = _Blocks(*own, *taken((keys, turned, values), j))
         blocks, unseen = whole.cut(sheet.seen(i))
-        visible = sheet.visible(i, j)
         compute = lambda: _returned(sheet, blocks, visible, sheet.keep(i, j), inside)
         skip = lambda: _returned_unseen(sheet, blocks, inside)
         *parts, new = sheet.when(visible, compute, skip)
-        where = zip(before, parts, (i, j, j), strict=True)
-        summed = [add_to(total, part, n) for total, part, n in where]
+        places = zip(before, parts, (i, j, j), strict=True)
+        summed = [add_to(total, part, n) for total, part, n in places]
         if inside and unseen.key.shape[2]:
             new = _combined(new, _returned_unseen(sheet, unseen, inside)[-1])
-        return (*summed, new if len(sheet.pairs) == 1 else _combined(measured, new))
+        return (*summed, new if sheet.is_one_block else _combined(measured, new))
 
-    dq, dk, dv, measured = visit(sheet.pairs, step, nothing)
+    dq, dk, dv, measured = sheet.visit(step, nothing)
     of_queries = rules.divisor(tiling.queries * tiling.groups)
     with rules.scores.scope, aside("sum"):
         dq = tiling.join_queries(dq) * rules.divisor(tiling.keys)
@@ -244,7 +242,7 @@ class _Blocks(NamedTuple):
 
 
 def _returned(
-    sheet: Sheet, blocks: _Blocks, visible: jax.Array, keep: jax.Array | None, slots: Measured
+    sheet: Sheet, blocks: _Blocks, visible: Visible, keep: jax.Array | None, slots: Measured
 ) -> tuple[jax.Array, jax.Array, jax.Array, Measured]:
     """What one block adds to dq `[B, K, H, R]`, dk and dv `[B, K, C, H]`, and its measurements."""
     rules, dtype = sheet.rules, sheet.dtype
@@ -261,17 +259,16 @@ def _returned(
         of_share = sheet.dropped(of_weights, keep) * rules.weight_factor
         sums = blocks.sums
         if sums is None:
-            seen = jnp.where(visible, share * of_share, jnp.zeros_like(share))
-            sums = jnp.sum(seen, -2, keepdims=True)
+            sums = jnp.sum(where(visible, share * of_share, 0.0), -2, keepdims=True)
         of_scores = share * (of_share - sums) * rules.score_factor
-        of_scores = jnp.where(visible, of_scores, jnp.zeros_like(of_scores))
+        of_scores = where(visible, of_scores, 0.0)
     with rules.scores.scope:
         g = rules.scores.to_cotangent(of_scores)
     dk = rules.product("bkcr,bkrh->bkch", g, blocks.query, rules.scores)
     dq = rules.product("bkhc,bkcr->bkhr", blocks.turned, g, rules.scores)
     if not slots:
         return dq, dk, dv, {}
-    seen = jnp.where(visible, of_weights, jnp.zeros_like(of_weights))
+    seen = where(visible, of_weights, 0.0)
     shares = share * rules.weight_factor
     return dq, dk, dv, _looked_at(rules, slots, of_scores, shares, weights, seen)
 

@@ -24,7 +24,7 @@ from lmjax.model.parametrisation import IDENTITY, Parametrisation, parametrisati
 from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within_site
 from lmjax.precision.asides import aside
 from lmjax.precision.backend import Backend, this_backend
-from lmjax.precision.broadcast import add_to_rows
+from lmjax.precision.broadcast import add_to_rows, to_rows
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.matmul import RandomKey, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
@@ -235,7 +235,8 @@ class Norm(nnx.Module):
         mean_square = _mean(jnp.square(x))
         total = mean_square + self.epsilon * scale * scale
         total = jnp.where(total > 0, total, jnp.ones_like(total))  # a row of equal numbers
-        used = lambda p: site.to_compute(self.scales.shared(p[...], x.size // x.shape[-1]))
+        shared = lambda p: self.scales.shared(p[...], x.size // x.shape[-1])
+        used = lambda p: to_rows(site.to_compute(shared(p)), x)
         y = x * jax.lax.rsqrt(total) * used(self.scale)
         if self.bias is not None:
             y = y + used(self.bias)

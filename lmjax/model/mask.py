@@ -39,6 +39,10 @@ class Mask(Protocol):
         """Whether any of these queries sees any of these keys, as far as its arrays are unknown."""
         ...
 
+    def must_see(self, queries: range, keys: range) -> bool:
+        """Whether each of these queries sees each of these keys, whatever its arrays are."""
+        ...
+
     def of(self, rows: jax.Array) -> Mask:
         """The mask of some of its T queries: those at `rows`, int32, the last one beyond T."""
         ...
@@ -60,6 +64,10 @@ class Causal(NamedTuple):
     def may_see(self, queries: range, keys: range) -> bool:
         """See `Mask`."""
         return keys.start < queries.stop
+
+    def must_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return keys.stop <= queries.start + 1
 
     def of(self, rows: jax.Array) -> Causal:
         """See `Mask`."""
@@ -93,6 +101,10 @@ class CausalWithinDocuments(NamedTuple):
         """See `Mask`."""
         return CAUSAL.may_see(queries, keys)
 
+    def must_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return False
+
     def of(self, rows: jax.Array) -> CausalWithinDocuments:
         """See `Mask`."""
         return CausalWithinDocuments(jnp.take(self.starts, rows, axis=1, mode="clip"))
@@ -111,6 +123,10 @@ class Bidirectional(NamedTuple):
         return jnp.ones((queries.size, keys.size), bool)
 
     def may_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return True
+
+    def must_see(self, queries: range, keys: range) -> bool:
         """See `Mask`."""
         return True
 
@@ -142,6 +158,10 @@ class Padded(NamedTuple):
     def may_see(self, queries: range, keys: range) -> bool:
         """See `Mask`."""
         return True
+
+    def must_see(self, queries: range, keys: range) -> bool:
+        """See `Mask`."""
+        return False
 
     def of(self, rows: jax.Array) -> Padded:
         """See `Mask`."""

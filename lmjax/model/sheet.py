@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.model.mask import Mask, Position
-from lmjax.model.tiling import Index, Tiling
+from lmjax.model.tiling import Index, Tiling, visit
 from lmjax.precision.policy import SitePolicy, carrier
 from lmjax.precision.probes import Slots
 from lmjax.precision.summation import sum_of_products
@@ -29,6 +29,9 @@ INSIDE: Final = {"scores": ("g",), "softmax": ("y", "dx"), "combine": ("x", "dx"
 
 Measured = Mapping[str, Slots]
 """Slots by the name of their site."""
+
+Visible = jax.Array | None
+"""Which keys the queries of a block see: bool, `[C, R]` or `[B, 1, C, R]`; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,17 @@ class Sheet:
         self.conditional = self.tiling.key_blocks > 1 and (unknown or watched)
         self.dtype = jnp.dtype(carrier(rules.softmax.compute))
 
-    def visible(self, i: Index, j: Index) -> jax.Array:
-        """What the rows of block i see of the keys of block j, as far as they may see any."""
+    def visit(self, step: Callable[[Any, Index, Index, Visible], Any], carry: Any) -> Any:
+        """`carry = step(carry, i, j, visible)` for each block that is not skipped.
+
+        Those come first in which every query sees every key.
+        """
+        unmasked = lambda carry, i, j: step(carry, i, j, None)
+        masked = lambda carry, i, j: step(carry, i, j, self._visible(i, j))
+        carry = visit(self.pairs.whole, unmasked, carry)
+        return visit(self.pairs.cut, masked, carry)
+
+    def _visible(self, i: Index, j: Index) -> jax.Array:
         start = self.given.start if self.rules.start is None else self.rules.start
         with self.rules.softmax.scope:
             return self.tiling.visible(self.given.mask, start, i, j)[..., : self.seen(i), :]
@@ -109,7 +121,12 @@ class Sheet:
         """How many keys of a block the queries of block i may see; the others come after them."""
         return self.tiling.seen(self.given.mask, i) if isinstance(i, int) else self.tiling.key_size
 
-    def scores(self, queries: jax.Array, keys: jax.Array, visible: jax.Array) -> jax.Array:
+    @property
+    def is_one_block(self) -> bool:
+        """Whether there is a single step."""
+        return sum(map(len, self.pairs)) == 1
+
+    def scores(self, queries: jax.Array, keys: jax.Array, visible: Visible) -> jax.Array:
         """The scores of one block, minus infinity where a query does not see."""
         rules = self.rules
         scores = rules.product("bkch,bkrh->bkcr", keys, queries, rules.scores)
@@ -118,7 +135,7 @@ class Sheet:
             scores = scores.astype(self.dtype) * factor
             # Selected, not added: a large negative number added to a score can overflow. Infinite:
             # should all real scores of a row overflow, it becomes NaN and the step is skipped.
-            return jnp.where(visible, scores, -jnp.inf)
+            return where(visible, scores, -jnp.inf)
 
     def keep(self, i: Index, j: Index) -> jax.Array | None:
         """Which weights of a block dropout keeps, `[B, K, C, R]`; None: all."""
@@ -140,8 +157,13 @@ class Sheet:
             return x
         return jnp.where(keep, x / (1.0 - self.rules.dropout), jnp.zeros_like(x))
 
-    def when(self, visible: jax.Array, compute: Callable[[], Any], skip: Callable[[], Any]) -> Any:
+    def when(self, visible: Visible, compute: Callable[[], Any], skip: Callable[[], Any]) -> Any:
         """`compute()`, or `skip()` where a whole block is invisible."""
-        if not self.conditional:
+        if visible is None or not self.conditional:
             return compute()
         return jax.lax.cond(jnp.any(visible), compute, skip)
+
+
+def where(visible: Visible, x: jax.Array, other: float) -> jax.Array:
+    """What stands where a query sees a key, and another number where it does not."""
+    return x if visible is None else jnp.where(visible, x, jnp.asarray(other, x.dtype))

@@ -8,9 +8,9 @@ after another. Knows JAX and masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,18 @@ from lmjax.model.mask import Mask, Position
 from lmjax.precision.contraction import relaid
 
 Index = int | jax.Array
+
+
+class Pairs(NamedTuple):
+    """Blocks of queries i and keys j.
+
+    Attributes:
+      whole: those in which every query sees every key, whatever the arrays of the mask are.
+      cut: the others in which a query may see a key.
+    """
+
+    whole: list[tuple[int, int]]
+    cut: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -125,14 +137,16 @@ class Tiling:
         seen = jnp.swapaxes(seen, -1, -2)
         return seen if seen.ndim == 2 else jnp.squeeze(seen, 2)
 
-    def pairs(self, mask: Mask, *, all_of_them: bool = False) -> list[tuple[int, int]]:
-        """The blocks (i, j) in which a query may see a key, by i."""
-        return [
-            (i, j)
-            for i in range(self.query_blocks)
-            for j in range(self.key_blocks)
-            if all_of_them or self.start is None or self._may_see(mask, i, j)
-        ]
+    def pairs(self, mask: Mask, *, all_of_them: bool = False) -> Pairs:
+        """The blocks in which a query may see a key, by i."""
+        found = Pairs([], [])
+        for i in range(self.query_blocks):
+            for j in range(self.key_blocks):
+                if self.start is not None and self._ask(mask.must_see, i, j, all):
+                    found.whole.append((i, j))
+                elif all_of_them or self.start is None or self._ask(mask.may_see, i, j, any):
+                    found.cut.append((i, j))
+        return found
 
     def seen(self, mask: Mask, i: int) -> int:
         """How many keys the queries of block i may see if one block holds all keys, the first."""
@@ -143,12 +157,21 @@ class Tiling:
         ends = range(self.query_size, keys, self.query_size)
         return next((end for end in ends if not mask.may_see(rows, range(end, keys))), keys)
 
-    def _may_see(self, mask: Mask, i: int, j: int) -> bool:
+    def _ask(
+        self,
+        sees: Callable[[range, range], bool],
+        i: int,
+        j: int,
+        enough: Callable[[Iterable[bool]], bool],
+    ) -> bool:
+        """What a mask says of the queries of each part in block i, and the keys of block j."""
         assert self.start is not None
         keys = range(j * self.key_size, (j + 1) * self.key_size)
+        if enough is all and keys.stop > self.keys:  # some are padding
+            return False
         own = self.queries // self.parts
         firsts = (self.start + part * own + i * self.query_size for part in range(self.parts))
-        return any(mask.may_see(range(first, first + self.query_size), keys) for first in firsts)
+        return enough(sees(range(first, first + self.query_size), keys) for first in firsts)
 
 
 def visit(
@@ -158,7 +181,7 @@ def visit(
 
     In a loop of the program where there are several blocks of keys.
     """
-    if not any(j for _, j in pairs):
+    if len(pairs) < 2 or not any(j for _, j in pairs):
         for pair in pairs:
             carry = step(carry, *pair)
         return carry

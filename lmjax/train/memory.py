@@ -17,10 +17,11 @@ import jax
 def keep_freed_memory() -> None:
     """Keeps what a program on CPU frees for the next step, instead of returning it to the kernel.
 
-    XLA on CPU allocates the temporaries of each step separately. Returned to the kernel each time, they
-    are zeroed page by page when they are next used, which took a sixth of the time of a step at a
-    context of 4,096. glibc keeps what the main thread frees if it is asked to; what the threads of
-    a pool allocate at this size it always returns, so programs run in the thread that calls them.
+    XLA on CPU allocates the temporaries of each step separately. Returned to the kernel each time,
+    they are zeroed page by page when they are next used, which took a sixth of the time of a step
+    at a context of 4,096. glibc keeps what the main thread frees if it is asked to; what threads
+    of a pool allocate at this size it always returns, so programs run in the thread that calls
+    them.
 
     Call it before JAX sees its devices. The first half does nothing without glibc.
     """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -128,20 +129,45 @@ def test_strips_leave_out_the_keys_after_them(equations):
         assert [shape[-2] for shape in shapes if shape[-2] > 1] == keys
 
 
-def test_masked_blocks_are_not_visited(equations):
-    """Statically where a mask alone says so, at run time where its arrays do."""
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_masks_say_of_blocks_is_so(mask):
+    """Exactly so where a mask has no arrays."""
+    one, indices = MASKS[mask], jnp.arange(24)
+    visible = np.asarray(one.visible(indices, indices)).reshape(-1, 24, 24)
+    ranges = [range(start, start + size) for start in (0, 3, 8) for size in (1, 2, 8)]
+    for queries, keys in itertools.product(ranges, ranges):
+        block = visible[:, queries.start : queries.stop, keys.start : keys.stop]
+        must, may = one.must_see(queries, keys), one.may_see(queries, keys)
+        if jax.tree.leaves(one):
+            assert block.all() or not must
+            assert may or not block.any()
+        else:
+            assert (must, may) == (block.all(), block.any())
+
+
+def test_masks_are_applied_to_the_blocks_that_they_cut(equations):
+    """Statically where a mask alone says what is seen, at run time where its arrays do."""
     arrays = drawn(jnp.float32)[:3]
 
-    def scanned(mask: Any) -> tuple[int, int]:
+    def scanned(mask: Any, length: int = 24) -> list[tuple[int, int, bool]]:
+        """Of each loop over blocks: their number, conditions in a step, and whether it masks."""
         rules, given = rules_of("f32", block=8), Given(mask, 0, None)
-        jaxpr = jax.make_jaxpr(lambda *x: blockwise.attend(rules, *x, given, {}))(*arrays)
-        (scan,) = equations(jaxpr, "scan")
-        return scan.params["length"], len(equations(jaxpr, "cond"))
+        jaxpr = jax.make_jaxpr(lambda *x: blockwise.attend(rules, *x, given, {}))(
+            *(x[:, :length] for x in arrays)
+        )
+        found = []
+        for loop in equations(jaxpr, "scan"):
+            step = loop.params["jaxpr"]
+            selected = [e.outvars[0].aval.shape for e in equations(step, "select_n")]
+            masks = any(len(shape) == 4 and shape[-2] == 8 for shape in selected)
+            found.append((loop.params["length"], len(equations(step, "cond")), masks))
+        return found
 
-    assert scanned(MASKS["causal"]) == (6, 0)
-    assert scanned(MASKS["documents"]) == (6, 1)
-    assert scanned(MASKS["bidirectional"]) == (9, 0)
-    assert scanned(MASKS["padded"]) == (9, 1)
+    assert scanned(MASKS["causal"]) == [(3, 0, False), (3, 0, True)]
+    assert scanned(MASKS["documents"]) == [(6, 1, True)]
+    assert scanned(MASKS["bidirectional"]) == [(9, 0, False)]
+    assert scanned(MASKS["bidirectional"], 23) == [(6, 0, False), (3, 0, True)]
+    assert scanned(MASKS["padded"]) == [(9, 1, True)]
 
 
 def test_what_is_not_visited_has_no_effect(compile_fast):
