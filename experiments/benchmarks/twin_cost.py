@@ -3,8 +3,8 @@
 Command:   python -m experiments.benchmarks.twin_cost --rounds 9
 Hardware:  any
 Time:      2 minutes on 2 CPU cores, most of it compilation
-Expected:  a twin of bf16 and f32 takes 5.2 (5.0 to 5.6) times as long as a step in bf16, and 3.9
-           (3.8 to 4.0) times as long as one in f32, on an AMD EPYC with AVX512-BF16
+Expected:  a twin of bf16 and f32 takes 4.4 (3.6 to 4.6) times as long as a step in bf16, and 3.3
+           (3.2 to 4.2) times as long as one in f32, on an AMD EPYC with AVX512-BF16
 
 A twin takes three gradients, one under the reference and two under the policy, and compares every
 tensor twice. In each round the twin and both steps take their turn; a ratio is that of two times
@@ -30,7 +30,7 @@ from lmjax import strict_json
 from lmjax.console import stages
 from lmjax.diagnosis import OpenRun
 from lmjax.diagnosis.tapped import outline_of, phase_under, step_inputs
-from lmjax.diagnosis.twin import twin_program
+from lmjax.diagnosis.twin import ordinary, twin_program
 from lmjax.parallel import sharding
 from lmjax.runs.resolved import Phase, resolve
 from lmjax.train import Config, create_state, make_train_step
@@ -49,12 +49,14 @@ def contestants(config: Config, reference: str) -> dict[str, Contestant]:
 
     run = OpenRun(Path(), phases, mesh, create_state(phase, mesh), 0, None, None)
     params, key, scale, factors = step_inputs(run, phase.layout)
-    program = twin_program(phase, other, mesh, outline_of(other, mesh, params, batch, key, scale))
+    outlines = outline_of(other, mesh, params, batch, key, scale)
+    program = twin_program(phase, other, mesh, outlines)
+    inputs = params, key, scale, [factors, {}], batch, ordinary(outlines, phase.layout)
 
     def twin(times: int) -> float:
         start = time.perf_counter()
         for _ in range(times):
-            jax.block_until_ready(program(params, key, scale, [factors, {}], batch))
+            jax.block_until_ready(program(*inputs))
         return (time.perf_counter() - start) / times
 
     twin(1)

@@ -9,7 +9,8 @@ One program takes the loss and its gradient three times:
 
 The second shows what rounding did to a tensor on its whole way, the third where that happened. What
 a tensor is, is declared in `lmjax/precision/sites.py`; they leave the program through taps
-(`lmjax/precision/taps.py`), so a program without a twin has nothing of it.
+(`lmjax/precision/taps.py`), so a program without a twin has nothing of it. Where squares of a
+tensor turn out to overflow or underflow, the program runs again and scales by what it found.
 
 Knows sites, losses and states; no files.
 """
@@ -25,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmjax.diagnosis.opened import OpenRun
 from lmjax.diagnosis.tapped import (
@@ -38,6 +40,7 @@ from lmjax.diagnosis.tapped import (
 from lmjax.parallel.sharding import Mesh
 from lmjax.precision import exact
 from lmjax.precision.sites import Layout
+from lmjax.precision.squares import scale_for_squares
 from lmjax.precision.taps import Compare, Copy, Swap
 from lmjax.runs.resolved import Phase
 from lmjax.train.step import Batch
@@ -153,7 +156,11 @@ def twin(
         outlines = outline_of(other, run.mesh, params, part, key, scale)
         program = twin_program(phase, other, run.mesh, outlines)
         own = [factors if p == run.phase else {} for p in (phase, other)]
-        losses, found = jax.device_get(program(params, key, scale, own, part))
+        sizes = ordinary(outlines, phase.layout)
+        losses, found = jax.device_get(program(params, key, scale, own, part, sizes))
+        largest = {path: numbers["largest"] for path, numbers in found.items()}
+        if not _squares_fit(largest):
+            losses, found = jax.device_get(program(params, key, scale, own, part, largest))
     differences = _differences({path: found[path] for path in outlines}, phase.layout)
     loss, reference_loss = map(float, losses)
     return Twin(
@@ -173,14 +180,27 @@ def _wide_enough(*phases: Phase) -> AbstractContextManager[Any]:
     return jax.enable_x64(True) if "f64" in formats else contextlib.nullcontext()
 
 
+def ordinary(outlines: Outlines, places: Layout) -> dict[str, np.ndarray]:
+    """Largest magnitudes, by path, of tensors whose squares neither overflow nor underflow."""
+    members = {path: o.shape[: places.stack.holds(path)] for path, o in outlines.items()}
+    return {path: np.ones(members[path], o.dtype) for path, o in outlines.items()}
+
+
+def _squares_fit(largest: Mapping[str, np.ndarray]) -> bool:
+    """Whether sums of squares of all these tensors are right without a scale."""
+    sizes = np.concatenate([one.ravel() for one in largest.values()])
+    sizes = sizes[np.isfinite(sizes) & (sizes != 0)]
+    return bool(np.all(exact.jit(scale_for_squares)(sizes) == 1))
+
+
 def twin_program(phase: Phase, reference: Phase, mesh: Mesh, outlines: Outlines) -> Any:
-    """The compiled `(params, key, scale, factors, batch) -> losses, statistics by path`.
+    """The compiled `(params, key, scale, factors, batch, sizes) -> losses, statistics by path`.
 
-    Factors are two trees: for the policy, and for the reference.
+    Factors are two trees: for the policy, and for the reference. Sizes are about the largest
+    magnitudes of the reference's tensors, by path: what to scale by before squaring.
     """
-    stack = phase.layout.stack
 
-    def program(params: Any, key: Any, scale: Any, factors: Any, batch: Batch) -> Any:
+    def program(params: Any, key: Any, scale: Any, factors: Any, batch: Batch, sizes: Any) -> Any:
         """Three passes: the reference, the policy, and the policy on the reference's tensors."""
         inputs = batch, key, scale
 
@@ -188,16 +208,18 @@ def twin_program(phase: Phase, reference: Phase, mesh: Mesh, outlines: Outlines)
             _, slots, loss = tapped(under, mesh, slots, params, *inputs, factors)
             return slots, loss
 
-        def slots(kind: type[Compare]) -> dict[str, Any]:
-            return {p: kind.to(copy.values, stack.holds(p)) for p, copy in expected.items()}
-
         copies = {path: Copy(jnp.zeros(o.shape, o.dtype)) for path, o in outlines.items()}
-        expected, theirs = taken(reference, copies, factors[1])
-        actual, ours = taken(phase, slots(Compare), factors[0])
+        kept, theirs = taken(reference, copies, factors[1])
+
+        def slots(kind: type[Compare]) -> dict[str, Any]:
+            return {path: kind.to(copy.values, sizes[path]) for path, copy in kept.items()}
+
+        found, ours = taken(phase, slots(Compare), factors[0])
         alone, _ = taken(phase, slots(Swap), factors[0])
-        own = {path: slot.deviation.error for path, slot in alone.items()}
-        found = {p: actual[p].deviation._asdict() | {"own": own[p]} for p in outlines}
-        return (ours, theirs), found
+        # A cotangent that arrives is not what the site computes.
+        own = {p: {"own": s.deviation.error} for p, s in alone.items() if not p.endswith("/dy")}
+        numbers = {p: found[p].deviation._asdict() | own.get(p, {}) for p in outlines}
+        return (ours, theirs), numbers
 
     return exact.jit(program)
 
@@ -215,16 +237,18 @@ def _differences(found: Mapping[str, Any], places: Layout) -> tuple[Difference, 
 def _difference(path: str, found: Mapping[str, float]) -> Difference:
     """From what `Deviation` has, and the error of the site by itself."""
     site, _, role = path.rpartition("/")
-    actual, expected = found["actual"], found["expected"]
-    lengths = math.sqrt(actual * expected)
-    cosine = found["product"] / lengths if lengths else float(actual == expected)
+    error, expected = found["error"], found["expected"]
+    x, r = math.sqrt(found["actual"]), math.sqrt(expected)
+    # By the law of cosines, which keeps the digits of angles that are small.
+    cosine = 1 - (error - (x - r) ** 2) / (2 * x * r) if x * r else float(x == r)
     return Difference(
         site=site,
         role=role,
-        relative_error=_ratio(found["error"], expected),
-        own_error=math.nan if role == "dy" else _ratio(found["own"], expected),
+        relative_error=_ratio(error, expected),
+        own_error=_ratio(found["own"], expected) if "own" in found else math.nan,
         cosine=max(-1.0, min(1.0, cosine)) if math.isfinite(cosine) else math.nan,
-        largest_error=_ratio(found["furthest"] ** 2, found["largest"] ** 2),
+        # A maximum may leave out a NaN, a sum does not.
+        largest_error=_ratio(found["furthest"] ** 2 + 0 * error, found["largest"] ** 2),
         non_finite=int(found["non_finite"]),
     )
 

@@ -17,6 +17,7 @@ Knows jax, `bits` and `squares`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -25,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmjax.precision.bits import join, split
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.squares import scale_for_squares
 
@@ -69,7 +69,6 @@ class Deviation(NamedTuple):
       error: sum of squares of x - r.
       actual: of x.
       expected: of r.
-      product: sum of x * r.
       non_finite: number of elements that are not finite, but are in r.
       largest: largest magnitude of r.
       furthest: largest magnitude of x - r.
@@ -78,7 +77,6 @@ class Deviation(NamedTuple):
     error: jax.Array
     actual: jax.Array
     expected: jax.Array
-    product: jax.Array
     non_finite: jax.Array
     largest: jax.Array
     furthest: jax.Array
@@ -89,69 +87,75 @@ class Compare(NamedTuple):
 
     Attributes:
       values: the reference, in at least f32; None in the slot that comes out.
-      deviation: zeros in the slot that goes in.
+      deviation: in the slot that goes in, `largest` says by what to scale, see `squares.py`.
     """
 
     values: Any
     deviation: Deviation
 
     @classmethod
-    def to(cls, values: jax.Array, stacked: bool) -> Any:
-        """The slot that goes in, or a stack of them."""
-        zeros = jnp.zeros(values.shape[:stacked], values.dtype)
-        return cls(values, Deviation._make([zeros] * len(Deviation._fields)))
+    def to(cls, values: jax.Array, largest: jax.Array) -> Any:
+        """The slot that goes in, or a stack of them.
+
+        Args:
+          values: the reference.
+          largest: about its largest magnitude, or that of each member.
+        """
+        zeros = jnp.zeros(largest.shape, values.dtype)
+        numbers = dict.fromkeys(Deviation._fields, zeros) | {"largest": largest}
+        return cls(values, Deviation(**numbers))
 
     def of(self, tensor: Any) -> Any:
-        """Two passes over both tensors."""
-        x = tensor.values.astype(self.values.dtype)
-        x, r = jax.lax.stop_gradient((x, self.values))
-        # Of floats: the CPU backend takes seven times as long for bit patterns. A NaN that it may
-        # leave out is in the sums, and a subnormal that it takes for 0 has the scale of 0.
-        largest = jnp.max(jnp.abs(r), initial=0)
-        scale = scale_for_squares(largest)
+        """One pass over both tensors."""
+        x, r = jax.lax.stop_gradient((tensor.values, self.values))
+        scale = scale_for_squares(self.deviation.largest)
         # In a branch, which is always taken: no compiler computes what is handed on a second time
         # to fuse it into a branch, where it could be rounded otherwise. A barrier does not keep
         # XLA's CPU backend from that.
         nothing = lambda *_: self.deviation
-        found = jax.lax.cond(scale > 0, self._deviation, nothing, x, r, scale, largest)
+        found = jax.lax.cond(scale > 0, self._deviation, nothing, *map(_rows, (x, r)), scale)
         return type(self)(None, found)
 
-    def _deviation(
-        self, x: jax.Array, r: jax.Array, scale: jax.Array, largest: jax.Array
-    ) -> Deviation:
-        a, b, lost = x * scale, r * scale, ~jnp.isfinite(x) & jnp.isfinite(r)
-        # A comparison of bit patterns is one instruction; a maximum of floats is a chain of them
-        # that took half of the time.
-        work, _, distance = split(x - r)
-        error = jnp.square((x - r) * scale)
-        terms = error, jnp.square(a), jnp.square(b), a * b, lost.astype(r.dtype), distance
-        *sums, furthest = _reduced(*terms)
-        furthest = join(jnp.zeros_like(furthest), furthest, work.dtype)
-        return Deviation._make((*sums, largest, furthest))
+    def _deviation(self, x: jax.Array, r: jax.Array, scale: jax.Array) -> Deviation:
+        x = x.astype(r.dtype)
+        error, lost = x - r, ~jnp.isfinite(x) & jnp.isfinite(r)
+        sums = (*(jnp.square(one * scale) for one in (error, x, r)), lost.astype(r.dtype))
+        return Deviation._make(_reduced(sums, (jnp.abs(r), jnp.abs(error))))
 
 
 class Swap(Compare):
     """The error alone; `values` of the slot is handed on in place of the tensor."""
 
-    def _deviation(
-        self, x: jax.Array, r: jax.Array, scale: jax.Array, largest: jax.Array
-    ) -> Deviation:
-        (error,) = _reduced(jnp.square((x - r) * scale))
+    def _deviation(self, x: jax.Array, r: jax.Array, scale: jax.Array) -> Deviation:
+        (error,) = _reduced((jnp.square((x.astype(r.dtype) - r) * scale),), ())
         return self.deviation._replace(error=error)
 
 
-def _reduced(*terms: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums of floats and maxima of integers in one pass; rows first: no sum in f32 is long."""
+def _rows(x: jax.Array) -> jax.Array:
+    """As `[groups, rows, columns]`, with 8 rows where that divides their number."""
+    columns = x.shape[-1] if x.ndim else 1
+    return x.reshape(-1, math.gcd(x.size // columns, 8), columns)
 
-    def joined(x: Sequence[jax.Array], y: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        largest = [jnp.issubdtype(one.dtype, jnp.integer) for one in x]
-        each = zip(x, y, largest, strict=True)
-        return tuple(jnp.maximum(a, b) if integer else a + b for a, b, integer in each)
 
-    zeros, axes = tuple(jnp.zeros((), one.dtype) for one in terms), range(terms[0].ndim)
-    for some in (axes[-1:], axes[:-1]):
-        terms = tuple(jax.lax.reduce(terms, zeros, joined, some))
-    return terms
+def _reduced(sums: tuple[jax.Array, ...], maxima: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Sums and maxima of tensors from `_rows`, all in one pass.
+
+    First over the rows of a group: XLA's CPU backend unrolls a short axis and uses vectors along
+    the next one, where it reduces the last axis of several tensors element by element. No sum in
+    f32 is long.
+    """
+
+    def joined(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        pairs = list(zip(a, b, strict=True))
+        # A NaN may be left out here; it is in the sums. What `maximum` does for them is slow.
+        larger = (jnp.where(y > x, y, x) for x, y in pairs[len(sums) :])
+        return (*(x + y for x, y in pairs[: len(sums)]), *larger)
+
+    terms = (*sums, *maxima)
+    zeros = tuple(jnp.zeros((), one.dtype) for one in terms)
+    partial = jax.lax.reduce(terms, zeros, joined, (1,))
+    added = (jnp.sum(jnp.sum(one, axis=-1)) for one in partial[: len(sums)])
+    return (*added, *(jnp.max(one) for one in partial[len(sums) :]))
 
 
 class Extreme(NamedTuple):

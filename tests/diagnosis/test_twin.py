@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from lmjax.diagnosis import Twin, twin
-from lmjax.diagnosis.twin import phase_under
+from lmjax.diagnosis.twin import _squares_fit, phase_under
 from lmjax.diagnosis.twin_plot import draw_twin, highest
 from lmjax.model import apply, layout
+from lmjax.optim.loss_scale import LossScaleConfig
 from lmjax.train.step import make_scaled_loss
 
 PLANTED = "blocks/1/mlp/up"
@@ -80,6 +81,11 @@ def test_errors_are_those_of_the_logits_computed_without_a_twin(
     assert found.largest_error == pytest.approx(np.abs(a - b).max() / np.abs(b).max(), rel=0.05)
 
 
+def test_a_second_run_is_for_squares_that_overflow_or_underflow():
+    assert _squares_fit({"x": np.float32(0), "y": np.array([1, np.inf, 1e9], np.float32)})
+    assert not _squares_fit({"x": np.float32(1), "y": np.array([1, 1e-10], np.float32)})
+
+
 def test_it_is_drawn(made: Twin, tmp_path: Path):
     draw_twin(made, tmp_path / "twin.png", "a_$run")
     assert (tmp_path / "twin.png").read_bytes().startswith(b"\x89PNG")
@@ -130,6 +136,18 @@ def test_the_twin_of_a_policy_with_itself_is_all_zeros(
         assert d.own_error == 0 or d.role == "dy", d
     assert made.first is None
     assert made.sites == ()
+
+
+@pytest.mark.long
+def test_gradients_whose_squares_vanish_have_the_errors_of_larger_ones(tiny, opened, draw_batch):
+    """A power of two changes no relative error, as long as the exponents of bf16 suffice."""
+    config, scale = tiny("p=f32,c=bf16"), 2.0**-70
+    small = LossScaleConfig(kind="static", initial=scale, minimum=scale)
+    configs = config, dataclasses.replace(config, loss_scale=small)
+    both = (twin(opened(one), draw_batch(one)).differences for one in configs)
+    for plain, scaled in zip(*both, strict=True):
+        assert scaled.relative_error == pytest.approx(plain.relative_error, rel=1e-3), plain
+        assert scaled.cosine == pytest.approx(plain.cosine, abs=1e-6), plain
 
 
 @pytest.mark.long
