@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from lmjax.audit.programs import NAMES, Traced, trace
 from lmjax.audit.report import AuditReport
 from lmjax.console import stages
+from lmjax.errors import InputError
 from lmjax.inspection.beside import side_by_side
 from lmjax.inspection.inspection import Inspection, default_target, inspect
 from lmjax.inspection.judge_compiled import CompiledFor
@@ -19,6 +20,7 @@ from lmjax.plan import Target, compiled_for, parse_target
 from lmjax.precision import exact
 from lmjax.precision.backend import planned_for
 from lmjax.runs.resolved import Phase, resolve
+from lmjax.runs.state import refuse_stored
 from lmjax.train import Config
 from lmjax.train.step import PARTS
 
@@ -30,7 +32,7 @@ def audit(
     config: Config,
     *,
     precision: str | None = None,
-    programs: Sequence[str] = NAMES,
+    programs: Sequence[str] = (),
     targets: Sequence[str] = (),
 ) -> AuditReport:
     """Audits a run without allocating anything.
@@ -38,13 +40,14 @@ def audit(
     Args:
       config: the run; each phase of its policy is audited.
       precision: a policy instead of the run's own.
-      programs: which ones: `train`, `evaluate`, `decode`.
+      programs: which of `train`, `evaluate`, `decode`; by default all that the run can have.
       targets: chips, such as `h100:8`, for which the train step is traced and compiled too, with
         their own compilers; see `lmjax.plan.parse_target`.
 
     Raises:
       ValueError: the policy, the mesh, a target or the name of a program cannot be used.
       PlanError: the compiler of a target refuses the step.
+      InputError: the train step is asked for, of weights that are stored to be read alone.
     """
     if precision is not None:
         config = dataclasses.replace(config, precision=precision)
@@ -54,17 +57,30 @@ def audit(
     resolved = resolve(config)
     mesh = sharding.make_mesh(resolved.config.mesh)
     several = len(resolved.phases) > 1
+    untrained = "" if programs or targets else _untrained(resolved.phases)
     found = [
         _inspected(name, _title(name, phase, several), phase, mesh)
         for phase in resolved.phases
-        for name in programs
+        for name in programs or NAMES
+        if not (untrained and name == "train")
     ]
     found += [
         _on_chips(_title("train", phase, several), phase, chip)
         for phase in resolved.phases
         for chip in chips
     ]
-    return AuditReport(str(resolved.config.policy), default_target(mesh).name, side_by_side(found))
+    precision, devices = str(resolved.config.policy), default_target(mesh).name
+    return AuditReport(precision, devices, side_by_side(found), untrained)
+
+
+def _untrained(phases: Sequence[Phase]) -> str:
+    """Why a run has no train step; empty if it has one."""
+    try:
+        for phase in phases:
+            refuse_stored(phase)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _title(name: str, phase: Phase, several: bool) -> str:

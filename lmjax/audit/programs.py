@@ -18,7 +18,14 @@ from lmjax.model import Calibrated, decoding_params, extend, initial_cache
 from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.runs.resolved import Phase
-from lmjax.train import abstract_state, evaluated, make_eval_step, make_train_step
+from lmjax.train import (
+    abstract_params,
+    abstract_scaling,
+    abstract_state,
+    evaluated,
+    make_eval_step,
+    make_train_step,
+)
 
 NAMES: Final = ("train", "evaluate", "decode")
 
@@ -76,8 +83,7 @@ def _evaluate(phase: Phase, mesh: Any) -> Any:
 
 def _evaluated(phase: Phase, mesh: Any) -> Any:
     """What evaluation and decoding are given of the state."""
-    state = abstract_state(phase, mesh)
-    return evaluated(state.params, state.scaling, phase)
+    return evaluated(abstract_params(phase, mesh), abstract_scaling(phase, mesh), phase)
 
 
 def _decode(phase: Phase, mesh: Any) -> Any:

@@ -20,11 +20,13 @@ class AuditReport:
       precision: the policy.
       devices: what it was traced and compiled for on this machine: `cpu:8`.
       inspections: one for each program and phase.
+      untrained: why the program that trains is not among them; empty otherwise.
     """
 
     precision: str
     devices: str
     inspections: tuple[Inspection, ...]
+    untrained: str = ""
 
     @property
     def verdict(self) -> AuditVerdict:
@@ -42,6 +44,7 @@ class AuditReport:
             "verdict": self.verdict.value,
             "precision": self.precision,
             "devices": self.devices,
+            "untrained": self.untrained,
             "programs": [one.to_json() for one in self.inspections],
         }
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated
 
 import jax
 
 from lmjax.audit import audit as audited
-from lmjax.audit.programs import NAMES
 from lmjax.audit.report import AuditReport, counted_verdicts, module_of
 from lmjax.checks import at_least
 from lmjax.cli.common import (
@@ -32,6 +32,7 @@ from lmjax.console.wording import counted
 from lmjax.errors import InputError
 from lmjax.inspection.inspection import ATTENTION, Inspection
 from lmjax.inspection.rows import AuditRow, AuditVerdict
+from lmjax.train import read_config
 
 WORDS = {AuditVerdict.PASS: "pass", AuditVerdict.OPAQUE: "opaque", AuditVerdict.FAIL: "FAIL"}
 
@@ -54,8 +55,8 @@ def audit(
     Nothing is trained. Exits with 0 if nothing fails, 1 if something does.
 
     Args:
-      experiment: Module, such as experiments.quickstart.
-      precision: Policy, if not the experiment's own.
+      experiment: Module, such as experiments.quickstart, or a run directory.
+      precision: Policy, if not its own.
       program: Which of train, evaluate and decode, if not all; may be repeated.
       target: Chips to trace and compile the train step for as well, such as h100:8 or
         tpu-v5p:2x2x1; may be repeated.
@@ -66,11 +67,12 @@ def audit(
       html: Write a page with all rows, which opens by module.
       json: Print JSON.
     """
-    own = load_experiment(experiment)
+    folder = Path(experiment)
+    own = read_config(folder) if folder.is_dir() else load_experiment(experiment)
     config = bad_input(changed, own, ModelChanges(), mesh, precision=precision)
     if devices is not None:
         _simulate(devices)
-    programs = tuple(dict.fromkeys(program or NAMES))
+    programs = tuple(dict.fromkeys(program))
     report = bad_input(audited, config, programs=programs, targets=target)
     if html is not None:
         from lmjax.audit.page import page
@@ -117,6 +119,8 @@ def show_audit(report: AuditReport, module: str, *, everything: bool) -> None:
         _print_findings(rows)
         _print_shares(one)
         print()
+    if report.untrained:
+        print(f"train: not audited: {report.untrained}")
     failed = len(report.failures)
     say = f"{counted(failed, 'finding')} failed" if failed else "nothing failed"
     print(f"{WORDS[report.verdict]}: {report.precision} on {report.devices}; {say}")

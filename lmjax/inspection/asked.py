@@ -53,11 +53,13 @@ class Asked:
       site: its policy.
       arrives: format of the input of an elementwise site; empty for products.
       handed_on: formats in which its result may be read elsewhere.
+      table: what the table of a lookup is stored as, which may be that of the head; or empty.
     """
 
     site: SitePolicy
     arrives: str
     handed_on: frozenset[str]
+    table: str = ""
 
     @cached_property
     def compute(self) -> str:
@@ -115,7 +117,7 @@ class Asked:
         formats = (s.compute, s.output, s.params, s.accum.format, s.reduce)
         named |= {f.name for f in formats} | {dtype_name(carrier(f)) for f in formats}
         named |= {"tf32"} if s.matmul == "tf32" else set()
-        return frozenset(named | {self.arrives} | self.handed_on)
+        return frozenset(named | {self.arrives, self.table} | self.handed_on)
 
 
 def _names_of(quantizer: Quantizer) -> set[str]:
@@ -144,7 +146,9 @@ def asked_of(layout: Layout, sites: Mapping[str, SitePolicy], path: str) -> Aske
     if site.site.is_product and narrower(site.accum.format.name, site.result.name):
         numbers.add(site.accum.format.name)
     handed_on = frozenset(numbers)
-    return Asked(site, arrives.name if arrives is not None else "", handed_on)
+    stored = [str(one.stores) for one in sites.values() if one.site.logits and one.stores]
+    table = stored[0] if stored and site.site.kind is SiteKind.LOOKUP else ""
+    return Asked(site, arrives.name if arrives is not None else "", handed_on, table)
 
 
 def same(found: str, asked: str) -> bool:

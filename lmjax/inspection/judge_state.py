@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 from lmjax.hlo.module import Module, shapes
@@ -18,11 +19,16 @@ from lmjax.inspection.judge_traced import TracedJudge
 from lmjax.inspection.rows import TRACED
 from lmjax.inspection.traced import TracedProgram
 from lmjax.precision.formats import Format, parse_format
+from lmjax.precision.packed import is_packed
 from lmjax.precision.policy import NATIVE, SitePolicy, carrier
 from lmjax.precision.quantizer import Quantizer
+from lmjax.precision.sites import Kind as SiteKind
+from lmjax.precision.sites import Place
+from lmjax.precision.stored import holder
 
 _KEYS: Final = r"((?:\['[^']*'\]|\[\d+\])+)"
 _STORED: Final = re.compile(rf"params{_KEYS}$|\.(mu|nu){_KEYS}(?:\.(\w+))?$")
+_ELEMENTS: Final = re.compile(rf"(?:params|weights){_KEYS}(?:\.runs\[(\d+)\])?\.(\w+)$")
 _CACHED: Final = re.compile(r"cache\[(\d+)\]\.(keys|values)(?:\.(\w+))?$")
 _F32: Final = parse_format("f32")
 
@@ -36,13 +42,22 @@ class StoredTensor(NamedTuple):
       asked: how the policy stores it.
       format: of these numbers, be they elements or factors.
       nan: whether its dtype must have a NaN.
+      packed: whether elements share the bytes of integers.
     """
 
     site: str
     tensor: str
     asked: str
     format: Format
-    nan: bool
+    nan: bool = False
+    packed: bool = False
+
+    def suits(self, dtype: str) -> bool:
+        """Whether it may be held in a dtype."""
+        if self.packed:
+            return dtype == "uint8"
+        held = dtype_name(holder(self.format, nan=self.nan))
+        return dtype == held or stores(dtype, self.format, nan=self.nan)
 
 
 def read_state(judge: TracedJudge, program: TracedProgram) -> None:
@@ -65,7 +80,15 @@ def read_compiled_state(judge: TracedJudge, module: Module, target: str) -> None
         if one.op == "parameter":
             stored = _stored(judge, one.source.replace("\\'", "'"))
             if stored is not None:
-                _compare(judge, stored, format_name(shapes(one.type)[0][0]), target)
+                _compare(judge, stored, _dtype(shapes(one.type)[0][0]), target)
+
+
+def _dtype(written: str) -> str:
+    """A dtype of XLA's text as policies write it, `s8` as `int8`."""
+    integer = re.fullmatch(r"([su])(\d+)", written)
+    if integer is None:
+        return format_name(written)
+    return f"{'int' if integer[1] == 's' else 'uint'}{integer[2]}"
 
 
 def _compare(judge: TracedJudge, stored: StoredTensor, dtype: str, column: str) -> None:
@@ -77,7 +100,7 @@ def _compare(judge: TracedJudge, stored: StoredTensor, dtype: str, column: str) 
         row.traced = held
     else:
         row.compiled[column] = held
-    if not stores(dtype, stored.format, nan=stored.nan):
+    if not stored.suits(dtype):
         row.note("stored otherwise", f"held in {dtype} where {stored.asked} was asked", column)
 
 
@@ -85,25 +108,64 @@ def _stored(judge: TracedJudge, name: str) -> StoredTensor | None:
     cached = _CACHED.search(name)
     if cached:
         return _of_cache(judge, int(cached[1]), cached[2], cached[3] or "")
+    elements = _ELEMENTS.search(name)
+    if elements:
+        return _of_elements(judge, elements[1], int(elements[2] or 0), elements[3])
     found = _STORED.search(name)
     if found is None:
         return None
-    path = "/".join(re.findall(r"\['([^']*)'\]", found[1] or found[3]))
-    index = re.search(r"\[(\d+)\]", found[1] or "")
-    try:
-        place = judge.layout.place_of_parameter(path)
-    except KeyError:
+    placed = _placed(judge, found[1] or found[3])
+    if placed is None:
         return None
-    member = place.paths[int(index[1]) if index else 0]
+    place, index = placed
+    member = place.paths[index or 0]
     site = judge.sites[member]
-    label = str(place) if not index else member
+    label = str(place) if index is None else member
     if found[1]:
-        if index:  # while decoding, cast once to what they are read in
+        if index is not None:  # while decoding, cast once to what they are read in
             return None
         asked = parse_format(dtype_name(carrier(site.params)))
-        return StoredTensor(label, "parameters", site.params.name, asked, nan=False)
+        return StoredTensor(label, "parameters", site.params.name, asked)
     quantizer: Quantizer = getattr(site, found[2])
     return _of_quantizer(label, found[2], quantizer, found[4] or "")
+
+
+def _placed(judge: TracedJudge, keys: str) -> tuple[Place, int | None] | None:
+    """Where a parameter belongs, and of which member it is while decoding."""
+    index = re.search(r"\[(\d+)\]", keys)
+    try:
+        path = "/".join(re.findall(r"\['([^']*)'\]", keys))
+        return judge.layout.place_of_parameter(path), int(index[1]) if index else None
+    except KeyError:
+        return None
+
+
+def _of_elements(judge: TracedJudge, keys: str, run: int, part: str) -> StoredTensor | None:
+    """A part of a weight that is stored as elements and factors."""
+    placed = _placed(judge, keys)
+    if placed is None:
+        return None
+    place, index = placed
+    # A table that embeds is a weight of the head, where it is stored as one.
+    lookup = place.site.kind is SiteKind.LOOKUP
+    members = (
+        [one.path for one in judge.layout.places if one.site.logits] if lookup else place.paths
+    )
+    alike = [key for key, _ in groupby(judge.sites[path].stored_as for path in members)]
+    if index is not None:
+        alike, run = [judge.sites[members[index]].stored_as], 0
+    stored = alike[run] if run < len(alike) else None
+    if stored is None:
+        return None
+    quantizer, *_ = stored
+    label = str(place) if index is None else members[index]
+    if part == "codes":
+        packed = is_packed(quantizer.format)
+        asked = f"{quantizer}, packed" if packed else str(quantizer)
+        return StoredTensor(label, "elements", asked, quantizer.format, packed=packed)
+    if part == "inputs":
+        return StoredTensor(label, "factor of activations", "f32", _F32)
+    return _of_quantizer(label, "elements", quantizer, part)
 
 
 def _of_quantizer(site: str, tensor: str, quantizer: Quantizer, part: str) -> StoredTensor:
@@ -122,7 +184,7 @@ def _of_cache(judge: TracedJudge, index: int, tensor: str, part: str) -> StoredT
         if site.cache is not None:
             return _of_quantizer(member, f"cached {tensor}", site.cache, part)
         held = parse_format(dtype_name(carrier(site.compute)))
-        return StoredTensor(member, f"cached {tensor}", site.compute.name, held, nan=False)
+        return StoredTensor(member, f"cached {tensor}", site.compute.name, held)
     return None
 
 

@@ -271,9 +271,8 @@ def dense_weights(params: Params) -> Params:
 
 def _stored_runs(x: jax.Array, weight: Weight, store: Store) -> list[Any]:
     """Runs of a stack that are stored alike, arrays where they stay arrays."""
-    kind = lambda site: site.stores and (site.stores, site.activations, site.compute)
     runs, first = [], 0
-    for stored, run in itertools.groupby(weight.readers, kind):
+    for stored, run in itertools.groupby(weight.readers, lambda site: site.stored_as):
         alike = list(run)
         part = x[first : first + len(alike)]
         runs.append(store(tuple(alike), part, weight.axis) if stored else part)

@@ -7,7 +7,7 @@ which is what arrays need that a step writes; these are only read.
 What a product reads is, bit for bit, what it would make of the weights under the same `w` without
 `.stored`, if the weights were rounded to nearest.
 
-Knows jax, formats, quantizers and their arithmetic.
+Knows jax, formats, quantizers, their arithmetic and its scopes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmjax.precision.asides import rounded_to
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.formats import Format
 from lmjax.precision.quantizer import Quantizer
@@ -87,13 +88,16 @@ class Packed:
     @property
     def quantized(self) -> Quantized:
         """Elements and factors, as `dequantize` takes them."""
-        factors = Factors(self.scale, self.zero_point, self.tensor_scale)
-        wide = jax.tree.map(lambda leaf: leaf.astype(at_least_f32(leaf.dtype)), factors)
-        return Quantized(_read(self.codes, self.quantizer.format, self.axis, self.length), *wide)
+        with rounded_to(str(self.quantizer)):
+            factors = Factors(self.scale, self.zero_point, self.tensor_scale)
+            wide = jax.tree.map(lambda leaf: leaf.astype(at_least_f32(leaf.dtype)), factors)
+            values = _read(self.codes, self.quantizer.format, self.axis, self.length)
+            return Quantized(values, *wide)
 
     def dense(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight, as an array."""
-        return dequantize(self.quantized, self.quantizer, axis=self.axis, dtype=dtype)
+        with rounded_to(str(self.quantizer)):
+            return dequantize(self.quantized, self.quantizer, axis=self.axis, dtype=dtype)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("runs",), meta_fields=())

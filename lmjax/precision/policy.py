@@ -147,6 +147,11 @@ class SitePolicy:
         return self.second.quantizer
 
     @property
+    def stored_as(self) -> tuple[Quantizer, Operand | None, Format] | None:
+        """What weights have in common that are stored alike; None for those that stay arrays."""
+        return None if self.stores is None else (self.stores, self.activations, self.compute)
+
+    @property
     def backward_second(self) -> Operand | None:
         """The same in the backward products."""
         weights = self.site.kind is Kind.WEIGHT_PRODUCT

@@ -15,7 +15,8 @@ import pytest
 from experiments import bert_tiny_mlm
 from lmjax.audit import audit
 from lmjax.audit.programs import trace
-from lmjax.inspection.inspection import LEAST_ATTRIBUTED, inspect
+from lmjax.errors import InputError
+from lmjax.inspection.inspection import LEAST_ATTRIBUTED, Inspection, inspect
 from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.precision.backend import Backend, planned_for
@@ -46,17 +47,26 @@ POLICIES = (
     "p=f32,c=f16,w=e4m3@tensor.delayed,x=e4m3@tensor.delayed,g=e5m2@tensor.delayed",
     "p=f32,c=bf16,w=int4@tensor.learned,x=int8@tensor.observed2",
 )
+STORED = (
+    "mixed_bf16,w=int8@channel.stored,x=int8@tensor.static; blocks/0/mlp: w=int4@block4.stored",
+    "mixed_f16,w=nvfp4.stored",
+    "f32,w=int3@block8.affine.stored; head: w=e4m3@channel.stored",
+)
 CHEAP = POLICIES[1], POLICIES[5], POLICIES[15], POLICIES[16], POLICIES[17], POLICIES[20]
 FAMILIES = ("gpt2", "llama")
 WIDELY_USED = ("f32", "mixed_bf16", "mixed_f16", "fp8")
 
 
-def traced_failures(config: Any, program: str) -> list[tuple[str, str, str]]:
+def traced_inspection(config: Any, program: str) -> Inspection:
     phase = phase_of(config)
     mesh = sharding.make_mesh(phase.config.mesh, jax.devices()[:1])
     jaxpr = trace(program, phase, mesh).traced.jaxpr
     options = exact.COMPILER_OPTIONS
-    found = inspect(program, jaxpr, [], phase.layout, phase.sites, PARTS, options)
+    return inspect(program, jaxpr, [], phase.layout, phase.sites, PARTS, options)
+
+
+def traced_failures(config: Any, program: str) -> list[tuple[str, str, str]]:
+    found = traced_inspection(config, program)
     assert found.rows
     return [(row.site, row.tensor, finding.text) for row, finding in found.findings]
 
@@ -65,6 +75,36 @@ def traced_failures(config: Any, program: str) -> list[tuple[str, str, str]]:
 def test_what_is_traced_under_a_policy_obeys_it(policy: str, tiny: Any) -> None:
     for family, program in (("gpt2", "evaluate"), ("llama", "decode")):
         assert traced_failures(tiny(policy, family), program) == []
+
+
+def test_products_with_stored_elements_obey_their_policy(tiny: Any) -> None:
+    for policy in STORED[1:]:
+        assert traced_failures(tiny(policy), "evaluate") == []
+
+
+def test_what_is_stored_as_elements_is_audited_where_it_is_read(tiny: Any) -> None:
+    made = traced_inspection(tiny(STORED[0]), "decode")
+    assert made.findings == []
+    stored = {(r.site, r.tensor): (r.asked, r.traced) for r in made.rows}
+    assert stored["blocks/0/mlp/up", "elements"] == ("int4@block4, packed", "uint8")
+    assert stored["blocks/1/mlp/up", "elements"] == ("int8@channel", "int8")
+    assert stored["blocks/1/mlp/up", "elements, scale"] == ("int8@channel", "f32")
+    assert stored["blocks/1/mlp/up", "rounded to int8@channel"][0] == "int8@channel"
+    with pytest.raises(InputError, match="quantize the run afterwards"):
+        audit(tiny(STORED[0]), programs=("train",))
+
+
+@pytest.mark.long
+def test_an_audit_of_stored_elements_says_why_it_has_no_train_step(tiny: Any) -> None:
+    report = audit(tiny(STORED[0]))
+    assert report.failures == []
+    assert [one.name for one in report.inspections] == ["evaluate", "decode"]
+    assert "can be read, but nothing can be added to it" in report.untrained
+    compiled = {
+        row.site: row.compiled for row in report.inspections[1].rows if row.tensor == "elements"
+    }
+    assert compiled["blocks/0/mlp/up"] == {"cpu": "uint8"}
+    assert compiled["blocks/1/mlp/up"] == {"cpu": "int8"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,6 +147,15 @@ def test_a_compiled_program_obeys_its_policy(tiny: Any) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_program_of_a_policy_raises_a_false_alarm(policy: str, family: str, tiny: Any) -> None:
     assert_clean(tiny(policy, family, batch_size=8), ("train", "evaluate", "decode"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", STORED)
+def test_no_program_that_reads_elements_raises_a_false_alarm(
+    policy: str, family: str, tiny: Any
+) -> None:
+    assert_clean(tiny(policy, family, batch_size=8), ("evaluate", "decode"))
 
 
 @pytest.mark.long

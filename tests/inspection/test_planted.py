@@ -275,6 +275,13 @@ PLANTS = {
         f"{MIXED},kv=e4m3@channel",
         program="decode",
     ),
+    "elements of another format": Plant(
+        "stored otherwise",
+        "blocks/0/mlp/up",
+        f"{MIXED},w=int4@block4.stored",
+        f"{MIXED},w=int8@channel.stored",
+        program="decode",
+    ),
 }
 
 
