@@ -14,9 +14,9 @@ That is `jnp.einsum`, except on XLA's CPU backend:
   materialised first.
 - Its bf16 kernels take six times as long for one row as for two, as when a token is decoded. A
   row that is alone is therefore multiplied twice.
-- Before a product of int8, or of weights that are stored in another dtype than the activations',
-  it writes them out in a wider one. With one row, such a product is therefore a multiplication and
-  a reduction, which reads each weight once.
+- Before a product of int8 or f16, or of weights that are stored in another dtype than the
+  activations', it writes them out in a wider one. With one row, such a product is therefore a loop
+  that reads each weight once (`one_row.py`).
 
 All but the first apply to a single device only: axes that a mesh divides cannot be merged in place.
 A product of narrow operands is exact in f32, so only the order of the sum can change.
@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.precision.backend import this_backend
+from lmjax.precision.one_row import row_times
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -58,7 +59,8 @@ def contract(
     backend = this_backend().platform
     if backend != "cpu":
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
-    if (x.dtype != w.dtype or x.dtype == jnp.int8) and is_one_row(spec, x.shape):
+    slow = x.dtype != w.dtype or x.dtype in (jnp.int8, jnp.float16)
+    if slow and is_one_row(spec, x.shape):
         return _one_row(spec, x, w, precision, accumulate)
     return _on_cpu(spec, x, w, precision, accumulate)
 
@@ -77,7 +79,8 @@ def _on_cpu(
 def is_one_row(spec: str, x_shape: tuple[int, ...]) -> bool:
     """Whether `contract` reads the second operand element by element, of any dtype.
 
-    That is so on one CPU, for a single row times weights that are summed over their first axes.
+    That is so on one CPU, for a single row times weights that are summed over their first axes, or
+    over their last.
 
     Args:
       spec: as `lmjax.precision.matmul.einsum` takes it.
@@ -87,38 +90,38 @@ def is_one_row(spec: str, x_shape: tuple[int, ...]) -> bool:
         return False
     x_axes, w_axes, y_axes = axes_of(spec)
     summed = "".join(axis for axis in x_axes if axis not in y_axes)
-    kept = w_axes.removeprefix(summed)
+    kept = "".join(axis for axis in w_axes if axis not in summed)
     sizes = dict(zip(x_axes, x_shape, strict=True))
     alone = math.prod(sizes[axis] for axis in roles_of(spec).x_kept) == 1
-    first = w_axes == summed + kept and not set(kept) & set(x_axes)
-    return alone and first and bool(kept) and y_axes.endswith(kept)
+    apart = w_axes in (summed + kept, kept + summed) and not set(kept) & set(x_axes)
+    return alone and apart and bool(kept) and y_axes.endswith(kept)
 
 
 def _one_row(
     spec: str, x: jax.Array, w: jax.Array, precision: jax.lax.Precision, accumulate: Any
 ) -> jax.Array:
     _, w_axes, y_axes = axes_of(spec)
-    found = _row_times(precision, accumulate)(x.reshape(-1), w.reshape(x.size, -1))
+    turned = w_axes[-1] not in y_axes
+    shape = (-1, x.size) if turned else (x.size, -1)
+    found = _row_times(precision, accumulate, turned)(x.reshape(-1), w.reshape(shape))
     sizes = dict(zip(w_axes, w.shape, strict=True))
     return found.reshape([sizes.get(axis, 1) for axis in y_axes])
 
 
 @functools.cache
-def _row_times(precision: jax.lax.Precision, accumulate: Any) -> Any:
-    """`[K], [K, N] -> [N]`; of several rows under `vmap`, a product as for any other rows."""
+def _row_times(precision: jax.lax.Precision, accumulate: Any, turned: bool) -> Any:
+    """`row_times`; of several rows under `vmap`, a product as for any other rows."""
 
     @jax.custom_batching.custom_vmap
     def times(row: jax.Array, w: jax.Array) -> jax.Array:
-        # Written out, as it would otherwise be computed again for each output.
-        row = jax.lax.optimization_barrier(row.astype(accumulate))
-        return jnp.sum(row[:, None] * w.astype(accumulate), axis=0)
+        return row_times(row, w, turned=turned, accumulate=accumulate)
 
     @times.def_vmap
     def rows_times(size: int, batched: Any, x: jax.Array, w: jax.Array) -> Any:
         """Of `size` rows."""
         del size
         row, weights = ("r" if own else "" for own in batched)
-        spec = f"{row}k,{weights}kn->rn"
+        spec = f"{row}k,{weights}{'nk' if turned else 'kn'}->rn"
         return _on_cpu(spec, x, w.astype(x.dtype), precision, accumulate), True
 
     return times

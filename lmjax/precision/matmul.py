@@ -334,8 +334,8 @@ def _sum(
         return rounded_sum(total, site)
     dtypes = product_dtypes(this_backend(), site, of_x, of_w, terms)
     x_dtype, w_dtype = dtypes or (x.values.dtype, x.values.dtype)
-    elements = w.stored and is_one_row(spec, x.values.shape)
-    second = w.values if elements else w.values.astype(w_dtype)
+    elements = w.stored is not None and is_one_row(spec, x.values.shape)
+    second = w.values.astype(w.stored if elements else w_dtype)
     return sum_of_products(spec, x.values.astype(x_dtype), second, site)
 
 

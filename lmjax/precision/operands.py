@@ -22,6 +22,7 @@ from lmjax.precision.scaling import (
     quantize_with_scale,
 )
 from lmjax.precision.settings import Operand
+from lmjax.precision.stored import holder
 
 RandomKey = jax.Array | None
 
@@ -34,13 +35,13 @@ class Ready(NamedTuple):
       late: what the sum is still to be multiplied by, and the quantizer that this is a factor of:
         f32[], or f32 of the operand's shape, but with length 1 at the summed axes.
       factors: of the blocks of a block-scaled product.
-      stored: whether values are elements of a weight that is stored as such.
+      stored: of a weight whose elements are stored as such, a dtype that holds them; else None.
     """
 
     values: jax.Array
     late: tuple[jax.Array, Quantizer] | None = None
     factors: jax.Array | None = None
-    stored: bool = False
+    stored: Any = None
 
 
 def ready_operand(
@@ -110,7 +111,7 @@ def _ready_packed(w: Packed, operand: Operand | None, site: SitePolicy, blocks: 
         return Ready(site.to_compute(w.dense()))
     elements = w.quantized
     ready = _with_factors(elements, w.quantizer, elements.values.dtype, blocks)
-    return ready._replace(stored=not blocks)
+    return ready if blocks else ready._replace(stored=holder(w.quantizer.format))
 
 
 def current(quantizer: Quantizer, factor: jax.Array | None) -> Quantizer:

@@ -12,6 +12,7 @@ import pytest
 
 from lmjax.precision import contraction
 from lmjax.precision.backend import Backend
+from lmjax.precision.one_row import row_times
 
 SIZES = dict(zip("btskghdnvx", (2, 5, 6, 3, 2, 4, 6, 7, 9, 8), strict=True))
 SPECS = [
@@ -79,7 +80,7 @@ def test_every_form_is_the_product(spec: str, dtype, alone: str, pretend):
         np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["btk,kn->btn", "bthd,hdn->btn", "btn,nhd->bthd"])
+@pytest.mark.parametrize("spec", ["btk,kn->btn", "bthd,hdn->btn", "btn,nhd->bthd", "btd,vd->btv"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8])
 def test_elements_of_weights_are_read_as_they_are(spec: str, dtype, equations, pretend):
     """One row; several rows under vmap are a product."""
@@ -103,10 +104,21 @@ def test_elements_of_weights_are_read_as_they_are(spec: str, dtype, equations, p
     np.testing.assert_array_equal(each(rows, w), np.stack([expected, -expected, 2 * expected]))
 
 
-def test_several_rows_and_weights_summed_over_other_axes_are_products(pretend):
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("terms", [1, 7, 31, 32, 48, 96, 262, 2080, 32 * 131])
+def test_loops_over_a_row_add_up_every_product(terms: int, turned: bool):
+    """Also where a number of terms has no divisor that suits, and where sums are of many parts."""
+    drawn = np.random.default_rng(terms).integers(-8, 9, (terms, 6))
+    w = jnp.asarray(drawn[:, 1:], jnp.float16)
+    row = jnp.asarray(drawn[:, 0], jnp.bfloat16)
+    given = {"turned": turned, "accumulate": jnp.float32}
+    found = jax.jit(functools.partial(row_times, **given))(row, w.T if turned else w)
+    np.testing.assert_array_equal(found, drawn[:, 0] @ drawn[:, 1:])
+
+
+def test_several_rows_and_operands_with_shared_axes_are_products(pretend):
     pretend("one device")
     assert not contraction.is_one_row("btk,kn->btn", (1, 2, 7))
-    assert not contraction.is_one_row("btd,vd->btv", (1, 1, 7))
     assert not contraction.is_one_row("btkgh,bskh->bkgts", (1, 1, 2, 1, 4))
     pretend("eight devices")
     assert not contraction.is_one_row("btk,kn->btn", (1, 1, 7))
