@@ -23,7 +23,8 @@ from lmjax.compression.written import (
 )
 from lmjax.console.tables import Column, print_table
 from lmjax.console.wording import counted
-from lmjax.inference import load_model
+from lmjax.inference import TrainedModel, load_model
+from lmjax.runs.run_directory import class_names
 from lmjax.runs.store.remote import fetched
 
 LAYERS = (
@@ -59,26 +60,27 @@ def quantize(
       json: Print JSON.
     """
     refuse_taken(to)
-    with fetched(run) as folder:
-        model = load_model(folder)
+    with fetched(run) as source:
+        model = load_model(source)
         made = bad_input(quantize_model, model, config)
-        before = measured(model, folder)
-    after = measured(made.model, None)
-    runs = {run: before, str(to): after}
+        before = measured(model, source)
+        after = measured(made.model, None)
+        runs = {run: before, str(to): after}
 
-    def finish(folder: Path) -> None:
-        """Writes what the new run measures, its picture and its page into its directory."""
-        from lmjax.compression.report_plot import draw_quantization
+        def finish(folder: Path) -> None:
+            """Writes what the new run measures, its picture and its page into its directory."""
+            from lmjax.compression.report_plot import draw_quantization
 
-        runs[str(to)] = dataclasses.replace(after, disk=size_on_disk(folder))
-        write_result(folder, made.model, after.loss, after.accuracy)
-        picture = folder / "quantization.png"
-        draw_quantization(picture, made)
-        title = f"{run} in {config.policy}, {config.method}"
-        write_page(folder / "quantization.html", picture, title, runs, made.layers)
-        write_json(folder / "quantization.json", as_json(config, runs, made.layers))
+            runs[str(to)] = dataclasses.replace(after, disk=size_on_disk(folder))
+            labels = class_names(source, model.config)
+            write_result(folder, made.model, after.loss, after.accuracy, labels)
+            picture = folder / "quantization.png"
+            draw_quantization(picture, made)
+            title = f"{run} in {config.policy}, {config.method}"
+            write_page(folder / "quantization.html", picture, title, runs, made.layers)
+            write_json(folder / "quantization.json", as_json(config, runs, made.layers))
 
-    write_run(to, made.model, finish)
+        write_run(to, made.model, finish, source)
     if json:
         print_json(as_json(config, runs, made.layers))
         return DONE
@@ -121,27 +123,24 @@ def prune(
       json: Print JSON.
     """
     refuse_taken(to)
-    with fetched(run) as folder:
-        model = load_model(folder)
-        made = bad_input(prune_model, model, config)
-        runs = {run: measured(model, folder), str(to): measured(made.model, None)}
-    if against:
-        request = QuantizeConfig(against, calibrate=config.calibrate, windows=config.windows)
-        then = bad_input(quantize_model, made.model, request).model
-        first = bad_input(quantize_model, model, request).model
-        runs["pruned, then quantized"] = measured(then, None)
-        runs["quantized, then pruned"] = measured(bad_input(prune_model, first, config).model, None)
     content: dict[str, Any] = {}
+    with fetched(run) as source:
+        model = load_model(source)
+        made = bad_input(prune_model, model, config)
+        runs = {run: measured(model, source), str(to): measured(made.model, None)}
+        if against:
+            runs |= _beside_quantized(model, made.model, config, against)
 
-    def finish(folder: Path) -> None:
-        own = runs[str(to)] = dataclasses.replace(runs[str(to)], disk=size_on_disk(folder))
-        write_result(folder, made.model, own.loss, own.accuracy)
-        content["pattern"], content["method"] = config.pattern, config.method
-        content["sparsity"] = dict(made.sparsity)
-        content["runs"] = {name: dataclasses.asdict(one) for name, one in runs.items()}
-        write_json(folder / "pruning.json", content)
+        def finish(folder: Path) -> None:
+            own = runs[str(to)] = dataclasses.replace(runs[str(to)], disk=size_on_disk(folder))
+            labels = class_names(source, model.config)
+            write_result(folder, made.model, own.loss, own.accuracy, labels)
+            content["pattern"], content["method"] = config.pattern, config.method
+            content["sparsity"] = dict(made.sparsity)
+            content["runs"] = {name: dataclasses.asdict(one) for name, one in runs.items()}
+            write_json(folder / "pruning.json", content)
 
-    write_run(to, made.model, finish)
+        write_run(to, made.model, finish, source)
     if json:
         print_json(content)
         return DONE
@@ -152,6 +151,19 @@ def prune(
     print()
     show_runs(runs)
     return DONE
+
+
+def _beside_quantized(
+    model: TrainedModel, pruned: TrainedModel, config: PruneConfig, policy: str
+) -> dict[str, Measured]:
+    """What comes of both orders of pruning and quantizing."""
+    request = QuantizeConfig(policy, calibrate=config.calibrate, windows=config.windows)
+    then = bad_input(quantize_model, pruned, request).model
+    first = bad_input(quantize_model, model, request).model
+    return {
+        "pruned, then quantized": measured(then, None),
+        "quantized, then pruned": measured(bad_input(prune_model, first, config).model, None),
+    }
 
 
 def show_runs(runs: dict[str, Measured]) -> None:

@@ -41,6 +41,8 @@ class PruneConfig:
     """unstructured; or N:M such as 2:4: at most N of M inputs in a row are not zero."""
     sparsity: Annotated[float, from_to_below(0, 1)] = 0.5
     """Share of each output's inputs that becomes zero, if unstructured."""
+    dense: tuple[str, ...] = ()
+    """Weights that are not pruned, by path, such as blocks/mlp/down/kernel."""
     method: Literal["magnitude", "wanda"] = "magnitude"
     """Weights that go: those of least magnitude; or of least magnitude times norm of the input."""
     calibrate: Path | None = None
@@ -72,7 +74,7 @@ def prune(model: TrainedModel, config: PruneConfig) -> PrunedModel:
 
     Raises:
       InputError: the text cannot be used, or parameters are not finite.
-      ValueError: the pattern does not divide a weight.
+      ValueError: the pattern does not divide a weight, or weights to leave dense do not exist.
     """
     refuse_non_finite(model, stored=True)
     places, sites = layout(model.config.model), model.sites
@@ -82,15 +84,17 @@ def prune(model: TrainedModel, config: PruneConfig) -> PrunedModel:
         if places.stack.holds(path)
     }
     flat = paths.flatten(model.params, is_stored)
-    lengths = [(path, _shape(flat[path])[-2]) for path in inside]
-    refuse_uneven(config.pattern, lengths)
+    pruned = refuse_uneven(
+        config.pattern, {path: _shape(flat[path])[-2] for path in inside}, config.dense
+    )
     calibration = None
     if config.method == "wanda":
         batches = calibration_batches(model, config.calibrate, config.windows)
         calibration = Calibration.of(model.phase, model.evaluated, batches)
     sparsity: dict[str, float] = {}
     with stages.stage("pruning"):
-        for path, weight in inside.items():
+        for path in pruned:
+            weight = inside[path]
             masks = _Masks(config, [_norms(calibration, site.path) for site in weight.readers])
             flat[path] = _masked(flat[path], masks)
             for site, mask in zip(weight.readers, masks.made, strict=True):

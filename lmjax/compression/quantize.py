@@ -85,6 +85,12 @@ def quantize(model: TrainedModel, config: QuantizeConfig) -> QuantizedModel:
     refuse_non_finite(model)
     policy = quantized_policy(model.config.policy, config.policy)
     phase = _phase(model, policy)
+    stored = sum(site.stores is not None for site in phase.sites.values())
+    if config.keep_worst >= stored:
+        raise InputError(
+            f"keep_worst is {config.keep_worst}, but this policy quantizes the weights of only "
+            f"{stored} products; keep fewer of them"
+        )
     static = any(s.activations and s.activations.kept for s in phase.sites.values())
     calibrated = config.method != "nearest" or static
     batches = None

@@ -5,7 +5,8 @@ Knows run directories and checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lmjax.files.publishing import published_directory
 from lmjax.inference import TrainedModel
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.metrics import replace_text
-from lmjax.runs.run_directory import environment, parameters_sha256, write_config
+from lmjax.runs.run_directory import BESIDE, environment, parameters_sha256, write_config
 from lmjax.runs.state import params_alone
 
 
@@ -34,7 +35,10 @@ def refuse_taken(target: Path) -> None:
 
 
 def write_run(
-    target: Path, model: TrainedModel, finish: Callable[[Path], None] = lambda folder: None
+    target: Path,
+    model: TrainedModel,
+    finish: Callable[[Path], None] = lambda folder: None,
+    source: Path | None = None,
 ) -> None:
     """Writes a model as a run directory, which appears when it is complete.
 
@@ -42,6 +46,7 @@ def write_run(
       target: where; nothing may be there.
       model: config, parameters and tokenizer.
       finish: writes what else belongs into the directory that it is given.
+      source: the run that it was made of, whose files for export are copied.
 
     Raises:
       InputError: the place is taken.
@@ -53,6 +58,8 @@ def write_run(
             write_config(folder, model.config)
             write_json(folder / "environment.json", environment())
             model.tokenizer.save(folder / "tokenizer.json")
+            if source is not None and (source / BESIDE).is_dir():
+                shutil.copytree(source / BESIDE, folder / BESIDE)
             params, scaling = jax.tree.map(jnp.asarray, (model.params, model.scaling))
             with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
                 progress = {"train_seconds": 0.0, "corpus": "", "rewinds": []}
@@ -66,9 +73,13 @@ def write_run(
 
 
 def write_result(
-    folder: Path, model: TrainedModel, loss: float | None, accuracy: float | None
+    folder: Path,
+    model: TrainedModel,
+    loss: float | None,
+    accuracy: float | None,
+    labels: Sequence[str],
 ) -> None:
-    """Writes `result.json`, as a run has it that is done, with its held-out scores."""
+    """Writes `result.json`, as a run has it that is done: held-out scores, and names of classes."""
     config = model.config
     if loss is not None:
         result = {
@@ -79,7 +90,7 @@ def write_result(
             "parameters_sha256": parameters_sha256(model.params),
         }
         if accuracy is not None:
-            result |= {"accuracy": accuracy, "error_rate": 1 - accuracy}
+            result |= {"accuracy": accuracy, "error_rate": 1 - accuracy, "labels": [*labels]}
         write_json(folder / "result.json", result)
 
 

@@ -53,6 +53,8 @@ class DataConfig:
     validation_files: tuple[str, ...] = ()
     """Held-out files of text_files, as paths or globs, in addition to `files`; none: documents of
     `files` are held out by `validation_fraction`."""
+    labels: tuple[str, ...] = ()
+    """The classes of labelled texts in the order of their numbers; none: in alphabetical order."""
     feature: str = "text"
     """The text feature of a tfds: dataset."""
     tokenizer: str = "bytes"
@@ -92,6 +94,10 @@ class DataConfig:
         if self.labelled and self.document_mask:
             raise DataError(
                 f"dataset {self.dataset} has one text in a row; leave out document_mask"
+            )
+        if len(self.labels) == 1 or len({*self.labels}) < len(self.labels):
+            raise DataError(
+                f"data.labels is {' '.join(self.labels)}; name at least two classes, each once"
             )
         if self.tokenizer not in _TOKENIZERS and not self.tokenizer_path:
             raise DataError(

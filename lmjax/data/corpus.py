@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,7 @@ def _key(config: DataConfig, content: str) -> str:
         "feature": config.feature if config.tfds_name else None,
         "tokenizer": _tokenizer_spec(config),
         "validation_fraction": config.validation_fraction,
+        **({"labels": config.labels} if config.labels and config.labelled else {}),
     }
     name = config.tfds_name.name if config.tfds_name else config.dataset
     return f"{name}-{config.tokenizer_label}-{json_sha256(parts)[:32]}"
@@ -226,7 +227,7 @@ def _build(
         train = _write(tokenizer, texts.train, directory / "train.bin", dtype, advance)
         held_out = _write(tokenizer, texts.validation, directory / "validation.bin", dtype, advance)
     _check_window(train.tokens, held_out.tokens, window)
-    classes = _write_classes(texts, directory)
+    classes = _write_classes(texts, directory, config.labels)
     content = {
         "dataset": config.dataset,
         "dtype": dtype.str,
@@ -271,13 +272,19 @@ def _write(
     return _Written(tokens, documents, text_bytes, digest.hexdigest())
 
 
-def _write_classes(texts: TextSplits, directory: Path) -> list[str]:
+def _write_classes(texts: TextSplits, directory: Path, named: Sequence[str]) -> list[str]:
     """Writes the class of each document, if they have one; returns the labels.
 
     Raises:
-      DataError: all documents have the same.
+      DataError: all documents have the same, or one that is not among those named.
     """
-    labels = sorted({*texts.labels[0], *texts.labels[1]})
+    found = sorted({*texts.labels[0], *texts.labels[1]})
+    if named and (other := [label for label in found if label not in named]):
+        raise DataError(
+            f"a text has the label {other[0]}, but the classes are {', '.join(named)}; name those "
+            "of your texts in the same order: --data.labels"
+        )
+    labels = list(named) if named and found else found
     if len(labels) == 1:
         raise DataError(f"all texts have the label {labels[0]}: two classes are the fewest to tell")
     numbers = {label: number for number, label in enumerate(labels)}

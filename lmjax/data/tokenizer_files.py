@@ -103,7 +103,7 @@ class FileTokenizer(Tokenizer):
             return self._backend
         name = lambda word: f"\uffff{word}" if word in special else word
         listed = model["vocab"]
-        own = {
+        own: dict[str, Any] = {
             "vocab": {name(word): number for word, number in listed.items()}
             if isinstance(listed, Mapping)
             else [[name(word), score] for word, score in listed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -57,6 +58,9 @@ class Bert(Architecture):
                 "it has no head: it encodes texts, and --init-from starts training with a new one"
             )
         names = fields.any("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+        if not isinstance(names, dict) or names.keys() != {*map(str, range(len(names)))}:
+            fields.problems.append(f"id2label is {names!r}; it must number classes from 0")
+            names = {}
         return {
             "family": "encoder",
             "vocab_size": fields.integer("vocab_size"),
@@ -80,7 +84,7 @@ class Bert(Architecture):
         """See `Architecture`."""
         names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-        labels = {str(i): f"LABEL_{i}" for i in range(model.classes)}
+        labels = [f"LABEL_{i}" for i in range(model.classes)]
         return {
             "vocab_size": model.vocab_size,
             "max_position_embeddings": model.max_positions,
@@ -93,7 +97,7 @@ class Bert(Architecture):
             "layer_norm_eps": model.norm_epsilon,
             "initializer_range": model.init_std,
             "tie_word_embeddings": model.tied,
-            **({"id2label": labels} if labels else {}),
+            **(numbered(labels) if labels else {}),
             **dict.fromkeys(rates, model.dropout),
         }
 
@@ -148,6 +152,21 @@ class Bert(Architecture):
                 f"{model.width / model.heads:g}"
             )
         return found
+
+
+def numbered(labels: Sequence[str]) -> dict[str, Any]:
+    """The fields of `config.json` that name classes."""
+    return {
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+
+
+def named(values: Mapping[str, Any], classes: int) -> tuple[str, ...]:
+    """The classes that a `config.json` names; empty if it only numbers them."""
+    names = values.get("id2label") or {}
+    found = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(classes))
+    return () if found == tuple(f"LABEL_{i}" for i in range(classes)) else found
 
 
 def _norm(tensor: str, place: str) -> list[TensorRule]:

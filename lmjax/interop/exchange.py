@@ -32,12 +32,16 @@ from lmjax.precision import exact
 from lmjax.runs.checkpoint import Checkpoints
 from lmjax.runs.config import Config
 from lmjax.runs.resolved import Phase, resolve
-from lmjax.runs.run_directory import open_run, read_config, record_environment
+from lmjax.runs.run_directory import (
+    BESIDE,
+    class_names,
+    open_run,
+    read_config,
+    record_environment,
+)
 from lmjax.runs.state import abstract_params, params_alone
 from lmjax.runs.store.remote import fetched
 
-BESIDE: Final = "huggingface"
-"""Where a run keeps what it was imported with: the config, and the files of the tokenizer."""
 KEPT: Final = (
     CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
@@ -90,6 +94,7 @@ def import_run(
     _refuse_existing(workdir)
     with pretrained(folder) as found:
         tokenizer, data, notes = _tokenizer_of(found, data or DataConfig())
+        data = dataclasses.replace(data, labels=data.labels or found.labels)
         config = Config(
             precision=precision or found.precision,
             model=found.model,
@@ -158,6 +163,7 @@ def export_run(
                 params,
                 precision=precision,
                 dtype=dtype,
+                labels=class_names(workdir, config),
                 imported=ids | imported if own else imported | ids,
                 limit=limit,
             )

@@ -21,6 +21,7 @@ from lmjax.errors import InputError
 from lmjax.files.filenames import printable
 from lmjax.interop.architecture import Architecture, TensorRule
 from lmjax.interop.architectures import ARCHITECTURES
+from lmjax.interop.bert import named
 from lmjax.interop.fields import Fields
 from lmjax.interop.tensors import DTYPES, TensorFiles, few
 from lmjax.model import ModelConfig, Params, structure
@@ -54,6 +55,7 @@ class Pretrained:
       precision: the policy that it was exported with, if lmjax did, or that of its dtype.
       dtype: in which `parameters` gives them: that of the files, or f32 where they have several.
       notes: what a user should know.
+      labels: the names of its classes, by number; none if they are only numbered.
     """
 
     folder: Path
@@ -62,6 +64,7 @@ class Pretrained:
     precision: str
     dtype: np.dtype[Any]
     notes: tuple[str, ...]
+    labels: tuple[str, ...]
     files: TensorFiles = field(repr=False)
 
     def parameters(self, mesh: sharding.Mesh) -> Params:
@@ -136,7 +139,8 @@ def pretrained(folder: Path) -> Iterator[Pretrained]:
         own = values.get("lmjax")
         precision = own.get("precision") if isinstance(own, dict) else None
         precision = precision if isinstance(precision, str) else POLICIES[dtype.name]
-        yield Pretrained(folder, architecture, model, precision, dtype, notes, files)
+        labels = named(values, model.classes)
+        yield Pretrained(folder, architecture, model, precision, dtype, notes, labels, files)
     finally:
         files.close()
 

@@ -5,7 +5,7 @@ Knows the model's config and parameters; the caller publishes the folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from lmjax import strict_json
 from lmjax.interop.architecture import Architecture, TensorRule
+from lmjax.interop.bert import numbered
 from lmjax.interop.reading import CONFIG, HEAD
 from lmjax.interop.tensors import DTYPES, few, write
 from lmjax.model import ModelConfig, Params
@@ -31,6 +32,7 @@ def write_pretrained(
     *,
     precision: str,
     dtype: str | None = None,
+    labels: Sequence[str] = (),
     imported: Mapping[str, Any],
     limit: int,
 ) -> tuple[str, ...]:
@@ -44,6 +46,7 @@ def write_pretrained(
         formats, which safetensors readers do not take for parameters, as f32, which holds them all.
       precision: the policy of the run.
       dtype: f32, bf16 or f16, to which all are rounded; None: as stored.
+      labels: the names of classes, by number; none: `LABEL_0` and so on.
       imported: the `config.json` that the model was imported with; fields that lmjax does not set
         are kept.
       limit: bytes of a shard.
@@ -62,6 +65,7 @@ def write_pretrained(
         "model_type": architecture.name,
         "torch_dtype": names.pop() if len(names) == 1 else "float32",
         **architecture.fields(model),
+        **(numbered(labels) if labels else {}),
         "lmjax": {"precision": precision},
     }
     text = strict_json.dumps(config, indent=2, sort_keys=True)

@@ -17,7 +17,7 @@ Knows JAX, optax and paths of parameters.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
@@ -83,23 +83,36 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def refuse_uneven(pattern: str, lengths: Iterable[tuple[str, int]]) -> None:
+def refuse_uneven(pattern: str, inputs: Mapping[str, int], dense: Sequence[str]) -> list[str]:
     """Rejects a pattern whose groups do not divide the inputs of a weight.
 
     Args:
       pattern: of pruning.
-      lengths: paths of weights, and how many inputs each has.
+      inputs: paths of weights, and how many inputs each has.
+      dense: which of them are not pruned.
+
+    Returns:
+      The paths of those that are.
 
     Raises:
-      ValueError: names the first that it does not divide.
+      ValueError: names the first that the pattern does not divide; or no weight is to stay dense by
+        one of these paths, or all are.
     """
     _, group = parse_pattern(pattern)
-    for path, length in lengths:
-        if group and length % group:
+    for own in dense:
+        if not any(paths.matches_any((own,), path) for path in inputs):
+            raise ValueError(f"dense is {own}, but the weights are {', '.join(inputs)}")
+    pruned = [path for path in inputs if not paths.matches_any(dense, path)]
+    for path in pruned:
+        if group and inputs[path] % group:
             raise ValueError(
                 f"pruning {pattern} cuts inputs into groups of {group}, which do not divide the "
-                f"{length} inputs of {path}; choose another pattern, or leave that weight dense"
+                f"{inputs[path]} inputs of {path}; choose another pattern, or name that weight "
+                "among those to leave dense"
             )
+    if not pruned:
+        raise ValueError("all weights are to stay dense, so nothing is pruned")
+    return pruned
 
 
 def refuse_unfit(config: PruningConfig, steps: int, inputs: Mapping[str, int]) -> None:
@@ -121,8 +134,7 @@ def refuse_unfit(config: PruningConfig, steps: int, inputs: Mapping[str, int]) -
             f"pruning ends after step {last}, but the run ends after {steps} steps; prune earlier "
             "or raise --steps"
         )
-    pruned = [(p, n) for p, n in inputs.items() if not paths.matches_any(config.dense, p)]
-    refuse_uneven(config.pattern, pruned)
+    refuse_uneven(config.pattern, inputs, config.dense)
 
 
 def keep_mask(score: jax.Array, zeros: jax.Array | int, group: int = 0) -> jax.Array:

@@ -6,6 +6,7 @@ environment.json  versions, devices, XLA flags, git revision, native products: w
                   computed
 result.json       once the planned steps are done
 tokenizer.json    a copy, so that the run can generate text by itself
+huggingface/      of an imported run: what export writes again
 checkpoints/      see checkpoint.py
 metrics.jsonl, tensorboard/, curves.png   see metrics.py
 rewound/          see rewind.py
@@ -54,6 +55,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain"
 LOCK = ".lock"
 HISTORY = "history.jsonl"
 RESULT = "result.json"
+BESIDE = "huggingface"
+"""What a run was imported with: the config, and the files of the tokenizer."""
 
 CASTABLE = ("precision", "loss_scale.kind", "loss_scale.format")
 """Fields in which a run may differ from its directory if casting is allowed: the policy, and what
@@ -212,6 +215,15 @@ def finished_result(workdir: Path, config: Config) -> dict[str, Any] | None:
     path = workdir / RESULT
     result = strict_json.read(path) if path.exists() else None
     return result if result is not None and result["steps"] == config.steps else None
+
+
+def class_names(workdir: Path, config: Config) -> tuple[str, ...]:
+    """The classes that a run tells apart, by number; those of its texts are known once it is done.
+
+    Empty if they have no names, or there are none.
+    """
+    result = finished_result(workdir, config) or {}
+    return config.data.labels or tuple(result.get("labels", ()))
 
 
 def is_untrained(workdir: Path) -> bool:

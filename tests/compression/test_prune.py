@@ -72,9 +72,11 @@ def test_a_pruned_run_is_a_run(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "pruned"
-    assert verb("prune", run, "--pattern", "2:4", "--method", "wanda", "--to", target) == DONE
-    assert "50.0%" in capsys.readouterr().out
-    assert all(is_two_of_four(w) for w in kernels(load_model(target).params).values())
+    flags = ["--pattern", "2:4", "--method", "wanda", "--dense", "blocks/mlp/up/kernel"]
+    assert verb("prune", run, *flags, "--to", target) == DONE
+    assert "of 5 products: 50.0%" in capsys.readouterr().out
+    for path, w in kernels(load_model(target).params).items():
+        assert w.all() if path == "up" else is_two_of_four(w)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,8 @@ def test_a_pruned_run_is_a_run(
         (["--pattern", "3:5"], "groups of 5, which do not divide the 16 inputs of"),
         (["--pattern", "4:2"], "'4:2' is not a pattern"),
         (["--sparsity", "1"], "sparsity"),
+        (["--dense", "mlp/down"], "dense is mlp/down, but the weights are blocks/attention/"),
+        (["--dense", "blocks/**"], "all weights are to stay dense"),
     ],
 )
 def test_what_cannot_be_pruned_is_one_line(

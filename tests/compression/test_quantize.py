@@ -22,6 +22,7 @@ from lmjax.errors import InputError
 from lmjax.inference import TrainedModel, load_model, score
 from lmjax.precision.quantizer import parse_quantizer
 from lmjax.precision.scaling import dequantize, quantize_with_scale
+from lmjax.runs.run_directory import BESIDE
 
 __all__ = ["home"]
 
@@ -65,7 +66,10 @@ def test_a_quantized_run_is_what_its_policy_says_to_the_bit(
 
 def test_a_quantized_run_is_not_trained(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "int8"
+    (run / BESIDE).mkdir()
+    (run / BESIDE / "merges.txt").touch()
     assert verb("quantize", run, "--policy", "w=int8@channel", "--to", target) == DONE
+    assert (target / BESIDE / "merges.txt").exists()
     assert verb("resume", target) == DONE, "it is finished"
     (target / "result.json").unlink()
     assert verb("resume", target) == BAD_INPUT
@@ -81,6 +85,7 @@ def test_a_quantized_run_is_not_trained(run: Path, tmp_path: Path) -> None:
         (["--policy", "w=int7@chanel"], "int7@chanel"),
         (["--policy", "mixed_bf16"], "quantizes no weights"),
         (["--policy", "w=int8@channel; blocks/9: w=int8@channel"], "matches no site"),
+        (["--policy", "w=int8@channel", "--keep-worst", "6"], "of only 6 products"),
         (["--policy", "w=int8@channel", "--calibrate", "short.txt"], "fewer than the 17 of"),
         (["--policy", "w=int8@channel", "--calibrate", "cut.txt"], "is not UTF-8: byte 400"),
         (["--policy", "w=int8@channel", "--calibrate", "none.txt"], "cannot read none.txt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import numpy as np
@@ -44,6 +45,20 @@ def test_each_text_keeps_its_label_in_its_split(table):
     assert "chosen by a hash of the text" in corpus.held_out
     again = tokenized_corpus(table(rows), window=2, progress=False)
     np.testing.assert_array_equal(again.train_classes, corpus.train_classes)
+
+
+def test_named_classes_are_numbered_in_that_order(table):
+    rows = [(f"{WORDS[i % 4]} {i}", "bad" if i % 3 else "good") for i in range(40)]
+    config = table(rows)
+    plain = tokenized_corpus(config, window=2, progress=False)
+    named = dataclasses.replace(config, labels=("so-so", "good", "bad"))
+    corpus = tokenized_corpus(named, window=2, progress=False)
+    assert corpus.classes == named.labels
+    np.testing.assert_array_equal(corpus.train_classes, 2 - plain.train_classes)
+    with pytest.raises(DataError, match="has the label bad, but the classes are good, fine"):
+        tokenized_corpus(dataclasses.replace(config, labels=("good", "fine")), window=2)
+    with pytest.raises(DataError, match="name at least two classes, each once"):
+        dataclasses.replace(config, labels=("good", "good", "bad"))
 
 
 def test_batches_hold_whole_texts_padded_or_cut_in_the_middle(table):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lmjax.checks import LARGEST_F32
+from lmjax.compression.written import write_run
 from lmjax.data import ByteTokenizer, DataError
 from lmjax.errors import InputError
 from lmjax.inference import load_model
@@ -116,6 +117,28 @@ def test_a_run_is_imported_and_exported(tmp_path: Path, capsys: Any):
     ):
         with pytest.raises(InputError, match="exists; choose another --to"):
             call()
+
+
+def test_names_of_classes_survive(tmp_path: Path):
+    """So does what else a folder says, also in a run that was made of the imported one."""
+    model = ModelConfig(**SMALL, family="encoder", token_types=2, classes=3)
+    kept: dict[str, Any] = {"precision": "p=f32", "limit": 10**9}
+    kept |= {"labels": ("good", "so-so", "bad"), "imported": {"own_field": 5}}
+    (tmp_path / "hf").mkdir()
+    write_pretrained(tmp_path / "hf", ARCHITECTURES["bert"], model, drawn(model), **kept)
+    import_run(tmp_path / "hf", tmp_path / "run")
+    imported = load_model(tmp_path / "run")
+    assert imported.config.data.labels == kept["labels"]
+    write_run(tmp_path / "made", imported, source=tmp_path / "run")
+    export_run(tmp_path / "made", tmp_path / "out")
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["id2label"] == {"0": "good", "1": "so-so", "2": "bad"}
+    assert values["label2id"] == {"good": 0, "so-so": 1, "bad": 2}
+    assert values["own_field"] == 5
+    for names in ({"1": "good", "2": "bad"}, 3):
+        config_with(tmp_path / "hf", id2label=names)
+        with pytest.raises(InputError, match=r"id2label is .* it must number classes from 0"):
+            import_run(tmp_path / "hf", tmp_path / "other")
 
 
 def config_with(folder: Path, **changes: Any) -> None:
