@@ -126,10 +126,9 @@ def test_the_advised_policy_trains_like_f32_and_loses_what_was_predicted(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_underflow_in_f16_as_their_exponents_in_f32_say(name: str, home):
+@pytest.mark.parametrize(("name", "scale"), [("gpt2", 16.0), ("llama", 64.0), ("bert", 16.0)])
+def test_gradients_underflow_in_f16_as_their_exponents_in_f32_say(name: str, scale: float, home):
     """With too small a loss scale, so that some of them do, and few make others vanish."""
-    scale = 16.0
     small = {"loss_multiplier": 2.0**-10, "batch_size": 16, "telemetry": {"exact": True}}
     config = tiny_run(home, model=MODELS[name], **small)
     (wide,) = _trained(config, "f32", 8, 1)
