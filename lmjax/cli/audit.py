@@ -155,7 +155,7 @@ def _worst(rows: Sequence[AuditRow], target: str) -> str:
     return WORDS[worst] if worst is AuditVerdict.PASS else f"{count} {WORDS[worst]}"
 
 
-_TELLING = ("y", "arithmetic", "parameters")
+_TELLING = ("y", "arithmetic", "parameters", "elements")
 """Tensors whose formats say most about a module."""
 
 
