@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
 from lmjax import checks, strict_json
 from lmjax.checks import above, at_least, validate, validate_value
@@ -219,12 +219,19 @@ def _chosen(base: Config, config: Config) -> dict[str, tuple[Any, Any]]:
     return {name: values for name, values in resolved.items() if name in written}
 
 
+LATER: Final[Mapping[str, Any]] = {"data.labels": ()}
+"""Fields that came after cells had names, with the values under which they change nothing."""
+
+
 def cell_key(config: Config) -> str:
     """Returns the name of a cell: a digest of its config without the seed, and the seed.
 
-    Cells of one arm are adjacent in a listing.
+    Cells of one arm are adjacent in a listing. Fields that lmjax did not always have are left out
+    where they change nothing, so that finished cells keep their names.
     """
-    text = strict_json.dumps(run_config.identity(_seedless(config)), sort_keys=True)
+    fields = run_config.identity(_seedless(config))
+    lasting = {name: x for name, x in fields.items() if name not in LATER or x != LATER[name]}
+    text = strict_json.dumps(lasting, sort_keys=True)
     return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-seed{config.seed}"
 
 

@@ -130,6 +130,18 @@ def test_an_arm_may_have_its_own_control() -> None:
 # --- Cells ---
 
 
+def test_a_field_that_came_later_changes_no_key_until_it_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, labels=("no", "yes")))
+    key = grid.cell_key(BASE)
+    assert key != grid.cell_key(named)
+    whole = grid.run_config.identity
+    without = lambda c: {name: x for name, x in whole(c).items() if name != "data.labels"}
+    monkeypatch.setattr(grid.run_config, "identity", without)
+    assert grid.cell_key(BASE) == key
+
+
 def test_a_key_follows_from_what_is_computed() -> None:
     key = grid.cell_key(BASE)
     moved = dataclasses.replace(BASE, mesh=sharding.MeshConfig(data=1, fsdp=-1))
