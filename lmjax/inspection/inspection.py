@@ -181,13 +181,14 @@ def _order(layout: Layout, judge: TracedJudge) -> list[str]:
     inside = lambda name: layout.stack.holds(name)
 
     def rank(name: str) -> tuple[int, str, int]:
-        """Sorts by place in the model; within a stack, by member first."""
+        """Sorts by place in the model; within a stack by member first, those in common before."""
         if inside(name):
             _, member, within = name.split("/", 2)
             path = layout.stack.path(within)
             number = member.partition("-")[0]
             first = min(index for p, index in place.items() if layout.stack.holds(p))
-            key = "" if number == "*" else f"{number:>9} {member}"
+            single = member if member == number else ""
+            key = "" if number == "*" else f"{number:>9} {single}"
             return (first, key, place.get(path, 0))
         return (place.get(name, len(place)), "", 0)
 

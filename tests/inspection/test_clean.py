@@ -78,8 +78,13 @@ def test_what_is_traced_under_a_policy_obeys_it(policy: str, tiny: Any) -> None:
 
 
 def test_products_with_stored_elements_obey_their_policy(tiny: Any) -> None:
-    for policy in STORED[1:]:
-        assert traced_failures(tiny(policy), "evaluate") == []
+    assert traced_failures(tiny(STORED[2]), "evaluate") == []
+    made = traced_inspection(tiny(STORED[1]), "decode")
+    assert made.findings == []
+    inside = [row.site for row in made.rows if row.site.startswith("blocks/")]
+    alone = [not site.startswith("blocks/0-1") for site in inside]
+    assert alone == sorted(alone)  # what a block has alone follows what all have
+    assert len(set(alone)) == 2
 
 
 def test_what_is_stored_as_elements_is_audited_where_it_is_read(tiny: Any) -> None:
