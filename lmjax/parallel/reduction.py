@@ -70,8 +70,9 @@ class Reductions:
 
     def jit(self, function: Callable[..., Any], mesh: Any, **options: Any) -> Any:
         """Compiles a program that sums on a mesh; takes the options of `jax.jit`."""
-        order = sharding.backend_of(mesh).platform if self.in_order else ""
-        return exact.jit(function, fixed_order=order, **options)
+        platform = sharding.backend_of(mesh).platform
+        how = {"fixed_order" if self.in_order else "weights_in_loop": platform}
+        return exact.jit(function, **how, **options)
 
     def gradient(
         self, of_loss: Callable[[Placement], Gradient], sites: ParamSites, mesh: Any

@@ -15,11 +15,14 @@ from lmjax.precision.exact import at_least_f32
 
 
 def to_rows(row: jax.Array, x: jax.Array) -> jax.Array:
-    """`row`, `[N]`, for each row of `x`, `[..., N]`; its gradient is one sum over all leading axes.
+    """`row`, `[N]`, to be combined with each row of `x`, `[..., N]`.
 
-    Autodiff leaves out axes of length 1, and XLA's CPU backend then takes a kernel for sums over
-    rows that is a hundred times as slow.
+    Its gradient is a sum over all leading axes. Autodiff leaves out those of length 1, and XLA's
+    CPU backend then takes a kernel for sums over rows that is a hundred times as slow; so they are
+    part of the sum here.
     """
+    if 1 not in x.shape[:-1]:
+        return row
     return jax.lax.broadcast_in_dim(row, x.shape, (x.ndim - 1,))
 
 

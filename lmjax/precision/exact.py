@@ -47,7 +47,8 @@ LOOP_OPTIONS: dict[str, dict[str, bool | str]] = {
 """Compiler options for loops that are bound by reading weights.
 
 XLA moves casts of weights out of a loop, which then reads the wider copy in every turn: decoding
-GPT-2 small from bf16 took 1.3 times as long on a CPU, and from int8 needed twice the memory.
+GPT-2 small from bf16 took 1.3 times as long on a CPU, and from int8 needed twice the memory. A
+train step kept the weights of its head a second time, transposed.
 """
 
 
@@ -63,7 +64,8 @@ def jit(
     Args:
       function: the function to compile.
       fixed_order: platform whose compiler must always sum in the same order; empty: any order.
-      weights_in_loop: platform whose compiler must leave casts of weights in loops; empty: any.
+      weights_in_loop: platform whose compiler must leave what it does to weights in loops; empty:
+        any.
       options: options of `jax.jit`.
     """
     own = ORDER_OPTIONS.get(fixed_order, {}) | LOOP_OPTIONS.get(weights_in_loop, {})
