@@ -10,16 +10,16 @@ Knows the config of a run and the files that a cell leaves; nothing of processes
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from lmjax import checks, strict_json
+from lmjax.ablation.keys import cell_key, seedless
 from lmjax.checks import above, at_least, validate, validate_value
 from lmjax.files.locks import lock
 from lmjax.runs import config as run_config
@@ -193,8 +193,8 @@ class State(NamedTuple):
 
 def arm_differences(ablation: Ablation) -> list[ArmDifference]:
     """The fields in which arms differ from the base, in the order of the config."""
-    base = _seedless(ablation.base)
-    arms = {arm: _seedless(config) for arm, config in ablation.arms.items()}
+    base = seedless(ablation.base)
+    arms = {arm: seedless(config) for arm, config in ablation.arms.items()}
     differing = set().union(*(run_config.all_differences(base, config) for config in arms.values()))
     chosen = set().union(*(_chosen(ablation.base, config) for config in ablation.arms.values()))
     flat = {arm: run_config.by_name(config) for arm, config in arms.items()}
@@ -205,34 +205,14 @@ def arm_differences(ablation: Ablation) -> list[ArmDifference]:
     ]
 
 
-def _seedless(config: Config) -> Config:
-    return dataclasses.replace(config.resolved(), seed=0)
-
-
 def _chosen(base: Config, config: Config) -> dict[str, tuple[Any, Any]]:
     """The differences of resolved configs that somebody wrote down, and so must answer for.
 
     Another spelling of the same policy is none; neither is a field that both leave to be derived.
     """
     written = run_config.all_differences(base, config)
-    resolved = run_config.all_differences(_seedless(base), _seedless(config))
+    resolved = run_config.all_differences(seedless(base), seedless(config))
     return {name: values for name, values in resolved.items() if name in written}
-
-
-LATER: Final[Mapping[str, Any]] = {"data.labels": ()}
-"""Fields that came after cells had names, with the values under which they change nothing."""
-
-
-def cell_key(config: Config) -> str:
-    """Returns the name of a cell: a digest of its config without the seed, and the seed.
-
-    Cells of one arm are adjacent in a listing. Fields that lmjax did not always have are left out
-    where they change nothing, so that finished cells keep their names.
-    """
-    fields = run_config.identity(_seedless(config))
-    lasting = {name: x for name, x in fields.items() if name not in LATER or x != LATER[name]}
-    text = strict_json.dumps(lasting, sort_keys=True)
-    return f"{hashlib.sha256(text.encode()).hexdigest()[:12]}-seed{config.seed}"
 
 
 def plan(ablation: Ablation) -> dict[str, Config]:
@@ -247,12 +227,6 @@ def plan(ablation: Ablation) -> dict[str, Config]:
         if seed in ablation.seeds_of(arm)
     )
     return {cell_key(config): config for config in configs}
-
-
-def arm_and_seed(key: str) -> tuple[str, int]:
-    """What the cells of an arm have in common in their keys, and the seed of this one."""
-    arm, _, seed = key.rpartition("-seed")
-    return arm, int(seed)
 
 
 def keys_by_arm(ablation: Ablation) -> dict[str, dict[int, str]]:

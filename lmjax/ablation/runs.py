@@ -14,7 +14,8 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from lmjax.ablation.grid import Ablation, Cell, cell_key, read_state
+from lmjax.ablation.grid import Ablation, Cell, read_state
+from lmjax.ablation.keys import cell_key
 from lmjax.files.filenames import printable
 from lmjax.runs.config import differences, identity
 from lmjax.runs.metrics import read_rows

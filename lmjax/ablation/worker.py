@@ -27,6 +27,7 @@ import jax
 
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation
+from lmjax.ablation.keys import arm_and_seed
 from lmjax.console.signals import StopRequest
 from lmjax.data import DataError
 from lmjax.files.locks import lock
@@ -61,7 +62,7 @@ def work(
             key = _first(ahead, compiled)
             ahead.remove(key)
             if _run_if_free(directory, key, left[key], stop, programs):
-                compiled.add(grid.arm_and_seed(key)[0])
+                compiled.add(arm_and_seed(key)[0])
                 del left[key]
         if len(left) == count:
             if not patient:
@@ -74,9 +75,9 @@ def _first(ahead: Sequence[str], compiled: Collection[str]) -> str:
 
     Seeds are run in order, so that finished cells form pairs early.
     """
-    _, seed = grid.arm_and_seed(ahead[0])
+    _, seed = arm_and_seed(ahead[0])
     for key in ahead:
-        arm, its_seed = grid.arm_and_seed(key)
+        arm, its_seed = arm_and_seed(key)
         if its_seed == seed and arm in compiled:
             return key
     return ahead[0]

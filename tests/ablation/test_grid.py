@@ -16,10 +16,12 @@ from run_helpers import home
 
 from lmjax.ablation import grid
 from lmjax.ablation.grid import Ablation
+from lmjax.ablation.keys import cell_key
 from lmjax.data import tokenized_corpus, train_iterator
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel import sharding
 from lmjax.precision import exact, paths
+from lmjax.runs import config as run_config
 from lmjax.train import Config, InputError, create_state
 
 __all__ = ["home"]
@@ -134,21 +136,21 @@ def test_a_field_that_came_later_changes_no_key_until_it_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     named = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, labels=("no", "yes")))
-    key = grid.cell_key(BASE)
-    assert key != grid.cell_key(named)
-    whole = grid.run_config.identity
+    key = cell_key(BASE)
+    assert key != cell_key(named)
+    whole = run_config.identity
     without = lambda c: {name: x for name, x in whole(c).items() if name != "data.labels"}
-    monkeypatch.setattr(grid.run_config, "identity", without)
-    assert grid.cell_key(BASE) == key
+    monkeypatch.setattr(run_config, "identity", without)
+    assert cell_key(BASE) == key
 
 
 def test_a_key_follows_from_what_is_computed() -> None:
-    key = grid.cell_key(BASE)
+    key = cell_key(BASE)
     moved = dataclasses.replace(BASE, mesh=sharding.MeshConfig(data=1, fsdp=-1))
     spelled = dataclasses.replace(BASE, precision="full")
-    assert {grid.cell_key(c) for c in (moved, spelled, BASE.resolved())} == {key}
+    assert {cell_key(c) for c in (moved, spelled, BASE.resolved())} == {key}
     other = {
-        grid.cell_key(c)
+        cell_key(c)
         for c in (
             with_rate(BASE, 2e-3),
             dataclasses.replace(BASE, precision="mixed_bf16"),
