@@ -10,6 +10,7 @@ Knows the config of a run and the files that a cell leaves; nothing of processes
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import re
