@@ -34,6 +34,11 @@ class AuditReport:
         return AuditVerdict.worst(one.verdict for one in self.inspections)
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """Everything that a program was compiled for."""
+        return tuple(dict.fromkeys(target for one in self.inspections for target in one.targets))
+
+    @property
     def failures(self) -> list[tuple[Inspection, AuditRow, AuditFinding]]:
         """Everything that fails."""
         return [(one, row, finding) for one in self.inspections for row, finding in one.findings]

@@ -27,7 +27,7 @@ from lmjax.cli.common import (
     written,
 )
 from lmjax.cli.plan import MeshSizes, ModelChanges, changed
-from lmjax.console.tables import Column, print_table
+from lmjax.console.tables import Column, print_sentences, print_table
 from lmjax.console.wording import counted
 from lmjax.errors import InputError
 from lmjax.inspection.inspection import ATTENTION, Inspection
@@ -111,7 +111,7 @@ def show_audit(report: AuditReport, module: str, *, everything: bool) -> None:
         print(f"{one.name}: {WORDS[one.verdict]}")
         for row in rows:
             if row.tensor == ATTENTION:
-                print(f"{module_of(row.site)}: {row.traced}")
+                print_sentences([f"{module_of(row.site)}: {row.traced}"])
         if everything or module:
             _print_rows(rows, one.targets)
         else:
@@ -120,10 +120,11 @@ def show_audit(report: AuditReport, module: str, *, everything: bool) -> None:
         _print_shares(one)
         print()
     if report.untrained:
-        print(f"train: not audited: {report.untrained}")
+        print_sentences([f"train: not audited: {report.untrained}"])
     failed = len(report.failures)
     say = f"{counted(failed, 'finding')} failed" if failed else "nothing failed"
-    print(f"{WORDS[report.verdict]}: {report.precision} on {report.devices}; {say}")
+    where = ", ".join(report.targets)
+    print_sentences([f"{WORDS[report.verdict]}: {report.precision} on {where}; {say}"])
 
 
 def _print_folded(rows: Sequence[AuditRow], targets: Sequence[str]) -> None:
@@ -205,9 +206,7 @@ def _places(seen: Sequence[tuple[str, str]]) -> tuple[str, str]:
 
 def _print_shares(one: Inspection) -> None:
     for target, share in one.shares.items():
-        print(
-            f"{share.attributed:.3%} of {share.total:.4g} floating-point operations on {target} "
-            "belong to a site or a part of the step"
-        )
+        text = f"{share.attributed:.3%} of {share.total:.4g} floating-point operations on {target}"
+        print_sentences([f"{text} belong to a site or a part of the step"])
         for name, source, flops in share.rest:
             print(f"    {name}: {flops:.4g} for {source or 'nothing that it names'}")
