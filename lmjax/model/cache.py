@@ -107,8 +107,9 @@ def _inserted(old: Stored, new: Stored, start: int | jax.Array, order: tuple[int
         if not jnp.ndim(start):
             return jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=axis)
         # Row by row, which is done in place: a scatter of all rows would turn the whole cache on
-        # CPU. Narrow formats are moved as bits, since XLA widens them otherwise, and in a loop,
-        # since it would fuse a chain of updates and what follows into a pass over the cache.
+        # CPU. Narrow formats are moved as bits, since XLA widens them otherwise. To and from bits
+        # are a pass over the cache each; a single position is therefore selected in one pass, and
+        # several are put in a loop, since a chain of updates would be a pass for each.
         kind, bits, rows = old.dtype, f"uint{8 * old.dtype.itemsize}", jnp.asarray(start)
 
         def put(row: int | jax.Array, old: jax.Array) -> jax.Array:
@@ -120,9 +121,20 @@ def _inserted(old: Stored, new: Stored, start: int | jax.Array, order: tuple[int
         if kind.itemsize >= 4:
             return functools.reduce(lambda old, row: put(row, old), range(len(rows)), old)
         old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (old, new))
-        return jax.lax.bitcast_convert_type(jax.lax.fori_loop(0, len(rows), put, old), kind)
+        if new.shape[axis] == 1:
+            all_of_them = jnp.where(_is_at(rows, old.shape, axis), new, old)
+        else:
+            all_of_them = jax.lax.fori_loop(0, len(rows), put, old)
+        return jax.lax.bitcast_convert_type(all_of_them, kind)
 
     return jax.tree.map(insert, old, new)
+
+
+def _is_at(rows: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Whether a position is that of its row, or the last one if that is beyond it."""
+    along = [size if at in (0, axis) else 1 for at, size in enumerate(shape)]
+    place = jnp.minimum(rows.astype(jnp.int32), shape[axis] - 1)
+    return jax.lax.broadcasted_iota(jnp.int32, along, axis) == place.reshape(-1, 1, 1, 1)
 
 
 def _read(stored: Stored, site: SitePolicy, order: tuple[int, ...]) -> jax.Array:

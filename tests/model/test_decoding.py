@@ -137,6 +137,29 @@ def test_an_entry_is_what_the_quantizer_makes_of_it_wherever_it_stands(
         assert not read[:, 7:].any(), "what was not read yet is zero"
 
 
+@pytest.mark.parametrize("policy", ["c=f32", "c=bf16", "c=bf16,kv=int8@channel", "c=f16,kv=e4m3"])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_rows_are_written_where_each_of_them_stands(policy, positions, compile_fast):
+    """As a cache of its own does; what would not fit ends with the last position."""
+    site = parse_policy(policy).resolve("blocks/0/attention/scores")
+    sites = {"scores": site, "combine": site}
+    draw = np.random.default_rng(0).normal
+    before, k, v = (
+        jnp.asarray(draw(size=(4, t, 3, 8)), jnp.float32) for t in (6, positions, positions)
+    )
+    before, k, v = (site.to_compute(x) for x in (before, k, v))
+    starts = jnp.int32([0, 5, 3, 9])
+
+    def written(before: jax.Array, k: jax.Array, v: jax.Array, start: Any) -> Any:
+        return LayerCache.of(before, before, sites).extended(k, v, start, sites).read(sites)
+
+    alone = lambda before, k, v, start: written(before[None], k[None], v[None], start)
+    together = compile_fast(written)(before, k, v, starts)
+    each = compile_fast(jax.vmap(alone))(before, k, v, starts)
+    for found, expected in zip(together, each, strict=True):
+        np.testing.assert_array_equal(found, expected[:, 0])
+
+
 def shapes(config: Any, batch: int, length: int) -> Any:
     return jax.eval_shape(
         lambda: initial_cache(config.model, phase_of(config).sites, batch, length)
