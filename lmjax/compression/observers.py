@@ -1,7 +1,8 @@
 """Observers: which numbers the elements of a group must reach.
 
     minmax       all of them: the largest element becomes the largest of the format
-    percentile   all but a share of the largest, which are clamped
+    percentile   all but a share of the largest, which are clamped; zeros do not count, so that
+                 neither pruned weights nor the filling of a last block narrow the range
     mse          those that make the sum of squared errors least, of a grid of shares of the largest
 
 Knows quantizers and their arithmetic.
@@ -55,8 +56,10 @@ def _percentiles(groups: jax.Array, grouping: Grouping, quantizer: Quantizer) ->
     """Of magnitudes, or with a zero point of both ends; never less than nothing."""
 
     def at(x: jax.Array, share: float) -> jax.Array:
-        return grouping.reduce(lambda g, axes: jnp.percentile(g, share, axis=axes), x)
+        found = grouping.reduce(lambda g, axes: jnp.nanpercentile(g, share, axis=axes), x)
+        return jnp.where(jnp.isnan(found), jnp.zeros_like(found), found)
 
+    groups = jnp.where(groups == 0, jnp.full_like(groups, jnp.nan), groups)
     if quantizer.affine:
         low, high = at(groups, 100 - PERCENTILE), at(groups, PERCENTILE)
         return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)

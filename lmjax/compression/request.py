@@ -33,7 +33,8 @@ class QuantizeConfig:
     method: Method = "nearest"
     """How weights are rounded: to nearest, or by GPTQ, AWQ or SmoothQuant."""
     observer: Observer = "minmax"
-    """What factors cover: minmax all of a group; percentile 99.9% of it; mse what errs least."""
+    """What factors cover: minmax all of a group; percentile 99.9% of its non-zeros; mse what errs
+    least."""
     windows: Annotated[int, at_least(1)] = 64
     """The most windows of the calibration text, each as long as the context; or texts of it."""
     keep_worst: Annotated[int, at_least(0)] = 0

@@ -195,3 +195,18 @@ def test_observers_clamp_outliers_and_mse_errs_least(name: str) -> None:
     assert error("mse") < 0.95 * error("minmax")
     covered = observed_factors(w, quantizer, "percentile", axis=0).scale
     assert (covered < observed_factors(w, quantizer, "minmax", axis=0).scale).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["int8@block32", pytest.param("int8@channel", marks=pytest.mark.long)]
+)
+def test_percentiles_count_neither_pruned_weights_nor_the_filling_of_a_block(name: str) -> None:
+    quantizer = parse_quantizer(name)
+    covered = lambda w, observer: observed_factors(w, quantizer, observer, axis=0)
+    lone = jnp.zeros((161, 2)).at[160, 0].set(3.0)
+    np.testing.assert_array_equal(covered(lone, "percentile").scale, covered(lone, "minmax").scale)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(161, 2)), jnp.float32)
+    found = gptq(w, np.eye(161), quantizer, "percentile")
+    nearest = quantize_with_scale(w, quantizer, axis=0, factors=covered(w, "percentile"))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(nearest), strict=True):
+        np.testing.assert_array_equal(one, other)
