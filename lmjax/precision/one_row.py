@@ -23,6 +23,9 @@ import jax.numpy as jnp
 TERMS = 32
 """Most products in one loop. XLA splits one of 64, and computes its parts again and again."""
 
+FEWEST = 8
+"""Fewest terms and neighbours for which such loops pay."""
+
 SUMMANDS = 128
 """Most arrays that are added in one loop."""
 
@@ -41,19 +44,24 @@ def row_times(row: jax.Array, w: jax.Array, *, turned: bool, accumulate: Any) ->
     """
     # Written out, as it would otherwise be computed again for each output.
     row = jax.lax.optimization_barrier(row.astype(accumulate))
-    return (_along_rows if turned else _along_columns)(row, w, accumulate)
-
-
-def _along_columns(row: jax.Array, w: jax.Array, accumulate: Any) -> jax.Array:
+    few, many = LANES
+    lanes = _largest_divisor(row.size, few if row.size <= few * 2 * TERMS else many)
     terms = _largest_divisor(row.size, TERMS)
+    if (lanes if turned else terms) < FEWEST:
+        axis = 1 if turned else 0
+        return jnp.sum(jnp.expand_dims(row, 1 - axis) * w.astype(accumulate), axis)
+    if turned:
+        return _along_rows(row, w, lanes, accumulate)
+    return _along_columns(row, w, terms, accumulate)
+
+
+def _along_columns(row: jax.Array, w: jax.Array, terms: int, accumulate: Any) -> jax.Array:
     x, cut = row.reshape(-1, terms, 1), w.reshape(-1, terms, w.shape[1])
     products = (x[:, b] * cut[:, b].astype(accumulate) for b in range(terms))
     return _summed(_written(_total(products)))
 
 
-def _along_rows(row: jax.Array, w: jax.Array, accumulate: Any) -> jax.Array:
-    few, many = LANES
-    lanes = _largest_divisor(row.size, few if row.size <= few * 2 * TERMS else many)
+def _along_rows(row: jax.Array, w: jax.Array, lanes: int, accumulate: Any) -> jax.Array:
     x, cut = row.reshape(-1, lanes), w.reshape(len(w), -1, lanes)
     products = [x[None, j] * cut[:, j].astype(accumulate) for j in range(len(x))]
     parts = [_written(_total(products[i : i + TERMS])) for i in range(0, len(products), TERMS)]

@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     of a pool allocate at this size it always returns, so programs run in the thread that calls
     them.
 
-    Call it before JAX sees its devices. The first half does nothing without glibc.
+    Call it before JAX sees its devices. Another C library than glibc keeps what it keeps.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of mallopt(3)
