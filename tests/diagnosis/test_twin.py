@@ -141,7 +141,7 @@ def test_the_twin_of_a_policy_with_itself_is_all_zeros(
 @pytest.mark.long
 def test_gradients_whose_squares_vanish_have_the_errors_of_larger_ones(tiny, opened, draw_batch):
     """A power of two changes no relative error, as long as the exponents of bf16 suffice."""
-    config, scale = tiny("p=f32,c=bf16"), 2.0**-70
+    config, scale = tiny("p=f32,c=bf16"), 2.0**-64
     small = LossScaleConfig(kind="static", initial=scale, minimum=scale)
     configs = config, dataclasses.replace(config, loss_scale=small)
     both = (twin(opened(one), draw_batch(one)).differences for one in configs)
