@@ -44,6 +44,7 @@ OTHER: dict[str, Any] = {
     "data.feature": "body",
     "data.tokenizer": "bpe",
     "data.end_of_document": "</s>",
+    "data.labels": ("no", "yes"),
     "init_from": "elsewhere",
     "optimizer.extensions": ("4:constant",),
     "optimizer.no_decay": (),
