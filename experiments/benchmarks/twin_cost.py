@@ -3,8 +3,8 @@
 Command:   python -m experiments.benchmarks.twin_cost --rounds 9
 Hardware:  any
 Time:      2 minutes on 2 CPU cores, most of it compilation
-Expected:  a twin of bf16 and f32 takes 4.4 (3.6 to 4.6) times as long as a step in bf16, and 3.3
-           (3.2 to 4.2) times as long as one in f32, on an AMD EPYC with AVX512-BF16
+Expected:  a twin of bf16 and f32 takes 4.5 (4.4 to 4.6) times as long as a step in bf16, and 3.3
+           (3.3 to 3.4) times as long as one in f32, on an AMD EPYC with AVX512-BF16
 
 A twin takes three gradients, one under the reference and two under the policy, and compares every
 tensor twice. In each round the twin and both steps take their turn; a ratio is that of two times
