@@ -8,7 +8,7 @@ after another. Knows JAX and masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,9 +142,9 @@ class Tiling:
         found = Pairs([], [])
         for i in range(self.query_blocks):
             for j in range(self.key_blocks):
-                if self.start is not None and self._ask(mask.must_see, i, j, all):
+                if self._must_see(mask, i, j):
                     found.whole.append((i, j))
-                elif all_of_them or self.start is None or self._ask(mask.may_see, i, j, any):
+                elif all_of_them or self._may_see(mask, i, j):
                     found.cut.append((i, j))
         return found
 
@@ -157,21 +157,25 @@ class Tiling:
         ends = range(self.query_size, keys, self.query_size)
         return next((end for end in ends if not mask.may_see(rows, range(end, keys))), keys)
 
-    def _ask(
-        self,
-        sees: Callable[[range, range], bool],
-        i: int,
-        j: int,
-        enough: Callable[[Iterable[bool]], bool],
-    ) -> bool:
-        """What a mask says of the queries of each part in block i, and the keys of block j."""
+    def _must_see(self, mask: Mask, i: int, j: int) -> bool:
+        """Whether each query of block i sees each key of block j, none of which is padding."""
+        keys = self._keys(j)
+        known = self.start is not None and keys.stop <= self.keys
+        return known and all(mask.must_see(rows, keys) for rows in self._rows(i))
+
+    def _may_see(self, mask: Mask, i: int, j: int) -> bool:
+        unknown = self.start is None
+        return unknown or any(mask.may_see(rows, self._keys(j)) for rows in self._rows(i))
+
+    def _keys(self, j: int) -> range:
+        return range(j * self.key_size, (j + 1) * self.key_size)
+
+    def _rows(self, i: int) -> list[range]:
+        """Indices of the queries of block i, by part."""
         assert self.start is not None
-        keys = range(j * self.key_size, (j + 1) * self.key_size)
-        if enough is all and keys.stop > self.keys:  # some are padding
-            return False
         own = self.queries // self.parts
         firsts = (self.start + part * own + i * self.query_size for part in range(self.parts))
-        return enough(sees(range(first, first + self.query_size), keys) for first in firsts)
+        return [range(first, first + self.query_size) for first in firsts]
 
 
 def visit(

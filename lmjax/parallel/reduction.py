@@ -187,6 +187,7 @@ def reduced_gradient(gradient: Gradient, sites: ParamSites, mesh: Any) -> Gradie
     def whole(
         params: Any, batch: Any, key: jax.Array, scale: jax.Array, slots: Any, factors: Any
     ) -> tuple[tuple[Any, Any], jax.Array]:
+        """Gradients and measurements of all parts together, and the mean of their losses, f32[]."""
         # The rows of one device are adjacent, so this moves nothing.
         cut = jax.tree.map(lambda rows: rows.reshape(parts, -1, *rows.shape[1:]), batch)
         keys = jax.random.split(key, parts)
