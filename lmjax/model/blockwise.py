@@ -38,7 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lmjax.model.sheet import INSIDE, Given, Measured, Rules, Sheet, Visible, where
 from lmjax.model.tiling import Index, add_to, put, taken
 from lmjax.precision.asides import aside
-from lmjax.precision.contraction import not_before
+from lmjax.precision.contraction import contract, not_before
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.probes import Rounded, measure
 
@@ -114,9 +114,9 @@ class _State(NamedTuple):
     """What the queries of a block have seen: largest score, sum and weighted values.
 
     Attributes:
-      top: `[B, K, 1, R]`.
-      total: `[B, K, 1, R]`.
-      read: `[B, K, H, R]`.
+      top: `[B, L, 1, R]`.
+      total: `[B, L, 1, R]`.
+      read: `[B, L, H, R]`.
     """
 
     top: jax.Array
@@ -169,7 +169,7 @@ def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     sums = None
     if wide is not None:
         with rules.softmax.scope:
-            sums = jnp.sum(wide * g.astype(wide.dtype), -1, keepdims=True)
+            sums = _sum_of_each_head(wide, g.astype(wide.dtype))
             sums = sums * (rules.divisor(q.shape[-1]) / rules.divisor(tiling.keys))
             sums = jnp.swapaxes(tiling.split_queries(sums), -1, -2).astype(sheet.dtype)
     inside = {
@@ -213,15 +213,26 @@ def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     return (*gradients, None, returned)
 
 
+def _sum_of_each_head(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Of `x * y` over the last axis, `[..., 1]`.
+
+    A contraction: XLA's CPU backend would reduce the product in another order of its axes, of
+    which some have length 1, and take fifty times as long.
+    """
+    highest = jax.lax.Precision.HIGHEST
+    spec = "btkgh,btkgh->btkg"
+    return contract(spec, x, y, precision=highest, accumulate=x.dtype)[..., None]
+
+
 class _Blocks(NamedTuple):
     """What the backward pass reads for one block of scores: its queries' and its keys'.
 
     Attributes:
-      query, cotangent: `[B, K, R, H]`.
-      logarithm: of the sum of exponentials, `[B, K, 1, R]`.
+      query, cotangent: `[B, L, R, H]`.
+      logarithm: of the sum of exponentials, `[B, L, 1, R]`.
       sums: `sum_keys(p dp)`, likewise; None where the block holds all keys.
-      key, value: `[B, K, C, H]`.
-      turned: the keys as `[B, K, H, C]`.
+      key, value: `[B, L, C, H]`.
+      turned: the keys as `[B, L, H, C]`.
     """
 
     query: jax.Array
@@ -244,7 +255,7 @@ class _Blocks(NamedTuple):
 def _returned(
     sheet: Sheet, blocks: _Blocks, visible: Visible, keep: jax.Array | None, slots: Measured
 ) -> tuple[jax.Array, jax.Array, jax.Array, Measured]:
-    """What one block adds to dq `[B, K, H, R]`, dk and dv `[B, K, C, H]`, and its measurements."""
+    """What one block adds to dq `[B, L, H, R]`, dk and dv `[B, L, C, H]`, and its measurements."""
     rules, dtype = sheet.rules, sheet.dtype
     scores = sheet.scores(blocks.query, blocks.key, visible)
     of_weights = rules.product("bkch,bkrh->bkcr", blocks.value, blocks.cotangent, rules.combine)
@@ -297,7 +308,7 @@ def _looked_at(
     of_weights: jax.Array,
 ) -> Measured:
     """What slots measure of one block: cotangents of scores, weights before and after dropout, and
-    the cotangents of the latter, `[B, K, C, R]` each.
+    the cotangents of the latter, `[B, L, C, R]` each.
     """
     scores, softmax, product = rules.scores, rules.softmax, rules.combine
     tensors = {

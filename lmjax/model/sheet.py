@@ -86,7 +86,7 @@ class Given(NamedTuple):
 
 
 class Sheet:
-    """Blocks of scores, forwards and backwards alike: `[B, K, C, R]`."""
+    """Blocks of scores, forwards and backwards alike: `[B, L, C, R]`."""
 
     def __init__(
         self, rules: Rules, q: jax.Array, k: jax.Array, given: Given, slots: Measured
@@ -138,17 +138,18 @@ class Sheet:
             return where(visible, scores, -jnp.inf)
 
     def keep(self, i: Index, j: Index) -> jax.Array | None:
-        """Which weights of a block dropout keeps, `[B, K, C, R]`; None: all."""
-        keys, rate = self.given.keys, self.rules.dropout
+        """Which weights of a block dropout keeps, `[B, L, C, R]`; None: all."""
+        keys, rate, tiling = self.given.keys, self.rules.dropout, self.tiling
         if keys is None or rate == 0.0:
             return None
-        index = i * self.tiling.key_blocks + j
-        shape = self.tiling.key_size, self.tiling.rows
+        index = i % tiling.query_blocks * tiling.key_blocks + j % tiling.key_blocks
+        shape = tiling.key_size, tiling.rows
 
         def one(key: jax.Array) -> jax.Array:
             return jax.random.bernoulli(jax.random.fold_in(key, index), 1.0 - rate, shape)
 
         with self.rules.softmax.scope:
+            keys = tiling.heads_of(keys, i)
             return jax.vmap(jax.vmap(one))(keys)[..., : self.seen(i), :]
 
     def dropped(self, x: jax.Array, keep: jax.Array | None) -> jax.Array:

@@ -14,18 +14,6 @@ import jax.numpy as jnp
 from lmjax.precision.exact import at_least_f32
 
 
-def to_rows(row: jax.Array, x: jax.Array) -> jax.Array:
-    """`row`, `[N]`, to be combined with each row of `x`, `[..., N]`.
-
-    Its gradient is a sum over all leading axes. Autodiff leaves out those of length 1, and XLA's
-    CPU backend then takes a kernel for sums over rows that is a hundred times as slow; so they are
-    part of the sum here.
-    """
-    if 1 not in x.shape[:-1]:
-        return row
-    return jax.lax.broadcast_in_dim(row, x.shape, (x.ndim - 1,))
-
-
 @jax.custom_vjp
 def add_to_rows(x: jax.Array, row: jax.Array) -> jax.Array:
     """`x + row`, where the axes of `row` are the last ones of `x`.

@@ -86,7 +86,7 @@ def is_one_row(spec: str, x_shape: tuple[int, ...]) -> bool:
       spec: as `lmjax.precision.matmul.einsum` takes it.
       x_shape: shape of the first operand.
     """
-    if not _is_one_cpu():
+    if not is_one_cpu():
         return False
     x_axes, w_axes, y_axes = axes_of(spec)
     summed = "".join(axis for axis in x_axes if axis not in y_axes)
@@ -203,7 +203,7 @@ def relaid(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     On one CPU it stands in memory as its shape says. XLA would otherwise give the dot another
     layout, for which it has no bf16 kernel.
     """
-    if _is_one_cpu() and x.shape[order[-1]] % 2 == 0:
+    if is_one_cpu() and x.shape[order[-1]] % 2 == 0:
         return _materialised(x, order)
     return jnp.transpose(x, order)
 
@@ -215,12 +215,13 @@ def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
 
     Barriers and control dependences do not survive XLA's CPU pipeline until it schedules.
     """
-    if not _is_one_cpu():
+    if not is_one_cpu():
         return x
     return x * (1 + 0 * g.reshape(-1)[:1].astype(x.dtype)).reshape((1,) * x.ndim)
 
 
-def _is_one_cpu() -> bool:
+def is_one_cpu() -> bool:
+    """Whether the program is for a single CPU device."""
     return this_backend().platform == "cpu" and jax.device_count() == 1
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmjax.model import blockwise
+from lmjax.model import blockwise, tiling
 from lmjax.model.attention import Attention
 from lmjax.model.attention_form import BLOCKWISE, Form
 from lmjax.model.mask import CAUSAL, Bidirectional, CausalWithinDocuments, Padded, indices_from
@@ -239,6 +239,27 @@ def test_dropout_drops_the_same_weights_in_both_passes(compile_fast):
         ones = np.asarray(compile_fast(run)(q, k, jnp.ones_like(v)))
         assert 0.85 < ones[:, 8:].mean() < 1.15
         assert np.ptp(ones) > 0.2
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_heads_are_attended_to_in_groups_whose_scores_fit_the_cache(
+    mask, monkeypatch, compile_fast
+):
+    """To the bit as all at once, and dropout drops the same."""
+    arrays, keys = drawn(jnp.float32), jax.random.split(jax.random.key(1), (2, 2))
+    rules, given = rules_of("f32", block=8, dropout=0.4), Given(MASKS[mask], 0, keys)
+    cut = lambda: tiling.Tiling.of(*arrays[:2], block=8, strip=8, parts=1, start=0)
+    run = lambda q, k, v: blockwise.attend(rules, q, k, v, given, {})
+    together = gradients(run, arrays, compile_fast)
+    assert cut().head_groups == 1  # many devices, which may divide the heads
+    monkeypatch.setattr(tiling, "is_one_cpu", lambda: True)
+    assert cut().head_groups == 1
+    of_a_head = 2 * 8 * 2 * 8  # rows, keys, query heads of a key head, queries
+    monkeypatch.setattr(tiling, "CACHED_SCORES", of_a_head)
+    assert cut().head_groups == 2
+    jax.clear_caches()
+    for found, expected in zip(gradients(run, arrays, compile_fast), together, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

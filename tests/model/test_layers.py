@@ -143,6 +143,17 @@ def test_norms_of_large_bf16_activations_are_right(policy: str):
     np.testing.assert_allclose(np.asarray(y, np.float32), wanted, atol=0.05)
 
 
+@pytest.mark.parametrize("leading", [(1, 6), (6, 1), (1, 1, 6), (1, 1)])
+def test_norms_sum_without_leading_axes_of_length_1(leading, equations):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(*leading, 16)), jnp.float32)
+    norm = Norm(16, ModelConfig(width=16))
+    run = lambda x: jax.vjp(lambda x: norm(x, site("f32", "norm")), x)[1](x)[0]
+    assert run(x).shape == x.shape
+    sums = equations(jax.make_jaxpr(run)(x), "reduce_sum")
+    assert sums
+    assert all(1 not in each.invars[0].aval.shape[:-1] for each in sums)
+
+
 def test_layer_norm_removes_the_mean_and_rms_norm_does_not():
     x = jnp.asarray(np.random.default_rng(0).normal(5.0, 1.0, (1, 1, 16)), jnp.float32)
     mean = lambda kind: float(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmjax.precision import exact
-from lmjax.precision.broadcast import add_to_rows, to_rows
+from lmjax.precision.broadcast import add_to_rows
 
 
 def pulled_back(g: jax.Array, row_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -43,13 +43,3 @@ def test_the_gradient_is_rounded_once(dtype, row_shape: tuple[int, ...]):
 def test_it_adds():
     x, row = jnp.ones((2, 3), jnp.float16), jnp.arange(3, dtype=jnp.float16)
     assert add_to_rows(x, row).tolist() == [[1.0, 2.0, 3.0]] * 2
-
-
-@pytest.mark.parametrize("leading", [(1, 6), (6, 1), (1, 1, 6)])
-def test_the_gradient_of_a_shared_row_is_one_sum_that_includes_axes_of_length_1(leading, equations):
-    x = jnp.arange(18, dtype=jnp.float32).reshape(*leading, 3)
-    pulled = lambda row: jax.vjp(lambda row: x * to_rows(row, x), row)[1](x)[0]
-    row = jnp.ones(3, jnp.float32)
-    np.testing.assert_array_equal(pulled(row), jnp.sum(x * x, tuple(range(len(leading)))))
-    (total,) = equations(jax.make_jaxpr(pulled)(row), "reduce_sum")
-    assert total.params["axes"] == tuple(range(len(leading)))
