@@ -29,7 +29,7 @@ from lmjax.parallel import sharding
 from lmjax.plan.memory import expected_memory
 from lmjax.runs.resolved import phase_of
 from lmjax.train import Config, create_state, make_train_step
-from lmjax.train.memory import free_bytes, keep_freed_memory
+from lmjax.train.memory import free_bytes, keep_freed_memory, return_freed_memory
 from lmjax.train.utilisation import flops_per_token
 
 FORMATS = {"f32": jnp.float32, "mixed_bf16": jnp.bfloat16, "mixed_f16": jnp.float16}
@@ -308,6 +308,7 @@ def main() -> None:
     start = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - start
+    return_freed_memory()  # as runs do
     state, result = compiled(state, batch)
     answer(compile_seconds=compile_seconds, loss=float(loss_of(result)))
     for line in sys.stdin:

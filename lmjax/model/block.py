@@ -19,6 +19,7 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Norm, dropout
 from lmjax.model.mask import Mask, Position
 from lmjax.model.parametrisation import parametrisation_of
+from lmjax.model.recompute import recomputed
 from lmjax.model.sites import Context, Sites, at_site, give, take, within, within_site
 from lmjax.model.standard import Branches, PlainBranches
 from lmjax.precision.policy import SitePolicy
@@ -88,9 +89,10 @@ class Mlp(nnx.Module):
         """The activation of `hidden [B, T, M]`, or `hidden` times SiLU of a gate of that shape."""
         hidden = take(hidden, site, context.probe)
         if gate is None:
-            hidden = ACTIVATIONS[self.activation](hidden)
+            hidden = recomputed(ACTIVATIONS[self.activation], site, hidden)
         else:
-            hidden = jax.nn.silu(site.to_compute(gate)) * hidden
+            gated = lambda hidden, gate: jax.nn.silu(gate) * hidden
+            hidden = recomputed(gated, site, hidden, site.to_compute(gate))
         return give(self.scales.activated(hidden), site, context.probe)
 
 

@@ -157,7 +157,9 @@ def _backward(rules: Rules, saved: Any, g: jax.Array) -> tuple[Any, ...]:
     q, k, v, given, slots, logarithms, wide = saved
     # Else XLA would compute the scores again early, or not at all, and keep those of every block.
     with rules.scores.scope, aside("entering"):
-        q = not_before(g, q)
+        q, k = not_before(g, q), not_before(g, k)
+    with rules.combine.scope, aside("entering"):
+        v = not_before(g, v)
     sheet = Sheet(rules, q, k, given, slots)
     tiling = sheet.tiling
     with rules.scores.scope:

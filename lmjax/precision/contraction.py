@@ -211,13 +211,13 @@ def relaid(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
 def not_before(g: jax.Array, x: jax.Array) -> jax.Array:
     """`x`, which a program for one CPU reads only once `g` is known.
 
-    NaN if the first element of `g` is not finite, which makes the step one to skip all the same.
-
     Barriers and control dependences do not survive XLA's CPU pipeline until it schedules.
     """
     if not is_one_cpu():
         return x
-    return x * (1 + 0 * g.reshape(-1)[:1].astype(x.dtype)).reshape((1,) * x.ndim)
+    first = g.reshape(-1)[:1]
+    zero = 0 * jnp.where(jnp.isfinite(first), first, jnp.zeros_like(first)).astype(x.dtype)
+    return x * (1 + zero).reshape((1,) * x.ndim)
 
 
 def is_one_cpu() -> bool:

@@ -40,6 +40,7 @@ from lmjax.train.classes import held_out_classes
 from lmjax.train.evaluate import held_out_loss
 from lmjax.train.exhaustion import exhaustion_explained, refuse_oversized
 from lmjax.train.log import StepLog
+from lmjax.train.memory import return_freed_memory
 from lmjax.train.programs import PhasePrograms, Programs
 from lmjax.train.records import (
     draw,
@@ -274,6 +275,7 @@ def _enter_phase(run: Run, batch: Batch, programs: Programs) -> PhasePrograms:
     steps = programs.phase(entered, run.mesh, run.state, batch)
     for step in filter(None, (steps.train, steps.watched)):
         refuse_oversized(step, entered.config)
+    return_freed_memory()
     if run.config.audit:
         audit_beside(entered, run.mesh, steps.jaxpr, steps.train, run.workdir)
     return steps

@@ -31,6 +31,21 @@ print(min(faults) * resource.getpagesize())
 """
 
 
+BETWEEN = """
+from pathlib import Path
+from lmjax.train.memory import keep_freed_memory, return_freed_memory
+keep_freed_memory()
+import numpy as np
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+arrays = [np.ones(2**17) for _ in range(200)]  # 1 MiB each
+last = np.ones(2**17)
+del arrays
+kept = resident()
+return_freed_memory()
+print(kept - resident(), last.sum())
+"""
+
+
 class Device:
     """A device that says what it has, or does not."""
 
@@ -55,3 +70,10 @@ def test_a_repeated_program_finds_its_memory_as_it_left_it() -> None:
     command = [sys.executable, "-c", FAULTS]
     ran = subprocess.run(command, env=os.environ | tunables, capture_output=True, check=True)
     assert int(ran.stdout) < 2**22
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="needs glibc")
+def test_freed_memory_below_what_is_used_is_returned() -> None:
+    command = [sys.executable, "-c", BETWEEN]
+    ran = subprocess.run(command, capture_output=True, check=True)
+    assert int(ran.stdout.split()[0]) > 190 * 2**20
