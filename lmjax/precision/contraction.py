@@ -16,7 +16,8 @@ That is `jnp.einsum`, except on XLA's CPU backend:
   row that is alone is therefore multiplied twice.
 - Before a product of int8 or f16, or of weights that are stored in another dtype than the
   activations', it writes them out in a wider one. With one row, such a product is therefore a loop
-  that reads each weight once (`one_row.py`).
+  that reads each weight once (`one_row.py`), and with few rows, weights are widened in pieces that
+  stay in the cache (`few_rows.py`).
 
 All but the first apply to a single device only: axes that a mesh divides cannot be merged in place.
 A product of narrow operands is exact in f32, so only the order of the sum can change.
@@ -36,9 +37,13 @@ import jax
 import jax.numpy as jnp
 
 from lmjax.precision.backend import this_backend
+from lmjax.precision.few_rows import SMALLEST, in_pieces
 from lmjax.precision.one_row import row_times
 
 CPU_INFO = Path("/proc/cpuinfo")
+
+FEW_ROWS = 64
+"""Most rows for which widening a weight takes as long as multiplying by it."""
 
 Axes = tuple[tuple[int, ...], tuple[int, ...]]
 """Axes of the first operand and of the second."""
@@ -52,7 +57,7 @@ def contract(
     Args:
       spec: as `lmjax.precision.matmul.einsum` takes it.
       x: the first operand.
-      w: the second operand, where `is_one_row` in any dtype that holds numbers of `x`'s.
+      w: the second operand, where `few_rows` in any dtype that holds numbers of `x`'s.
       precision: precision of the product.
       accumulate: dtype of the sum and of the result.
     """
@@ -60,8 +65,12 @@ def contract(
     if backend != "cpu":
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
     slow = x.dtype != w.dtype or x.dtype in (jnp.int8, jnp.float16)
-    if slow and is_one_row(spec, x.shape):
-        return _one_row(spec, x, w, precision, accumulate)
+    if slow and (rows := few_rows(spec, x.shape)):
+        if rows == 1:
+            return _one_row(spec, x, w, precision, accumulate)
+        if w.size >= SMALLEST:
+            return _few_rows(spec, x, w, precision, accumulate)
+        w = w.astype(x.dtype)
     return _on_cpu(spec, x, w, precision, accumulate)
 
 
@@ -76,25 +85,42 @@ def _on_cpu(
     return product(spec, x, w, precision=algorithm, preferred_element_type=accumulate)
 
 
-def is_one_row(spec: str, x_shape: tuple[int, ...]) -> bool:
-    """Whether `contract` reads the second operand element by element, of any dtype.
+def few_rows(spec: str, x_shape: tuple[int, ...]) -> int:
+    """How many rows the first operand has, if `contract` takes a second one of any dtype; else 0.
 
-    That is so on one CPU, for a single row times weights that are summed over their first axes, or
-    over their last.
+    On one CPU it does for at most `FEW_ROWS` rows, times weights that are summed over their first
+    axes, or over their last.
 
     Args:
       spec: as `lmjax.precision.matmul.einsum` takes it.
       x_shape: shape of the first operand.
     """
     if not is_one_cpu():
-        return False
+        return 0
     x_axes, w_axes, y_axes = axes_of(spec)
     summed = "".join(axis for axis in x_axes if axis not in y_axes)
     kept = "".join(axis for axis in w_axes if axis not in summed)
     sizes = dict(zip(x_axes, x_shape, strict=True))
-    alone = math.prod(sizes[axis] for axis in roles_of(spec).x_kept) == 1
+    rows = math.prod(sizes[axis] for axis in roles_of(spec).x_kept)
     apart = w_axes in (summed + kept, kept + summed) and not set(kept) & set(x_axes)
-    return alone and apart and bool(kept) and y_axes.endswith(kept)
+    suits = apart and bool(kept) and y_axes.endswith(kept)
+    return rows if suits and rows <= FEW_ROWS else 0
+
+
+def _few_rows(
+    spec: str, x: jax.Array, w: jax.Array, precision: jax.lax.Precision, accumulate: Any
+) -> jax.Array:
+    _, w_axes, y_axes = axes_of(spec)
+    plan = roles_of(spec)
+    turned = w_axes[-1] not in y_axes
+    rows = jnp.transpose(x, plan.x_order).reshape(-1, math.prod(x.shape[a] for a in plan.x_summed))
+    shape = (-1, rows.shape[1]) if turned else (rows.shape[1], -1)
+    flat = "rk,nk->rn" if turned else "rk,kn->rn"
+    multiply = lambda piece: _on_cpu(flat, rows, piece.astype(x.dtype), precision, accumulate)
+    found = in_pieces(multiply, w.reshape(shape), axis=0 if turned else 1)
+    x_kept = [x.shape[axis] for axis in plan.x_order[: len(plan.x_kept)]]
+    w_kept = [size for size, axis in zip(w.shape, w_axes, strict=True) if axis in y_axes]
+    return jnp.transpose(found.reshape(*x_kept, *w_kept), plan.y_order)
 
 
 def _one_row(

@@ -56,7 +56,7 @@ from lmjax.precision.contraction import (
     Roles,
     axes_of,
     beside_result,
-    is_one_row,
+    few_rows,
     roles_of,
 )
 from lmjax.precision.grouping import Axis
@@ -334,7 +334,7 @@ def _sum(
         return rounded_sum(total, site)
     dtypes = product_dtypes(this_backend(), site, of_x, of_w, terms)
     x_dtype, w_dtype = dtypes or (x.values.dtype, x.values.dtype)
-    elements = w.stored is not None and is_one_row(spec, x.values.shape)
+    elements = w.stored is not None and few_rows(spec, x.values.shape)
     second = w.values.astype(w.stored if elements else w_dtype)
     return sum_of_products(spec, x.values.astype(x_dtype), second, site)
 

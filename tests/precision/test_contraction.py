@@ -93,7 +93,7 @@ def test_elements_of_weights_are_read_as_they_are(spec: str, dtype, equations, p
     product = functools.partial(
         contraction.contract, spec, precision=jax.lax.Precision.DEFAULT, accumulate=wide
     )
-    assert contraction.is_one_row(spec, row.shape)
+    assert contraction.few_rows(spec, row.shape) == 1
     assert not list(equations(jax.make_jaxpr(product)(row, w), "dot_general"))
     expected = np.einsum(spec, *(np.asarray(a, np.float64) for a in (row, w)))
     for elements in (w, w.astype(jnp.float32)):
@@ -118,10 +118,34 @@ def test_loops_over_a_row_add_up_every_product(terms: int, turned: bool):
 
 def test_several_rows_and_operands_with_shared_axes_are_products(pretend):
     pretend("one device")
-    assert not contraction.is_one_row("btk,kn->btn", (1, 2, 7))
-    assert not contraction.is_one_row("btkgh,bskh->bkgts", (1, 1, 2, 1, 4))
+    assert contraction.few_rows("btk,kn->btn", (1, 2, 7)) == 2
+    assert not contraction.few_rows("btk,kn->btn", (1, contraction.FEW_ROWS + 1, 7))
+    assert not contraction.few_rows("btkgh,bskh->bkgts", (1, 1, 2, 1, 4))
     pretend("eight devices")
-    assert not contraction.is_one_row("btk,kn->btn", (1, 1, 7))
+    assert not contraction.few_rows("btk,kn->btn", (1, 1, 7))
+
+
+@pytest.mark.parametrize("spec", ["btk,kn->btn", "bthd,hdn->btn", "btn,nhd->bthd", "btd,vd->btv"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8])
+def test_weights_are_widened_in_pieces_for_a_few_rows(spec: str, dtype, equations, pretend):
+    """To the bit as all at once, also where pieces do not divide the outputs."""
+    pretend("one device, fast bf16")
+    sizes = {"b": 3, "t": 2, "k": 512, "n": 520, "h": 4, "d": 130, "v": 2555}
+    x_axes, w_axes = spec.partition("->")[0].split(",")
+    generator = np.random.default_rng(0)
+    of = lambda axes: generator.integers(-9, 10, [sizes[a] for a in axes]).astype(np.float32)
+    x, w = jnp.asarray(of(x_axes), dtype), jnp.asarray(of(w_axes), jnp.int8)
+    expected = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))
+    wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    product = functools.partial(
+        contraction.contract, spec, precision=jax.lax.Precision.DEFAULT, accumulate=wide
+    )
+    for elements in (w, w.astype(dtype)):
+        np.testing.assert_array_equal(jax.jit(product)(x, elements), expected)
+        dots = equations(jax.make_jaxpr(product)(x, elements), "dot_general")
+        largest = max(dot.invars[1].aval.size for dot in dots)
+        ready = elements.dtype == dtype == jnp.bfloat16
+        assert ready or largest <= 0.55 * w.size
 
 
 @pytest.mark.parametrize("spec", SPECS)
