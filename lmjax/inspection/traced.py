@@ -9,7 +9,7 @@ Knows jaxprs, layouts of sites and how scopes are named.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -153,7 +153,7 @@ class TracedProgram:
                 if name in CALLS and len(body.outvars) == len(eqn.outvars):
                     called = child, body.outvars
                 elif name == "scan":
-                    carried = eqn.params["num_carry"]
+                    _, carried = scan_counts(eqn.params)
                     called = child, [*[None] * carried, *body.outvars[carried:]]
             constant = all(_constant(frame, var) for var in eqn.invars)
             equation = Equation(
@@ -166,12 +166,23 @@ class TracedProgram:
                 yield from self._walk(child, body, runs)
 
 
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many constants a `scan` has, and how many values it carries, by its parameters.
+
+    Up to jax 0.10 they are named; in 0.12 the structure of the arguments is given instead.
+    """
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()
+    return len(constants), len(carried)
+
+
 def _given(frame: _Frame, eqn: Any, body: Any) -> dict[Any, tuple[_Frame, Any]]:
     """What the arguments of a loop or a branch are; what a loop carries is of its own making."""
     name, params = eqn.primitive.name, eqn.params
     inner, outer = list(body.invars), list(eqn.invars)
     if name == "scan":
-        first, carried = params["num_consts"], params["num_carry"]
+        first, carried = scan_counts(params)
         del inner[first : first + carried], outer[first : first + carried]
     elif name == "while":
         first = params["cond_nconsts"]
@@ -215,13 +226,6 @@ def _constant(frame: _Frame, var: Any) -> bool:
         if isinstance(var, core.Literal):
             return True
     return isinstance(var, core.Literal) or frame.made[var].constant
-
-
-def _scanned(frame: _Frame, eqn: Any, body: Any) -> dict[Any, tuple[_Frame, Any]]:
-    """What the constants and slices of a loop are; what it carries is of its own making."""
-    first, carried = eqn.params["num_consts"], eqn.params["num_carry"]
-    pairs = list(zip(body.invars, eqn.invars, strict=True))
-    return {var: (frame, outer) for var, outer in pairs[:first] + pairs[first + carried :]}
 
 
 def _entered(path: str, eqn: Any) -> str:

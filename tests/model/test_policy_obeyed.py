@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.inspection.traced import scan_counts
 from lmjax.model import apply, layers
 from lmjax.parallel import sharding
 from lmjax.precision import paths
@@ -81,7 +82,7 @@ def test_autocast_multiplies_in_16_bits_and_keeps_the_residual_stream_in_f32(
     config = tiny(policy, family)
     stream = (config.batch_size, config.context, config.model.width)
     for scan in equations(jaxpr, "scan"):  # forwards and backwards
-        first, last = scan.params["num_consts"], scan.params["num_carry"]
+        first, last = scan_counts(scan.params)
         carried = [v.aval for v in scan.invars[first : first + last] if v.aval.shape == stream]
         assert [aval.dtype.name for aval in carried] == ["float32"]
     gathers = equations(jaxpr, "gather")
