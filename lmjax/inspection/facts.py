@@ -154,7 +154,7 @@ def narrower(one: str, other: str) -> bool:
 
 _STRUCTURE: Final = word_set(
     """
-    while body cond closed_call checkpoint rematted_computation jvp vmap custom_jvp_call
+    while body cond closed_call eval_jaxpr checkpoint rematted_computation jvp vmap custom_jvp_call
     custom_vjp_call shard_map transpose
     """
 )
