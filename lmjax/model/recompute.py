@@ -1,8 +1,7 @@
 """Elementwise functions whose gradients keep what they were given, and compute the rest again.
 
-XLA would keep every intermediate result that a gradient reads, in f32: of a norm, two copies of its
-input, and of GELU a hyperbolic tangent, each twice as large as the bf16 input. To compute them
-again takes as long as to write and read them.
+XLA's CPU backend would keep what a gradient reads of them in f32: of GELU a hyperbolic tangent,
+twice as large as the bf16 input. To compute it again takes as long as to write and read it.
 
 Knows JAX, contractions and policies.
 """
@@ -13,14 +12,14 @@ from collections.abc import Callable
 
 import jax
 
-from lmjax.precision.contraction import not_before
+from lmjax.precision.contraction import is_one_cpu, not_before
 from lmjax.precision.policy import SitePolicy
 
 
 def recomputed(
     function: Callable[..., jax.Array], site: SitePolicy, x: jax.Array, *others: jax.Array
 ) -> jax.Array:
-    """`function(x, *others)`, of which the backward pass keeps only the arguments.
+    """`function(x, *others)`, of which the backward pass keeps only the arguments on one CPU.
 
     Args:
       function: of float arrays; it closes over none that has a gradient.
@@ -28,6 +27,8 @@ def recomputed(
       x: the first argument, of the size of the result.
       others: the other arguments.
     """
+    if not is_one_cpu():
+        return function(x, *others)
     run = jax.custom_vjp(function)
 
     def backward(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, ...]:

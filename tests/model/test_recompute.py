@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.model import recompute
 from lmjax.model.block import ACTIVATIONS
 from lmjax.model.recompute import recomputed
 from lmjax.precision import contraction, parse_policy
@@ -14,12 +15,14 @@ from lmjax.precision import contraction, parse_policy
 SITE = parse_policy("f32").resolve("blocks/0/mlp/activation")
 
 
-@pytest.mark.parametrize("one_cpu", [False, True])
+@pytest.fixture(autouse=True)
+def one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (contraction, recompute):
+        monkeypatch.setattr(module, "is_one_cpu", lambda: True)
+
+
 @pytest.mark.parametrize("name", [*ACTIVATIONS, "gated"])
-def test_gradients_are_those_of_autodiff_and_arguments_are_all_that_is_kept(
-    name, one_cpu, monkeypatch
-):
-    monkeypatch.setattr(contraction, "is_one_cpu", lambda: one_cpu)
+def test_gradients_are_those_of_autodiff_and_arguments_are_all_that_is_kept(name):
     function = ACTIVATIONS.get(name, lambda x, gate: jax.nn.silu(gate) * x)
     draw = np.random.default_rng(0).normal(size=(3, 4, 8)).astype(np.float32)
     *arguments, g = jnp.asarray(draw)[0 if name == "gated" else 1 :]
@@ -32,8 +35,7 @@ def test_gradients_are_those_of_autodiff_and_arguments_are_all_that_is_kept(
     assert len(kept) == len(arguments)
 
 
-def test_a_cotangent_that_is_not_finite_reaches_its_own_elements_alone(monkeypatch):
-    monkeypatch.setattr(contraction, "is_one_cpu", lambda: True)
+def test_a_cotangent_that_is_not_finite_reaches_its_own_elements_alone():
     x = jnp.ones((2, 4), jnp.float32)
     _, pull = jax.vjp(lambda x: recomputed(ACTIVATIONS["gelu"], SITE, x), x)
     (found,) = pull(x.at[0, 0].set(jnp.inf))
