@@ -65,9 +65,11 @@ def contract(
     if backend != "cpu":
         return jnp.einsum(spec, x, w, precision=precision, preferred_element_type=accumulate)
     slow = x.dtype != w.dtype or x.dtype in (jnp.int8, jnp.float16)
-    if slow and (rows := few_rows(spec, x.shape)):
-        if rows == 1:
-            return _one_row(spec, x, w, precision, accumulate)
+    rows = few_rows(spec, x.shape) if slow else 0
+    if rows == 1:
+        return _one_row(spec, x, w, precision, accumulate)
+    is_fp8 = x.dtype.itemsize == 1 and x.dtype != jnp.int8  # times another fp8, not to be cast
+    if rows and not is_fp8:
         if w.size >= SMALLEST:
             return _few_rows(spec, x, w, precision, accumulate)
         w = w.astype(x.dtype)
