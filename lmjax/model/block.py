@@ -19,7 +19,6 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Norm, dropout
 from lmjax.model.mask import Mask, Position
 from lmjax.model.parametrisation import parametrisation_of
-from lmjax.model.recompute import recomputed
 from lmjax.model.sites import Context, Sites, at_site, give, take, within, within_site
 from lmjax.model.standard import Branches, PlainBranches
 from lmjax.precision.policy import SitePolicy
@@ -89,10 +88,9 @@ class Mlp(nnx.Module):
         """The activation of `hidden [B, T, M]`, or `hidden` times SiLU of a gate of that shape."""
         hidden = take(hidden, site, context.probe)
         if gate is None:
-            hidden = recomputed(ACTIVATIONS[self.activation], site, hidden)
+            hidden = ACTIVATIONS[self.activation](hidden)
         else:
-            gated = lambda hidden, gate: jax.nn.silu(gate) * hidden
-            hidden = recomputed(gated, site, hidden, site.to_compute(gate))
+            hidden = jax.nn.silu(site.to_compute(gate)) * hidden
         return give(self.scales.activated(hidden), site, context.probe)
 
 

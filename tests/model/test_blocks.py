@@ -88,7 +88,7 @@ def test_recomputation_changes_memory_and_not_gradients(
         residuals = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
         stored[remat] = sum(r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals))
         gradients[remat] = compile_fast(jax.grad(loss))(params)
-    assert stored["dots"] < 0.7 * stored["none"]
+    assert stored["dots"] < 0.5 * stored["none"]
     assert stored["full"] < 0.6 * stored["dots"]
     assert stored["full"] < stored["attention"] < stored["dots"]
     for remat in ("dots", "attention", "full"):

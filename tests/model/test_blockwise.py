@@ -251,11 +251,12 @@ def test_heads_are_attended_to_in_groups_whose_scores_fit_the_cache(
     cut = lambda: tiling.Tiling.of(*arrays[:2], block=8, strip=8, parts=1, start=0)
     run = lambda q, k, v: blockwise.attend(rules, q, k, v, given, {})
     together = gradients(run, arrays, compile_fast)
-    assert cut().head_groups == 1  # many devices, which may divide the heads
-    monkeypatch.setattr(tiling, "is_one_cpu", lambda: True)
     assert cut().head_groups == 1
     of_a_head = 2 * 8 * 2 * 8  # rows, keys, query heads of a key head, queries
     monkeypatch.setattr(tiling, "CACHED_SCORES", of_a_head)
+    monkeypatch.setattr(tiling, "is_one_cpu", lambda: False)
+    assert cut().head_groups == 1  # devices may divide the heads
+    monkeypatch.setattr(tiling, "is_one_cpu", lambda: True)
     assert cut().head_groups == 2
     jax.clear_caches()
     for found, expected in zip(gradients(run, arrays, compile_fast), together, strict=True):

@@ -220,3 +220,11 @@ def test_bf16_pays_where_the_processor_says_so(vendor, flags, pays, tmp_path, mo
         assert contraction.bf16_pays() == pays
     finally:
         contraction.bf16_pays.cache_clear()
+
+
+def test_what_waits_for_a_cotangent_is_unchanged_even_if_that_is_not_finite(pretend):
+    pretend("one device")
+    x = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
+    for first in (1.0, jnp.inf, jnp.nan):
+        waited = contraction.not_before(jnp.full((2,), first, jnp.float16), x)
+        np.testing.assert_array_equal(waited, x)
