@@ -121,7 +121,8 @@ class ModelConfig:
     attention read; everything; or everything, from block inputs kept in the memory of the host,
     which CPUs refuse."""
     unroll: Size = 1
-    """Blocks per iteration of the scan over layers: more compile time, less overhead."""
+    """Blocks per iteration of the scan over layers: more compile time, less overhead. With `remat`,
+    CPUs take one, since XLA would undo the recomputation of others."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be built."""

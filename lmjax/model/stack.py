@@ -3,7 +3,7 @@
 The blocks' parameters are stacked along a leading axis, and consecutive blocks whose sites have the
 same formats are scanned together: depth costs no compile time, whatever the policy.
 
-Knows Flax, JAX and policies; no mesh, no optimizer, no data.
+Knows Flax, JAX, backends and policies; no mesh, no optimizer, no data.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lmjax.model.layout import stack_of
 from lmjax.model.mask import Mask
 from lmjax.model.parametrisation import parametrisation_of
 from lmjax.model.sites import Context, Sites, within
+from lmjax.precision.backend import this_backend
 from lmjax.precision.packed import members
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import rescale_cotangent
@@ -92,11 +93,26 @@ def scan_blocks(
             x = group["residual"].to_output(group["residual"].to_compute(x))
         everything = (params, keys, context.factors, context.slots, ratios, branches)
         layers = members(everything, first, last)
-        x, _ = jax.lax.scan(_rematerialised(body, config), x, layers, unroll=config.unroll)
+        unroll = _unrolled(config)
+        body = _rematerialised(body, config, in_loop=unroll < last - first)
+        x, _ = jax.lax.scan(body, x, layers, unroll=unroll)
     return constrain(x, ("batch", "length", "width"))
 
 
-def _rematerialised(body: Callable[..., Any], config: ModelConfig) -> Callable[..., Any]:
+def _unrolled(config: ModelConfig) -> int:
+    """How many blocks a turn of the loop computes.
+
+    One on CPUs with recomputation, which XLA would otherwise undo: its CPU pipeline removes the
+    barriers that tell a value from the same value computed again.
+    """
+    undone = config.remat != "none" and this_backend().platform == "cpu"
+    return 1 if undone else config.unroll
+
+
+def _rematerialised(
+    body: Callable[..., Any], config: ModelConfig, *, in_loop: bool
+) -> Callable[..., Any]:
+    """The body with recomputation; both passes being loops, XLA finds no common subexpressions."""
     if config.remat == "none":
         return body
     policies = jax.checkpoint_policies
@@ -111,7 +127,7 @@ def _rematerialised(body: Callable[..., Any], config: ModelConfig) -> Callable[.
             offload_dst="pinned_host",
         ),
     }
-    return jax.checkpoint(body, policy=saved[config.remat], prevent_cse=False)
+    return jax.checkpoint(body, policy=saved[config.remat], prevent_cse=not in_loop)
 
 
 def block_groups(config: ModelConfig, sites: Sites) -> Iterator[tuple[int, int]]:

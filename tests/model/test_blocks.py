@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from lmjax.model import apply, block_groups, param_sites, resolve_sites, stack, structure
-from lmjax.precision import PolicyError, parse_policy, paths
+from lmjax.precision import PolicyError, exact, parse_policy, paths
+from lmjax.precision.backend import Backend, planned_for
 from lmjax.runs.resolved import phase_of
 
 
@@ -94,6 +95,39 @@ def test_recomputation_changes_memory_and_not_gradients(
     for remat in ("dots", "attention", "full"):
         close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
         jax.tree.map(close, gradients[remat], gradients["none"])
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 3])
+def test_recomputation_survives_unrolled_blocks(unroll: int, tiny, draw_params, draw_batch):
+    """XLA would find what the backward pass computes again among what it has already."""
+    taken = {}
+    for remat in ("none", "full"):
+        config = tiny(
+            model={"remat": remat, "unroll": unroll, "layers": 3, "width": 64}, batch_size=32
+        )
+        params, tokens = draw_params(config), draw_batch(config)["inputs"]
+        loss = lambda p, config=config, tokens=tokens: jnp.sum(
+            jnp.square(forward(config)(p, tokens))
+        )
+        compiled = exact.jit(jax.grad(loss)).lower(params).compile()
+        taken[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert taken["full"] < 0.8 * taken["none"]
+
+
+def test_accelerators_keep_barriers_between_unrolled_blocks_and_what_is_computed_again(
+    tiny, draw_params, draw_batch, equations
+):
+    barriers = {}
+    for unroll in (1, 2):
+        config = tiny(model={"remat": "full", "unroll": unroll})
+        params, tokens = draw_params(config), draw_batch(config)["inputs"]
+        loss = lambda p, config=config, tokens=tokens: jnp.sum(forward(config)(p, tokens))
+        with planned_for(Backend("gpu", (9, 0))):
+            traced = jax.make_jaxpr(jax.grad(loss))(params)
+        barriers[unroll] = any(
+            equation.params["prevent_cse"] for equation in equations(traced, "remat2", "checkpoint")
+        )
+    assert barriers == {1: False, 2: True}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
