@@ -19,6 +19,7 @@ from lmjax.model.config import ModelConfig
 from lmjax.model.layers import ANYWHERE, Constrain, Dense, Norm, dropout
 from lmjax.model.mask import Mask, Position
 from lmjax.model.parametrisation import parametrisation_of
+from lmjax.model.recompute import recomputed
 from lmjax.model.sites import Context, Sites, at_site, give, take, within, within_site
 from lmjax.model.standard import Branches, PlainBranches
 from lmjax.precision.policy import SitePolicy
@@ -86,12 +87,16 @@ class Mlp(nnx.Module):
         self, hidden: jax.Array, gate: jax.Array | None, site: SitePolicy, context: Context
     ) -> jax.Array:
         """The activation of `hidden [B, T, M]`, or `hidden` times SiLU of a gate of that shape."""
-        hidden = take(hidden, site, context.probe)
-        if gate is None:
-            hidden = ACTIVATIONS[self.activation](hidden)
-        else:
-            hidden = jax.nn.silu(site.to_compute(gate)) * hidden
-        return give(self.scales.activated(hidden), site, context.probe)
+
+        def run(hidden: jax.Array, gate: jax.Array | None) -> jax.Array:
+            hidden = take(hidden, site, context.probe)
+            if gate is None:
+                hidden = ACTIVATIONS[self.activation](hidden)
+            else:
+                hidden = jax.nn.silu(site.to_compute(gate)) * hidden
+            return give(self.scales.activated(hidden), site, context.probe)
+
+        return recomputed(run, hidden, gate)
 
 
 class Block(nnx.Module):

@@ -15,7 +15,7 @@ one, they are multiplied by the quotient.
 
 Devices that divide the rows work on their own; dw is summed over them once, at the end.
 
-Knows JAX, policies and probes; no parameters and no mesh.
+Knows JAX, backends, policies and probes; no parameters and no mesh.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from lmjax.model.parametrisation import Parametrisation
 from lmjax.model.sites import Context, Sites
 from lmjax.precision import probes
 from lmjax.precision.asides import aside
+from lmjax.precision.backend import this_backend
 from lmjax.precision.contraction import axes_of
 from lmjax.precision.exact import at_least_f32
 from lmjax.precision.matmul import RandomKey, einsum, hand_on, second_operand
@@ -43,6 +44,14 @@ from lmjax.precision.settings import Operand
 
 CHUNK = 512
 """Most rows of logits at a time. Fewer would sum dw in more passes over memory."""
+
+_CHUNK_OF_GPUS: Final = 4096
+"""The same on GPUs, whose memory is slower in proportion to their products."""
+
+
+def rows_at_once() -> int:
+    """Most rows of logits that exist at a time."""
+    return _CHUNK_OF_GPUS if this_backend().platform == "gpu" else CHUNK
 
 
 class Head(NamedTuple):
@@ -352,10 +361,10 @@ def _combine(slots: Any) -> bool:
 
 
 def _cut(rows: Any, whole: bool) -> Any:
-    """Rows `[B, T, ...]` in chunks `[N, 1, R, ...]`, about `CHUNK` each, or `[1, B, T, ...]`."""
+    """Rows `[B, T, ...]` in chunks `[N, 1, R, ...]`, near `rows_at_once`, or `[1, B, T, ...]`."""
     leaf = jax.tree.leaves(rows)[0]
     size = leaf.shape[0] * leaf.shape[1]
-    enough = -(-size // CHUNK)
+    enough = -(-size // rows_at_once())
     count = next((n for n in range(enough, 2 * enough + 1) if size % n == 0), 1)
     if whole or count == 1:
         return jax.tree.map(lambda r: r[None], rows)

@@ -10,7 +10,6 @@ Shapes: B batch, T positions, D width. Knows Flax, JAX and policies; no mesh, no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Final, Protocol
 
@@ -20,15 +19,14 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lmjax.model.config import ModelConfig
+from lmjax.model.normalisation import normalise
 from lmjax.model.parametrisation import IDENTITY, Parametrisation, parametrisation_of
 from lmjax.model.sites import QUIET, Context, Sites, at_site, give, take, within_site
 from lmjax.precision.asides import aside
 from lmjax.precision.backend import Backend, this_backend
 from lmjax.precision.broadcast import add_to_rows
-from lmjax.precision.exact import at_least_f32
 from lmjax.precision.matmul import RandomKey, einsum, hand_on
 from lmjax.precision.policy import SitePolicy
-from lmjax.precision.squares import scale_for_squares
 
 
 class Constrain(Protocol):
@@ -211,9 +209,7 @@ def embedded(
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last dimension.
 
-    Statistics, normalisation, scale and bias are one site, rounded once at its end. Rows are scaled
-    by a power of two where sums or squares of their elements would leave the range of f32, which
-    no normalised number feels. In f16, where a rule asks for it, squares overflow beyond 255.
+    Statistics, normalisation, scale and bias are one site, rounded once at its end.
     """
 
     def __init__(self, width: int, config: ModelConfig, *, kind: str | None = None):
@@ -228,19 +224,14 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
         """`[..., D]` to `[..., D]`."""
         shape = x.shape
-        x = _without_ones(take(x, site, context.probe))
-        scale = _scale_of_rows(x, self.epsilon)
-        x = x * scale
-        if self.kind == "layer":
-            x = x - _mean(x)
-        mean_square = _mean(jnp.square(x))
-        total = mean_square + self.epsilon * scale * scale
-        total = jnp.where(total > 0, total, jnp.ones_like(total))  # a row of equal numbers
+        if context.probe is not None or this_backend().platform != "gpu":
+            x = take(x, site, context.probe)
+        x = _without_ones(x)
         shared = lambda p: self.scales.shared(p[...], x.size // x.shape[-1])
         used = lambda p: site.to_compute(shared(p))
-        y = x * jax.lax.rsqrt(total) * used(self.scale)
-        if self.bias is not None:
-            y = y + used(self.bias)
+        beta = None if self.bias is None else used(self.bias)
+        layer = self.kind == "layer"
+        y = normalise(x, used(self.scale), beta, site, layer=layer, epsilon=self.epsilon)
         return give(y.reshape(shape), site, context.probe)
 
 
@@ -251,24 +242,6 @@ def _without_ones(x: jax.Array) -> jax.Array:
     to a hundred times as slow.
     """
     return jnp.squeeze(x, tuple(axis for axis in range(x.ndim - 1) if x.shape[axis] == 1))
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    """Of each row `[..., D]`, `[..., 1]`; summed and divided in at least f32."""
-    with aside("mean"):
-        return jnp.mean(x, axis=-1, keepdims=True)
-
-
-def _scale_of_rows(x: jax.Array, epsilon: float) -> jax.Array:
-    """What rows `[..., D]` are multiplied by before they are squared, `[..., 1]`; no gradient."""
-    if x.dtype == jnp.float16:  # as narrow as asked: half of the ordinary numbers would be scaled
-        return jnp.ones((*x.shape[:-1], 1), x.dtype)
-    with aside("range"):
-        # Of floats, as in `squares.tree_root`: a NaN left out makes the row NaN all the same.
-        magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(at_least_f32(x.dtype))
-        largest = jnp.max(magnitudes, axis=-1, keepdims=True)
-        floor = jnp.asarray(math.sqrt(epsilon), largest.dtype)
-        return scale_for_squares(jnp.maximum(largest, floor)).astype(x.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: RandomKey) -> jax.Array:

@@ -1,10 +1,11 @@
 """The loss of each token: its cross entropy, and its z-loss.
 
-Knows JAX, policies and probes.
+Knows JAX, backends, policies and probes.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from lmjax.model.parametrisation import IDENTITY, Parametrisation
 from lmjax.model.sites import at_site, take, within_site
 from lmjax.precision.asides import aside
+from lmjax.precision.backend import this_backend
 from lmjax.precision.policy import SitePolicy
 from lmjax.precision.probes import Probe
 
@@ -51,9 +53,44 @@ def token_losses(
     """
     logits = scales.logits(take(logits, site, probe))
     log_partition = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    target_logits = _at(targets, logits)
     losses = log_partition - target_logits, jnp.square(log_partition)
     return TokenLosses(*(scales.losses(x, weight) for x in losses))
+
+
+def _at(targets: jax.Array, logits: jax.Array) -> jax.Array:
+    """The logits `[..., V]` of the targets `int32[...]`, `[...]`."""
+    if this_backend().platform != "gpu":
+        return _gathered(logits, targets)
+    return _selected(logits.shape[-1], logits, targets)
+
+
+def _gathered(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _selected(size: int, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The same of `size` logits, with a gradient that is no scatter.
+
+    Before and after a scatter, XLA's GPU backend writes out the cotangents of all logits in f32;
+    a selection becomes part of the kernel that computes them.
+    """
+    return _gathered(logits, targets)
+
+
+def _selected_forward(
+    size: int, logits: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _gathered(logits, targets), targets
+
+
+def _selected_backward(size: int, targets: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+    indices = jax.lax.broadcasted_iota(targets.dtype, (*targets.shape, size), targets.ndim)
+    return jnp.where(indices == targets[..., None], g[..., None], jnp.zeros((), g.dtype)), None
+
+
+_selected.defvjp(_selected_forward, _selected_backward)
 
 
 @at_site

@@ -37,7 +37,7 @@ import jax
 
 from lmjax.model import ModelConfig
 from lmjax.model.attention_form import WHOLE
-from lmjax.model.head import CHUNK
+from lmjax.model.head import rows_at_once
 from lmjax.model.sheet import BLOCK
 from lmjax.parallel import sharding
 from lmjax.plan.arithmetic import tokens_on_device
@@ -123,8 +123,9 @@ def _saved_values(phase: Phase, mesh: Mapping[str, int]) -> float:
 def _head(phase: Phase, mesh: Mapping[str, int]) -> float:
     config = phase.config
     tokens = tokens_on_device(config, mesh)
-    logits = min(tokens, CHUNK) * _columns(config.model, mesh)
-    gradients = (2 if tokens > CHUNK else 1) * _head_weights(config.model, mesh) * 4
+    rows = rows_at_once()
+    logits = min(tokens, rows) * _columns(config.model, mesh)
+    gradients = (2 if tokens > rows else 1) * _head_weights(config.model, mesh) * 4
     return 2 * logits * 4 + gradients
 
 

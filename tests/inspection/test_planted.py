@@ -20,7 +20,7 @@ from lmjax.inspection.judge_compiled import CompiledFor, CompiledJudge
 from lmjax.inspection.judge_traced import TracedJudge
 from lmjax.inspection.rows import AuditVerdict
 from lmjax.inspection.traced import TracedProgram
-from lmjax.model import block, blockwise, layers, layout, loss, objectives
+from lmjax.model import block, blockwise, layers, layout, loss, normalisation, objectives
 from lmjax.optim import loss_scale, muon, optimizer, storage
 from lmjax.parallel import sharding
 from lmjax.precision import exact, matmul, summation
@@ -112,7 +112,7 @@ def product_in_a_norm(patch: pytest.MonkeyPatch) -> None:
     def mean(x: jax.Array) -> jax.Array:
         return jnp.einsum("...d,...d->...", x, jnp.ones_like(x))[..., None] / x.shape[-1]
 
-    patch.setattr(layers, "_mean", mean)
+    patch.setattr(normalisation, "_mean", mean)
 
 
 def product_outside(patch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from lmjax.model.head import Backward, Head, mean_loss, token_nats
 from lmjax.model.sites import Context
 from lmjax.parallel import sharding
 from lmjax.precision import exact, parse_policy
+from lmjax.precision.backend import Backend, planned_for
 from lmjax.precision.probes import FullCensus
 
 POLICIES = {
@@ -220,3 +221,10 @@ def on_eight_devices() -> dict[str, Any]:
 
 if __name__ == "__main__":
     print(json.dumps(on_eight_devices()))
+
+
+@pytest.mark.parametrize(("platform", "chunks"), [("cpu", 16), ("tpu", 16), ("gpu", 2)])
+def test_gpus_take_more_rows_at_a_time(platform: str, chunks: int):
+    with planned_for(Backend(platform)):
+        rows = jax.eval_shape(lambda x: head._cut(x, whole=False), jnp.zeros((8, 1024, 4)))
+    assert rows.shape == (chunks, 1, 8192 // chunks, 4)

@@ -1,0 +1,150 @@
+"""LayerNorm and RMSNorm of rows, with a gradient that keeps rows as they are stored.
+
+    y = (s x - mean) root gamma + beta,   root = 1 / sqrt(mean_square + epsilon s^2)
+
+with the mean only in LayerNorm, and s a power of two by which rows are multiplied where sums or
+squares of their elements would leave the range of f32, which no normalised number feels. In f16,
+where a rule asks for it, squares overflow beyond 255.
+
+Autodiff keeps the normalised rows in f32, twice as large as rows in bf16. On GPUs, the backward
+pass keeps rows and statistics, with n = (s x - mean) root (Ba, Kiros and Hinton 2016, section 3):
+
+    dx = s root (dn - mean(dn) - n mean(n dn)),   dn = gamma dy,   dgamma = sum(n dy)
+
+On CPUs, the last bits of a step would depend on whether telemetry measures it; on TPUs, neither
+form has been timed.
+
+Shapes: D width. Knows JAX, backends and policies.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmjax.precision.asides import aside
+from lmjax.precision.backend import this_backend
+from lmjax.precision.exact import at_least_f32
+from lmjax.precision.policy import SitePolicy
+from lmjax.precision.squares import scale_for_squares
+
+
+class _Statistics(NamedTuple):
+    """Of rows `[..., D]`, `[..., 1]` each: s, the mean in LayerNorm, and the root."""
+
+    scale: jax.Array
+    mean: jax.Array | None
+    root: jax.Array
+
+
+def normalise(
+    x: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array | None,
+    site: SitePolicy,
+    *,
+    layer: bool,
+    epsilon: float,
+) -> jax.Array:
+    """Normalises rows in the compute format of a site, without rounding the result.
+
+    Args:
+      x: `[..., D]`, in any floating-point format; cast to the compute format.
+      gamma: `[D]`, in the compute format.
+      beta: the same, or None.
+      site: the formats.
+      layer: LayerNorm instead of RMSNorm.
+      epsilon: what is added to the mean square.
+    """
+    if this_backend().platform != "gpu":
+        return _scaled(*_normal(site.to_compute(x), layer, epsilon)[:1], gamma, beta)
+    return _kept(site, layer, epsilon, x, gamma, beta)
+
+
+def _normal(x: jax.Array, layer: bool, epsilon: float) -> tuple[jax.Array, _Statistics]:
+    """Rows without scale and bias, and their statistics."""
+    scale = _scale_of_rows(x, epsilon)
+    x = x * scale
+    mean = _mean(x) if layer else None
+    if mean is not None:
+        x = x - mean
+    mean_square = _mean(jnp.square(x))
+    total = mean_square + epsilon * scale * scale
+    total = jnp.where(total > 0, total, jnp.ones_like(total))  # a row of equal numbers
+    root = jax.lax.rsqrt(total)
+    return x * root, _Statistics(scale, mean, root)
+
+
+def _scaled(normal: jax.Array, gamma: jax.Array, beta: jax.Array | None) -> jax.Array:
+    y = normal * gamma
+    return y if beta is None else y + beta
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _kept(
+    site: SitePolicy,
+    layer: bool,
+    epsilon: float,
+    x: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array | None,
+) -> jax.Array:
+    return _scaled(_normal(site.to_compute(x), layer, epsilon)[0], gamma, beta)
+
+
+def _forward(
+    site: SitePolicy,
+    layer: bool,
+    epsilon: float,
+    x: jax.Array,
+    gamma: jax.Array,
+    beta: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    normal, statistics = _normal(site.to_compute(x), layer, epsilon)
+    return _scaled(normal, gamma, beta), (x, gamma, statistics)
+
+
+def _backward(
+    site: SitePolicy, layer: bool, epsilon: float, saved: Any, g: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """`epsilon` is part of the root."""
+    x, gamma, (scale, mean, root) = saved
+    with site.scope:
+        # Else XLA would find that the normalised rows are known from the forward pass.
+        x, scale, mean, root = jax.lax.optimization_barrier((x, scale, mean, root))
+        wide, narrowed = jax.vjp(site.to_compute, x)
+        centred = wide * scale
+        normal = (centred if mean is None else centred - mean) * root
+        rows = tuple(range(g.ndim - 1))
+        dgamma, dbeta = jnp.sum(g * normal, axis=rows), jnp.sum(g, axis=rows)
+        g = g * gamma
+        dx = g - normal * _mean(g * normal)
+        if layer:
+            dx = dx - _mean(g)
+        (dx,) = narrowed(dx * root * scale)
+    return dx, dgamma.astype(gamma.dtype), dbeta.astype(gamma.dtype)
+
+
+_kept.defvjp(_forward, _backward)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Of each row `[..., D]`, `[..., 1]`; summed and divided in at least f32."""
+    with aside("mean"):
+        return jnp.mean(x, axis=-1, keepdims=True)
+
+
+def _scale_of_rows(x: jax.Array, epsilon: float) -> jax.Array:
+    """What rows `[..., D]` are multiplied by before they are squared, `[..., 1]`; no gradient."""
+    if x.dtype == jnp.float16:  # as narrow as asked: half of the ordinary numbers would be scaled
+        return jnp.ones((*x.shape[:-1], 1), x.dtype)
+    with aside("range"):
+        # Of floats, as in `squares.tree_root`: a NaN left out makes the row NaN all the same.
+        magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(at_least_f32(x.dtype))
+        largest = jnp.max(magnitudes, axis=-1, keepdims=True)
+        floor = jnp.asarray(math.sqrt(epsilon), largest.dtype)
+        return scale_for_squares(jnp.maximum(largest, floor)).astype(x.dtype)
