@@ -121,7 +121,9 @@ def inspect(
       options: compiler options that it was compiled with.
       forms: how each attention is computed, and why so, as text, by the path of its softmax.
     """
-    judge, program = TracedJudge(layout, sites), TracedProgram(jaxpr, layout, parts)
+    on_gpus = {target.platform for target, _ in compiled} == {"gpu"}
+    judge = TracedJudge(layout, sites, on_gpus=on_gpus)
+    program = TracedProgram(jaxpr, layout, parts)
     judge.read(program)
     read_state(judge, program)
     shares = {}

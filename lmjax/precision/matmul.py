@@ -232,7 +232,8 @@ def _primal(
 ) -> jax.Array:
     roles = ("x", site.activations), ("w", site.second)
     with jax.named_scope("y"):
-        wide = _product(spec, site, unit, (x, w), roles, _fold(key, 0), factors)
+        rounded = not site.site.unrounded
+        wide = _product(spec, site, unit, (x, w), roles, _fold(key, 0), factors, rounded=rounded)
     return site.to_result(wide)
 
 
@@ -268,7 +269,8 @@ def _backward(
     wide = {}
     for index, (role, (own, pair, roles)) in enumerate(products.items(), start=1):
         with jax.named_scope(role):
-            wide[role] = _product(own, site, unit, pair, roles, _fold(key, index), factors)
+            given = own, site, unit, pair, roles, _fold(key, index), factors
+            wide[role] = _product(*given, rounded=role not in slots)  # else its sums are measured
     dx, dw = site.to_cotangent(wide["dx"]), site.to_cotangent(wide["dw"])
     rounded = {"dx": dx, "dw": dw}
     measured = {
@@ -290,8 +292,13 @@ def _product(
     roles: tuple[tuple[str, Operand | None], tuple[str, Operand | None]],
     key: RandomKey,
     factors: Factors,
+    *,
+    rounded: bool,
 ) -> jax.Array:
-    """The product of both quantized operands, not yet rounded to the compute format."""
+    """The product of both quantized operands, not yet rounded to the compute format.
+
+    `rounded` if the caller rounds it and reads nothing else of it, so that it may be rounded here.
+    """
     plan = roles_of(spec)
     (x_role, of_x), (w_role, of_w) = roles
     lengths = tuple(pair[0].shape[axis] for axis in plan.x_summed)
@@ -306,7 +313,8 @@ def _product(
     ready = functools.partial(ready_operand, site=site, blocks=blocks)
     x = ready(x_role, first, of_x, plan.x_summed, _fold(key, 0), factors.get(x_role))
     w = ready(w_role, second, of_w, plan.w_summed, _fold(key, 1), factors.get(w_role))
-    product = _sum(spec, x, w, site, of_x, of_w, math.prod(lengths))
+    rounded &= not unit and of_x is of_w is None
+    product = _sum(spec, x, w, site, of_x, of_w, math.prod(lengths), rounded)
     x_axes, w_axes, y_axes = axes_of(spec)
     for operand, axes, summed in ((x, x_axes, plan.x_summed), (w, w_axes, plan.w_summed)):
         if operand.late is not None:
@@ -327,6 +335,7 @@ def _sum(
     of_x: Operand | None,
     of_w: Operand | None,
     terms: int,
+    rounded: bool,
 ) -> jax.Array:
     """The sums of products of both operands, without the factors that are still to come."""
     if x.factors is not None and w.factors is not None:
@@ -336,7 +345,7 @@ def _sum(
     x_dtype, w_dtype = dtypes or (x.values.dtype, x.values.dtype)
     elements = w.stored is not None and few_rows(spec, x.values.shape)
     second = w.values.astype(w.stored if elements else w_dtype)
-    return sum_of_products(spec, x.values.astype(x_dtype), second, site)
+    return sum_of_products(spec, x.values.astype(x_dtype), second, site, rounded=rounded)
 
 
 def _rotated(

@@ -15,9 +15,9 @@ format. In the native form of blocks (`block_scaled.py`) they must be whole.
 Native describes the input of XLA. Only the compiled program shows whether XLA has a kernel
 (`python -m lmjax plan --target`): fp8 products that cuBLASLt does not support are widened again.
 The native forms were compiled for H100 and B200, and compared with the emulation on CPUs, where XLA
-widens fp8; they have not been run on a GPU or TPU. Nvidia's tensor
-cores are known to keep fewer bits of fp8 sums than f32 has (DeepSeek-V3 technical report, arXiv
-2412.19437, section 3.3.2).
+widens fp8. Those of fp8 ran on an H200, in cuBLASLt's kernels; blocks and integers have not been
+run on a GPU or TPU. Nvidia's tensor cores are known to keep fewer bits of fp8 sums than f32 has
+(DeepSeek-V3 technical report, arXiv 2412.19437, section 3.3.2).
 
 Knows formats, policies, contractions and JAX.
 """

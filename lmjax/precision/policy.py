@@ -83,8 +83,8 @@ class SitePolicy:
       backward_weights, backward_activations: the same for the backward products; as in the forward
         product unless the policy sets them.
       accum: accumulation of its product.
-      matmul: precision of products of f32 operands: `highest` (f32), `tf32`, or whatever the
-        backend does by default.
+      matmul: precision of products: `highest` (f32 operands as f32, sums in f32), `tf32` (f32
+        operands rounded to it), or whatever the backend does by default.
       reduce: format that its gradients are summed in over devices.
       mu, nu: how the optimizer stores the first and second moment of its parameters.
       cache: how decoding stores its second operand between tokens: keys at `scores`, values at

@@ -1,6 +1,6 @@
 """Sums products in f32, rounded to a narrow accumulator at the end or after every chunk.
 
-Knows policies, contractions, rounding and JAX.
+Knows policies, backends, contractions, rounding and JAX.
 """
 
 from __future__ import annotations
@@ -10,27 +10,43 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lmjax.precision.backend import this_backend
 from lmjax.precision.contraction import Roles, contract, roles_of
 from lmjax.precision.exact import at_least_f32
-from lmjax.precision.policy import SitePolicy
+from lmjax.precision.policy import SUMMED_IN_F32, SitePolicy
 from lmjax.precision.rounding import quantize
 from lmjax.precision.settings import Accumulator
 
 
-def sum_of_products(spec: str, x: jax.Array, w: jax.Array, site: SitePolicy) -> jax.Array:
+def sum_of_products(
+    spec: str, x: jax.Array, w: jax.Array, site: SitePolicy, *, rounded: bool = False
+) -> jax.Array:
     """The product in the accumulator of a site, held in f32 (f64 for f64).
 
     Args:
       spec: as `lmjax.precision.matmul.einsum` takes it.
       x: the first operand, as it is multiplied: elements or numbers of the compute format.
       w: the second.
-      site: the accumulator, and the precision of products of f32 operands.
+      site: the accumulator, and the precision of products.
+      rounded: whether the sums may be returned in the compute format, to which they are rounded
+        next. They are on GPUs with `m=default`: faster, but where a kernel divides a sum, it may
+        round the parts as well.
     """
     if site.matmul == "tf32" and x.dtype == jnp.float32:
         x, w = quantize(x, "tf32", overflow="clamp"), quantize(w, "tf32", overflow="clamp")
     if site.accum.chunk:
         return _chunked(roles_of(spec), x, w, site.accum)
+    if rounded and _may_round_parts(x, w, site):
+        default = jax.lax.Precision.DEFAULT
+        return contract(spec, x, w, precision=default, accumulate=x.dtype)
     return rounded_sum(_contract(spec, x, w, site), site)
+
+
+def _may_round_parts(x: jax.Array, w: jax.Array, site: SitePolicy) -> bool:
+    """Whether a GPU may write a product out in its 16-bit compute format."""
+    native = x.dtype == w.dtype == site.compute.dtype and x.dtype.itemsize == 2
+    free = site.matmul == "default" and site.accum == SUMMED_IN_F32
+    return native and free and this_backend().platform == "gpu"
 
 
 def rounded_sum(total: jax.Array, site: SitePolicy) -> jax.Array:

@@ -17,6 +17,9 @@ from lmjax.audit import audit
 from lmjax.audit.programs import trace
 from lmjax.errors import InputError
 from lmjax.inspection.inspection import LEAST_ATTRIBUTED, Inspection, inspect
+from lmjax.inspection.judge_traced import TracedJudge
+from lmjax.inspection.rows import AuditVerdict
+from lmjax.inspection.traced import TracedProgram
 from lmjax.parallel import sharding
 from lmjax.precision import exact
 from lmjax.precision.backend import Backend, planned_for
@@ -120,6 +123,45 @@ def test_a_traced_step_obeys_its_policy(family: str, tiny: Any) -> None:
 def test_fp8_products_of_a_gpu_are_the_ones_asked_for(tiny: Any) -> None:
     with planned_for(Backend("gpu", (9, 0))):
         assert traced_failures(tiny("fp8"), "evaluate") == []
+
+
+GPU, TPU = Backend("gpu", (9, 0)), Backend("tpu")
+WHOLE = "**/softmax: c=bf16"  # cuDNN's attention is traced only where there is cuDNN
+DEFAULT = f"mixed_bf16; **: m=default; {WHOLE}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("policy", "backend"),
+    [
+        (f"mixed_bf16; {WHOLE}", GPU),
+        ("mixed_bf16", TPU),
+        (DEFAULT, GPU),
+        pytest.param(f"fp8; {WHOLE}", GPU, marks=pytest.mark.long),
+        pytest.param(f"mixed_bf16; {NARROW_SITES}", GPU, marks=pytest.mark.long),
+        pytest.param("mixed_f16", TPU, marks=pytest.mark.long),
+    ],
+)
+def test_a_step_that_is_traced_for_accelerators_obeys_its_policy(
+    policy: str, backend: Backend, family: str, tiny: Any
+) -> None:
+    assert judged(tiny(policy, family), backend, on_gpus=backend is GPU) == []
+
+
+def test_parts_of_sums_are_rounded_on_gpus_only_if_the_policy_leaves_it_to_them(tiny: Any) -> None:
+    kinds = {kind for kind, _ in judged(tiny(DEFAULT), GPU, on_gpus=False)}
+    assert kinds == {"narrow accumulation"}  # for another backend, it would be one
+
+
+def judged(config: Any, backend: Backend, *, on_gpus: bool) -> list[tuple[str, str]]:
+    """What fails in a train step as it is traced for a backend: kind and text."""
+    phase = phase_of(config)
+    with planned_for(backend):
+        step = trace("train", phase, sharding.abstract_mesh(phase.config.mesh, 1)).traced
+    judge = TracedJudge(phase.layout, phase.sites, on_gpus=on_gpus)
+    judge.read(TracedProgram(step.jaxpr, phase.layout, PARTS))
+    findings = [finding for row in judge.table for finding in row.findings]
+    return [(f.kind, f.text) for f in findings if f.verdict is not AuditVerdict.PASS]
 
 
 def encoder(policy: str) -> Any:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.precision.backend import Backend, planned_for
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.matmul import einsum
+from lmjax.precision.probes import Census, Probe
 
 SIZES = dict(zip("btskghdnv", (2, 5, 5, 2, 3, 4, 6, 7, 9), strict=True))
 SPECS = ["btk,kn->btn", "btd,vd->btv", "btkgh,bskh->bkgts", "bkgts,bskh->btkgh"]
@@ -114,3 +116,56 @@ def test_specs_whose_gradient_is_not_a_product_are_refused(spec: str):
         return
     with pytest.raises(ValueError, match="every index of an operand"):
         einsum(spec, x, w, site)
+
+
+@pytest.mark.parametrize(
+    ("policy", "platform", "narrow"),
+    [
+        ("bf16,m=default", "gpu", 3),
+        ("mixed_f16; **: m=default", "gpu", 3),
+        ("bf16", "gpu", 0),
+        ("bf16,m=default", "tpu", 0),
+        ("bf16,m=default", "cpu", 0),
+        ("f32,m=default", "gpu", 0),
+        ("bf16,m=default,a=bf16", "gpu", 0),
+        ("bf16,m=default,w=e4m3", "gpu", 1),  # dw, whose operands have no quantizer
+        ("c=e5m4,m=default", "gpu", 0),
+    ],
+)
+def test_gpus_return_products_in_16_bits_only_where_parts_of_sums_may_be_rounded(
+    policy, platform, narrow, equations
+):
+    x, w, g = operands("btd,vd->btv")
+    # Not the head, whose logits may have another format.
+    site = parse_policy(policy).resolve("blocks/0/mlp/up")
+    backend = Backend(platform, (9, 0) if platform == "gpu" else (0, 0))
+
+    def gradients(x, w, g):
+        y, pull = jax.vjp(functools.partial(einsum, "btd,vd->btv", site=site), x, w)
+        return y, *pull(g.astype(y.dtype))
+
+    with planned_for(backend):
+        traced = jax.make_jaxpr(gradients)(x, w, g)
+    products = equations(traced, "dot_general")
+    assert len(products) == 3
+    assert sum(dot.outvars[0].aval.dtype.itemsize == 2 for dot in products) == narrow
+    for found, expected in zip(
+        jax.core.eval_jaxpr(traced.jaxpr, traced.consts, x, w, g), gradients(x, w, g), strict=True
+    ):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(np.float64(found), np.float64(expected), rtol=2**-6, atol=2**-6)
+
+
+def test_a_gradient_that_is_measured_keeps_its_sums_in_f32_on_gpus(equations):
+    x, w, g = operands("btd,vd->btv")
+    site = parse_policy("bf16,m=default").resolve("blocks/0/mlp/up")
+    probe = Probe({}, {"dw": {"census": Census.empty()}})
+
+    def gradients(x, w, g):
+        y, pull = jax.vjp(functools.partial(einsum, "btd,vd->btv", site=site, probe=probe), x, w)
+        return pull(g.astype(y.dtype))
+
+    with planned_for(Backend("gpu", (9, 0))):
+        traced = jax.make_jaxpr(gradients)(x, w, g)
+    wide = [dot.outvars[0].aval.dtype.itemsize for dot in equations(traced, "dot_general")]
+    assert sorted(wide) == [2, 2, 4]
