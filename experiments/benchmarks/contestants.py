@@ -7,6 +7,7 @@ SHAPE`; they start from the same initial parameters.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -23,10 +24,11 @@ from experiments.benchmarks.peers import plain_jnp
 from experiments.benchmarks.processes import GIB, KEEP_FREED_MEMORY, Worker
 from lmjax import strict_json
 from lmjax.console import stages
-from lmjax.model import ModelConfig
+from lmjax.model import ModelConfig, llama_1b
 from lmjax.optim.optimizer import OptimizerConfig
 from lmjax.parallel import sharding
 from lmjax.plan.memory import expected_memory
+from lmjax.precision.policy import carrier
 from lmjax.runs.resolved import phase_of
 from lmjax.train import Config, create_state, make_train_step
 from lmjax.train.memory import free_bytes, keep_freed_memory, return_freed_memory
@@ -81,10 +83,12 @@ def _shape(
         width=width,
         layers=layers,
         heads=heads,
-        unroll=layers,  # faster than a loop on CPU, and what the peers do
+        unroll=layers,  # faster than a loop, and what the peers do
     )
     return Shape(name, model, context, batch, steps)
 
+
+_LLAMA = llama_1b(z_loss=1e-4, remat="dots")
 
 SHAPES = {
     shape.name: shape
@@ -94,10 +98,12 @@ SHAPES = {
         _shape("L", 12, 768, 12, 50304, context=4096, batch=1, steps=1),
         _shape("char", 4, 128, 4, 256, context=64, batch=12, steps=30),
         _shape("tiny", 1, 16, 2, 64, context=16, batch=2, steps=2),
+        _shape("gpt2_124m", 12, 768, 12, 50304, context=1024, batch=32, steps=5),
+        Shape("llama_1b", _LLAMA, context=2048, batch_size=8, steps=2),
     )
 }
 """S and M: 5.3 and 124 million parameters; L: M at 8 times the context; char:
-`experiments.char_shakespeare`; tiny: a test."""
+`experiments.char_shakespeare`; tiny: a test; gpt2_124m and llama_1b: for an accelerator."""
 
 
 PROCESS_BYTES = GIB // 2
@@ -154,6 +160,18 @@ def refuse_without_memory(name: str, shape: Shape) -> None:
         )
 
 
+def refuse_other_than_gpt2(name: str, shape: Shape) -> None:
+    """Refuses a peer for a shape of another architecture than GPT-2's.
+
+    Raises:
+      LeftOut: the shape has another one.
+    """
+    own = dataclasses.asdict(shape.model)
+    sizes = ("vocab_size", "max_positions", "width", "layers", "heads", "unroll")
+    if own != dataclasses.asdict(ModelConfig(**{size: own[size] for size in sizes})):
+        raise LeftOut(f"{name}: the peers have the architecture of GPT-2; {shape.name} has another")
+
+
 def contestant(
     name: str,
     number_format: str,
@@ -191,12 +209,14 @@ def jax_contestant(
     """The train step of `lmjax` or that of the peer `jnp`, on one device.
 
     Raises:
-      LeftOut: there is not enough memory.
+      LeftOut: there is not enough memory, or the peer has no such architecture.
       Died: its process ended.
     """
     name = f"{kind} {policy}"
+    if kind == "jnp":
+        refuse_other_than_gpt2(name, shape)
     refuse_without_memory(name, shape)
-    number_format = np.dtype(FORMATS.get(policy, jnp.float32)).name
+    number_format = np.dtype(carrier(phase_of(config_of(shape, policy)).sites["head"].compute)).name
     command = [sys.executable, "-m", __spec__.name, kind, policy, shape.name]
     return contestant(name, number_format, command, max_bytes=max_bytes)
 
@@ -207,9 +227,10 @@ def torch_contestant(
     """PyTorch, run by a Python that has it.
 
     Raises:
-      LeftOut: there is not enough memory.
+      LeftOut: there is not enough memory, or the peer has no such architecture.
       Died: its process ended: there is no torch, or torch.compile finds no C++ compiler.
     """
+    refuse_other_than_gpt2(name, shape)
     refuse_without_memory(name, shape)
     number_format, compiled = TORCH[name]
     model, optimizer = shape.model, config_of(shape, "f32").optimizer
@@ -220,6 +241,7 @@ def torch_contestant(
         **{field: rows.tolist() for field, rows in draw_batch(shape).items()},
         "context": shape.context,
         "threads": os.cpu_count(),
+        "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
         "dtype": number_format,
         "compile": compiled,
     }
@@ -310,7 +332,7 @@ def main() -> None:
     compile_seconds = time.perf_counter() - start
     return_freed_memory()  # as runs do
     state, result = compiled(state, batch)
-    answer(compile_seconds=compile_seconds, loss=float(loss_of(result)))
+    answer(compile_seconds=compile_seconds, loss=float(loss_of(result)), **device_memory())
     for line in sys.stdin:
         # The first step after a pause does not count: the machine took freed memory back meanwhile.
         state, result = jax.block_until_ready(compiled(state, batch))
@@ -318,7 +340,14 @@ def main() -> None:
         for _ in range(int(line)):
             state, result = compiled(state, batch)
         loss = float(loss_of(result))
-        answer(seconds=time.perf_counter() - start, loss=loss)
+        answer(seconds=time.perf_counter() - start, loss=loss, **device_memory())
+
+
+def device_memory() -> dict[str, int]:
+    """The most memory of an accelerator that this process has had; nothing on CPU."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    peak = statistics.get("peak_bytes_in_use")
+    return {} if peak is None else {"peak_bytes": peak}
 
 
 if __name__ == "__main__":

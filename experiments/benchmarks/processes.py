@@ -54,8 +54,9 @@ class Worker:
 
     Attributes:
       name: how it is called in messages.
-      peak_bytes: most memory that it has had resident as of its last answer; None where the system
-        does not say.
+      peak_bytes: most memory that it has had as of its last answer: the `peak_bytes` of the answer,
+        where the work is done on a device with its own memory, or else what was resident; None
+        where the system does not say.
     """
 
     def __init__(
@@ -117,9 +118,11 @@ class Worker:
         if not answer.endswith("\n"):
             process.wait()
             raise Died(f"{self.name}: {self._end()}")
-        self.peak_bytes = _peak_bytes(process.pid) or self.peak_bytes
+        resident = _peak_bytes(process.pid)
         self._signal("SIGSTOP")
-        return strict_json.loads(answer)
+        answered = strict_json.loads(answer)
+        self.peak_bytes = answered.get("peak_bytes", resident) or self.peak_bytes
+        return answered
 
     def close(self) -> None:
         """Ends it, whatever it is doing."""

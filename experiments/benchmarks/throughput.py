@@ -14,8 +14,8 @@ instead of returning it (see `lmjax.train.memory`), and use the same tokens and 
 
 FLOP per token are 6 N + 12 x layers x width x length, not halved for causality, with N the number
 of parameters without the table of positions. The peak is the rate of a square matrix product of
-1024 rows in the same run: of operands in the contestant's format, or of the same operands widened
-to f32 beforehand where that is faster.
+1024 rows (8192 on accelerators) in the same run: of random operands in the contestant's compute
+format, or of the same operands widened to f32 beforehand where that is faster.
 
 Every contestant is a separate process, so that one can fail without the others: lmjax; its peer in
 plain jnp, from the same initial parameters; and its peer in PyTorch, run with the Python given by
@@ -32,9 +32,10 @@ import argparse
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -110,7 +111,9 @@ def product_rates(formats: Sequence[str], rows: int) -> dict[str, Callable[[], f
 
     def rate(name: str) -> Callable[[], float]:
         operand = jax.random.normal(jax.random.key(0), (rows, rows)).astype(name)
-        multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+        multiply = jax.jit(
+            functools.partial(jnp.matmul, precision="highest", preferred_element_type=jnp.float32)
+        )
         ways = [operand, operand.astype(jnp.float32)]
 
         def seconds(x: jax.Array) -> float:
@@ -132,7 +135,8 @@ def measure(contestants: Sequence[Contestant], shape: Shape, rounds: int) -> dic
       `tokens_per_second` by contestant and `peaks`, FLOP/s by format, a list over rounds each;
       `losses`, the first and the last of each contestant; `died`, how those ended that did.
     """
-    rates = product_rates(sorted({c.format for c in contestants}), rows=1024)
+    rows = 1024 if jax.default_backend() == "cpu" else 8192
+    rates = product_rates(sorted({c.format for c in contestants}), rows=rows)
     running = {c.name: c for c in contestants}
     losses = {c.name: [c.first_loss] for c in contestants}
     speeds: dict[str, list[float]] = {name: [] for name in running}
@@ -161,16 +165,23 @@ def measure(contestants: Sequence[Contestant], shape: Shape, rounds: int) -> dic
     return {"tokens_per_second": speeds, "peaks": peaks, "losses": losses, "died": died}
 
 
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """The comparisons worth printing: each policy with its peers, and with f32."""
+def pairs(formats: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The comparisons worth printing: each policy with its peers, and with f32 and bf16.
+
+    Args:
+      formats: compute formats by contestant.
+    """
     wanted = []
-    for policy in FORMATS:
-        ours = f"lmjax {policy}"
+    for ours in (name for name in formats if name.startswith("lmjax ")):
+        policy = ours.removeprefix("lmjax ")
         wanted += [(ours, f"jnp {policy}"), (ours, "lmjax f32")]
+        wanted += [(ours, "lmjax mixed_bf16")] if policy not in FORMATS else []
         wanted += [
-            (ours, f"torch {policy.removeprefix('mixed_')}{way}") for way in ("", " compiled")
+            (ours, name)
+            for name in formats
+            if name.startswith("torch ") and formats[name] == formats[ours]
         ]
-    return [(a, b) for a, b in wanted if a != b and a in names and b in names]
+    return [(a, b) for a, b in wanted if a != b and b in formats]
 
 
 def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict[str, Any]:
@@ -192,6 +203,7 @@ def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict
             "first_loss": raw["losses"][contestant.name][0],
             "last_loss": raw["losses"][contestant.name][-1],
         }
+    formats = {c.name: c.format for c in contestants if c.name in rows}
     return {
         "shape": {**dataclasses.asdict(shape), "flops_per_token": flops},
         "flop_formula": "6 (parameters without positions) + 12 layers width length, per token",
@@ -201,7 +213,7 @@ def report(shape: Shape, contestants: Sequence[Contestant], rounds: int) -> dict
         "peaks": {name: median(values) for name, values in raw["peaks"].items()},
         "contestants": rows,
         "ratios": {
-            f"{a} / {b}": paired_ratio(speeds[a], speeds[b])._asdict() for a, b in pairs(list(rows))
+            f"{a} / {b}": paired_ratio(speeds[a], speeds[b])._asdict() for a, b in pairs(formats)
         },
         "tokens_per_second": speeds,
         "died": raw["died"],
@@ -257,7 +269,13 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = lambda text: [name.strip() for name in text.split(",") if name.strip()]
     parser.add_argument("--shape", choices=SHAPES, default="S")
-    parser.add_argument("--policies", type=names, default=list(FORMATS), help="presets, by commas")
+    parser.add_argument(
+        "--policies",
+        nargs="+",
+        default=list(FORMATS),
+        metavar="POLICY",
+        help="presets, by commas or apart, or other policies",
+    )
     parser.add_argument("--peers", type=names, default=["jnp"], help="jnp, torch, or nothing")
     parser.add_argument(
         "--torch",
@@ -276,6 +294,9 @@ def _flags(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     flags = parser.parse_args(arguments)
+    flags.policies = [
+        p for text in flags.policies for p in ([text] if "=" in text else names(text))
+    ]
     if unknown := set(flags.peers) - {"jnp", "torch"}:
         parser.error(f"no peer {sorted(unknown)[0]!r}; the peers are jnp and torch")
     if unknown := set(flags.torch) - set(TORCH):
@@ -298,6 +319,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Flags to a report on stdout; 1 if a contestant failed, else 0."""
     stages.end(stages.IMPORTING)
     flags = _flags(arguments)
+    # On a GPU this process would otherwise take most of the memory; JAX reads it at its first use.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     shape = SHAPES[flags.shape]
     max_bytes = None if flags.max_memory is None else int(flags.max_memory * GIB)
     contestants, missing = start(

@@ -57,6 +57,12 @@ def test_what_it_had_is_said(worker):
         killed.ask("")
 
 
+def test_memory_of_a_device_is_what_a_process_says(worker):
+    own = worker(FINE.replace('"loss"', '"peak_bytes": 12345, "loss"'))
+    own.ask("")
+    assert own.peak_bytes == 12345
+
+
 @pytest.mark.skipif(not can_cap_memory(), reason="memory cannot be capped here")
 def test_memory_is_capped(worker):
     greedy = worker(GREEDY, max_bytes=GIB // 4)

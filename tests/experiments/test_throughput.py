@@ -7,7 +7,13 @@ import json
 import pytest
 
 from experiments.benchmarks import throughput
-from experiments.benchmarks.contestants import SHAPES
+from experiments.benchmarks.contestants import (
+    SHAPES,
+    LeftOut,
+    jax_contestant,
+    refuse_other_than_gpt2,
+    torch_contestant,
+)
 
 
 def test_flops_per_token_are_those_of_the_reference_shapes():
@@ -31,6 +37,37 @@ def test_lmjax_and_its_peer_train_alike(capsys):
     assert ours["share_of_peak"] == pytest.approx(flops / result["peaks"]["bfloat16"])
     assert set(result["ratios"]) == {"lmjax mixed_bf16 / jnp mixed_bf16"}
     assert "left out: torch bf16" in printed.err
+
+
+def test_policies_are_presets_by_commas_or_apart_or_written_out():
+    written = "p=f32,c=bf16,o=f32,m=default"
+    flags = throughput._flags(["--policies", "f32,fp8", "mixed_bf16", written])
+    assert flags.policies == ["f32", "fp8", "mixed_bf16", written]
+
+
+def test_every_policy_is_compared_with_peers_in_its_compute_format_and_with_own_bf16():
+    formats = {
+        "lmjax mixed_bf16": "bfloat16",
+        "lmjax fp8": "bfloat16",
+        "jnp mixed_bf16": "bfloat16",
+        "torch f32": "float32",
+        "torch bf16 compiled": "bfloat16",
+    }
+    assert throughput.pairs(formats) == [
+        ("lmjax mixed_bf16", "jnp mixed_bf16"),
+        ("lmjax mixed_bf16", "torch bf16 compiled"),
+        ("lmjax fp8", "lmjax mixed_bf16"),
+        ("lmjax fp8", "torch bf16 compiled"),
+    ]
+
+
+def test_peers_refuse_an_architecture_that_they_do_not_have():
+    with pytest.raises(LeftOut, match="llama_1b has another"):
+        jax_contestant("jnp", "mixed_bf16", SHAPES["llama_1b"])
+    with pytest.raises(LeftOut, match="llama_1b has another"):
+        torch_contestant("torch bf16", "python", SHAPES["llama_1b"])
+    for name in set(SHAPES) - {"llama_1b"}:
+        refuse_other_than_gpt2("jnp f32", SHAPES[name])
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,9 @@
 
 `experiments.benchmarks.throughput` runs it with a Python that has torch and talks to it in lines.
 The first line on stdin is a JSON object: sizes of the model, `dtype` and `compile`, the optimizer's
-rates, and the batch. The answer on stdout is a JSON object with the loss of a first step. For each
-further line, a number of steps, it takes one more and answers with the seconds that they took and
-the loss of the last. It ends with its input.
+rates, the batch, and the `device`, `cpu` or `cuda`. The answer on stdout is a JSON object with the
+loss of a first step. For each further line, a number of steps, it takes one more and answers with
+the seconds that they took and the loss of the last. It ends with its input.
 
 Knows torch only.
 """
@@ -76,7 +76,8 @@ def trainer(settings: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     torch.set_num_threads(settings["threads"])
     shape = [settings[name] for name in ("vocab_size", "context", "width", "heads", "layers")]
-    model = Gpt(*shape)
+    device = torch.device(settings["device"])
+    model = Gpt(*shape).to(device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -88,13 +89,16 @@ def trainer(settings: dict[str, Any]) -> Any:
         groups, lr=settings["learning_rate"], betas=betas, eps=settings["eps"], fused=True
     )
     loss_of = torch.compile(model) if settings["compile"] else model
-    inputs, targets = (torch.tensor(settings[name]) for name in ("inputs", "targets"))
+    inputs, targets = (
+        torch.tensor(settings[name], device=device) for name in ("inputs", "targets")
+    )
 
     def train(steps: int) -> float:
         loss = torch.zeros(())
         for _ in range(steps):
             narrow = settings["dtype"] == "bf16"
-            with torch.autocast("cpu", torch.bfloat16) if narrow else contextlib.nullcontext():
+            autocast = torch.autocast(device.type, torch.bfloat16)
+            with autocast if narrow else contextlib.nullcontext():
                 loss = loss_of(inputs, targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -105,16 +109,21 @@ def trainer(settings: dict[str, Any]) -> Any:
     return train
 
 
+def device_memory() -> dict[str, int]:
+    """The most memory of a GPU that this process has had; nothing on CPU."""
+    return {"peak_bytes": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
+
+
 def main() -> None:
     """Answers each line of stdin."""
     answer = lambda **values: print(json.dumps(values), flush=True)
     train = trainer(json.loads(sys.stdin.readline()))
-    answer(torch=torch.__version__, loss=train(1))
+    answer(torch=torch.__version__, loss=train(1), **device_memory())
     for line in sys.stdin:
         train(1)  # the first step after a pause does not count
         start = time.perf_counter()
         loss = train(int(line))
-        answer(seconds=time.perf_counter() - start, loss=loss)
+        answer(seconds=time.perf_counter() - start, loss=loss, **device_memory())
 
 
 if __name__ == "__main__":
