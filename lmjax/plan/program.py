@@ -148,7 +148,12 @@ def compiled_for(config: Config, target: Target) -> Compiled:
         )
     check_division(config, target.devices)
     with tempfile.TemporaryDirectory() as folder:
-        found, _ = _child(config, target.name, target.name, folder)
+        try:
+            found, _ = _child(config, target.name, target.name, folder)
+        except PlanError as error:
+            if not target.mismatch:
+                raise
+            raise PlanError(f"{error}\n{target.mismatch}") from error
         memory = Memory(**found["memory"])
         if not Path(folder, PROGRAM).exists():
             needs, has = memory.peak / 1e9, target.memory / 1e9

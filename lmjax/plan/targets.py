@@ -9,12 +9,15 @@ Knows backends, and JAX's descriptions of topologies.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
 import re
 from dataclasses import dataclass
 from typing import Any, Final
+
+from packaging.requirements import Requirement
 
 from lmjax.precision.backend import Backend
 
@@ -149,6 +152,24 @@ class Target:
                 name = package.replace("_", "-")
                 return f"{name} {importlib.metadata.version(name)}"
         return None
+
+    @property
+    def mismatch(self) -> str:
+        """What is wrong with the version of the installed compiler, if JAX asks for another."""
+        for text in importlib.metadata.requires("jax") or ():
+            wanted = Requirement(text)
+            for name in (package.replace("_", "-") for package in self.packages):
+                if wanted.name != name or not wanted.specifier:
+                    continue
+                with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                    installed = importlib.metadata.version(name)
+                    if not wanted.specifier.contains(installed, prereleases=True):
+                        jax = importlib.metadata.version("jax")
+                        return (
+                            f"jax {jax} needs {name}{wanted.specifier}, but {installed} is "
+                            f"installed; install it with: pip install '{name}{wanted.specifier}'"
+                        )
+        return ""
 
 
 def parse_target(text: str) -> Target:

@@ -5,6 +5,8 @@ Each compiler is an extra: `pytest -m long` with `lmjax[aot-tpu,aot-cuda]`.
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Callable
 
 import pytest
@@ -77,6 +79,48 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_compiled(
         compiled_for(tiny(batch_size=4), parse_target("h100:8"))
     with pytest.raises(PlanError, match=r"h100:8: .*No module named lmjax\.plan\.nothing"):
         compiled_for(tiny(batch_size=8), parse_target("h100:8"))
+
+
+@pytest.mark.parametrize(
+    ("target", "installed", "mismatch"),
+    [
+        (
+            "tpu-v6e:8x8",
+            {"libtpu": "0.0.52"},
+            r"jax .* libtpu==0\.0\.42\.\*, but 0\.0\.52 is",
+        ),
+        ("tpu-v6e:8x8", {"libtpu": "0.0.42.1"}, ""),
+        ("tpu-v6e:8x8", {}, ""),
+        ("h100:8", {"jax-cuda13-plugin": "0.10.1"}, r"needs jax-cuda13-plugin.*0\.10\.2"),
+        ("h100:8", {"jax-cuda13-plugin": "0.10.2"}, ""),
+    ],
+)
+def test_a_compiler_of_another_version_than_jax_asks_for_explains_why_compiling_fails(
+    target: str,
+    installed: dict[str, str],
+    mismatch: str,
+    tiny: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    needs = [
+        "jaxlib<=0.10.2,>=0.10.2",
+        'libtpu==0.0.42.*; extra == "tpu"',
+        'jax-cuda13-plugin[with-cuda]<=0.10.2,>=0.10.2; extra == "cuda13"',
+    ]
+
+    def version(name: str) -> str:
+        known = {"jax": "0.10.2"} | installed
+        if name not in known:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: needs)
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr(Target, "compiler", "a compiler")
+    monkeypatch.setattr("lmjax.plan.program.CHILD", "lmjax.plan.nothing")
+    assert re.search(mismatch or "^$", parse_target(target).mismatch)
+    with pytest.raises(PlanError, match=f"(?s)No module named.*{mismatch}"):
+        compiled_for(tiny(batch_size=64), parse_target(target))
 
 
 def test_a_compiler_that_runs_out_of_memory_says_how_much_it_needs():
