@@ -132,11 +132,20 @@ def draw(
     logits = jnp.where(logits == 0, 0, logits)  # -0 is as likely as 0
     token = jax.lax.cond(
         limits.greedy,
-        lambda *_: jnp.argmax(logits).astype(jnp.int32),
+        lambda *_: _likeliest(logits),
         lambda key: jax.random.categorical(key, _kept(logits, limits)).astype(jnp.int32),
         jax.random.fold_in(key, index),
     )
     return jnp.where(finite, token, NOT_FINITE)
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    """int32[]: the first of the largest logits, which are finite.
+
+    As two reductions that XLA turns into vectors, unlike its `argmax` on a CPU.
+    """
+    indices = jnp.arange(logits.size, dtype=jnp.int32)
+    return jnp.min(jnp.where(logits == jnp.max(logits), indices, logits.size - 1))
 
 
 _draw = exact.jit(draw)
