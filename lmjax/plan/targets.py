@@ -95,6 +95,9 @@ _GPUS: Final = {
 _NODE: Final = 8
 """GPUs of a host."""
 
+_TPU_NODE: Final = (2, 2, 1)
+"""Chips of a host along each axis of the torus; libtpu does not make it smaller by itself."""
+
 _PREALLOCATED: Final = 0.75
 """What JAX takes of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
@@ -212,7 +215,9 @@ def topology_devices(target: Target) -> list[Any]:
     chip, _, shape = target.name.removeprefix("tpu-").partition(":")
     if target.backend.platform == "tpu":
         name = f"{'tpu' if chip[0].isdigit() else ''}{chip}:{shape}"
-        return list(get_topology_desc(platform="tpu", topology_name=name).devices)
+        sizes = (*map(int, shape.split("x")), 1)
+        host = tuple(math.gcd(size, most) for size, most in zip(sizes, _TPU_NODE, strict=False))
+        return list(get_topology_desc(name, "tpu", chips_per_host_bounds=host).devices)
     hosts, inside = divmod(target.devices, _NODE)
     topology = f"1x{hosts}x{_NODE}" if hosts else f"1x1x{inside}"
     return list(
