@@ -19,7 +19,6 @@ Shapes: D width. Knows JAX, backends and policies.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -60,9 +59,8 @@ def normalise(
       layer: LayerNorm instead of RMSNorm.
       epsilon: what is added to the mean square.
     """
-    if this_backend().platform != "gpu":
-        return _scaled(*_normal(site.to_compute(x), layer, epsilon)[:1], gamma, beta)
-    return _kept(site, layer, epsilon, x, gamma, beta)
+    form = _kept if this_backend().platform == "gpu" else _plain
+    return form(site, layer, epsilon, x, gamma, beta)
 
 
 def _normal(x: jax.Array, layer: bool, epsilon: float) -> tuple[jax.Array, _Statistics]:
@@ -84,8 +82,7 @@ def _scaled(normal: jax.Array, gamma: jax.Array, beta: jax.Array | None) -> jax.
     return y if beta is None else y + beta
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _kept(
+def _plain(
     site: SitePolicy,
     layer: bool,
     epsilon: float,
@@ -94,6 +91,9 @@ def _kept(
     beta: jax.Array | None,
 ) -> jax.Array:
     return _scaled(_normal(site.to_compute(x), layer, epsilon)[0], gamma, beta)
+
+
+_kept = jax.custom_vjp(_plain, nondiff_argnums=(0, 1, 2))
 
 
 def _forward(
@@ -105,14 +105,14 @@ def _forward(
     beta: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     normal, statistics = _normal(site.to_compute(x), layer, epsilon)
-    return _scaled(normal, gamma, beta), (x, gamma, statistics)
+    return _scaled(normal, gamma, beta), (x, gamma, beta, statistics)
 
 
 def _backward(
     site: SitePolicy, layer: bool, epsilon: float, saved: Any, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """`epsilon` is part of the root."""
-    x, gamma, (scale, mean, root) = saved
+    x, gamma, beta, (scale, mean, root) = saved
     with site.scope:
         # Else XLA would find that the normalised rows are known from the forward pass.
         x, scale, mean, root = jax.lax.optimization_barrier((x, scale, mean, root))
@@ -120,13 +120,14 @@ def _backward(
         centred = wide * scale
         normal = (centred if mean is None else centred - mean) * root
         rows = tuple(range(g.ndim - 1))
-        dgamma, dbeta = jnp.sum(g * normal, axis=rows), jnp.sum(g, axis=rows)
+        dgamma = jnp.sum(g * normal, axis=rows).astype(gamma.dtype)
+        dbeta = None if beta is None else jnp.sum(g, axis=rows).astype(beta.dtype)
         g = g * gamma
         dx = g - normal * _mean(g * normal)
         if layer:
             dx = dx - _mean(g)
         (dx,) = narrowed(dx * root * scale)
-    return dx, dgamma.astype(gamma.dtype), dbeta.astype(gamma.dtype)
+    return dx, dgamma, dbeta
 
 
 _kept.defvjp(_forward, _backward)
