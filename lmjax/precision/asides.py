@@ -25,6 +25,7 @@ ASIDES: Final[Mapping[str, str]] = {
     "factors": "scale factors of narrow formats are found and applied in f32",
     "rotation": "random Hadamard transforms are summed in f32",
     "mean": "sums over a row or a batch are divided in f32, and then rounded",
+    "order": "multiplied by 1, to be computed after what the 1 was computed from",
     "entering": "an operand is scaled in the format that it arrives in",
     "measuring": "counts and maxima of tensors, for telemetry, delayed factors and the loss scale",
     "range": "powers of two that keep squares in the range of f32",

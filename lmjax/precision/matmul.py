@@ -57,6 +57,8 @@ from lmjax.precision.contraction import (
     axes_of,
     beside_result,
     few_rows,
+    is_one_cpu,
+    not_before,
     roles_of,
 )
 from lmjax.precision.grouping import Axis
@@ -64,7 +66,7 @@ from lmjax.precision.hadamard import random_signs, rotate
 from lmjax.precision.native import is_block_scaled, product_dtypes
 from lmjax.precision.operands import Ready, current, ready_operand
 from lmjax.precision.packed import Packed
-from lmjax.precision.policy import SitePolicy
+from lmjax.precision.policy import NATIVE, SitePolicy
 from lmjax.precision.probes import (
     Probe,
     Rounded,
@@ -76,6 +78,7 @@ from lmjax.precision.probes import (
 )
 from lmjax.precision.scaling import apply_factor, elements
 from lmjax.precision.settings import Operand
+from lmjax.precision.sites import Kind
 from lmjax.precision.summation import rounded_sum, sum_of_products
 from lmjax.precision.taps import handed_on
 
@@ -133,7 +136,8 @@ def einsum(
         x = _watched("x", x, site.activations, roles.x_summed, site, probe)
         if isinstance(w, Packed):
             return _primal(spec, site, unit, x, w, key, factors)
-        w = _watched("w", w, site.second, roles.w_summed, site, probe)
+        if "w" in slots or not _cast_again(site):
+            w = _watched("w", w, site.second, roles.w_summed, site, probe)
         gradients = {role: slots[role] for role in ("dx", "dw") if role in slots}
         return _einsum(spec, site, unit, x, w, key, factors, gradients)
 
@@ -231,6 +235,8 @@ def _primal(
     factors: Factors,
 ) -> jax.Array:
     roles = ("x", site.activations), ("w", site.second)
+    if not isinstance(w, Packed):
+        w = site.to_compute(w)
     with jax.named_scope("y"):
         rounded = not site.site.unrounded
         wide = _product(spec, site, unit, (x, w), roles, _fold(key, 0), factors, rounded=rounded)
@@ -259,8 +265,12 @@ def _backward(
     saved: tuple[jax.Array, jax.Array, RandomKey, Factors, Slots],
     g: jax.Array,
 ) -> tuple[jax.Array, jax.Array, None, Factors, Slots]:
-    x, w, key, factors, slots = saved
+    x, stored, key, factors, slots = saved
     g = site.to_cotangent(g)
+    if _cast_again(site):
+        with aside("order"):
+            stored = not_before(g, stored)
+    w = site.to_compute(stored)
     x_axes, w_axes, y_axes = axes_of(spec)
     of_g, of_x = ("g", site.grads), ("x", site.backward_activations)
     of_w = ("w", site.backward_second)
@@ -278,10 +288,20 @@ def _backward(
         for role, asked in slots.items()
     }
     dx, dw = (handed_on(rounded[role], slots.get(role, {})) for role in ("dx", "dw"))
-    return dx, dw, None, jax.tree.map(jnp.zeros_like, factors), measured
+    return dx, dw.astype(stored.dtype), None, jax.tree.map(jnp.zeros_like, factors), measured
 
 
 _einsum.defvjp(_forward, _backward)
+
+
+def _cast_again(site: SitePolicy) -> bool:
+    """Whether the backward pass keeps weights as they are stored, and casts them again.
+
+    On one CPU, XLA would keep every weight twice from the forward pass to the backward pass: cast,
+    or cut out of the weights of all blocks.
+    """
+    weights = site.site.kind is Kind.WEIGHT_PRODUCT
+    return weights and site.compute.name in NATIVE and is_one_cpu()
 
 
 def _product(

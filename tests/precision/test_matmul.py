@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lmjax.precision import contraction, matmul
 from lmjax.precision.backend import Backend, planned_for
 from lmjax.precision.grammar import parse_policy
 from lmjax.precision.matmul import einsum
@@ -169,3 +170,24 @@ def test_a_gradient_that_is_measured_keeps_its_sums_in_f32_on_gpus(equations):
         traced = jax.make_jaxpr(gradients)(x, w, g)
     wide = [dot.outvars[0].aval.dtype.itemsize for dot in equations(traced, "dot_general")]
     assert sorted(wide) == [2, 2, 4]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bf16", "mixed_f16", "f32"])
+def test_one_cpu_keeps_weights_as_they_are_stored_and_casts_them_to_the_same_numbers(
+    policy, monkeypatch
+):
+    x, w, g = map(jnp.asarray, operands("btd,vd->btv"))
+    site = parse_policy(policy).resolve("blocks/0/mlp/up")
+    found = {}
+    for one in (True, False):
+        monkeypatch.setattr(matmul, "is_one_cpu", lambda one=one: one)
+        monkeypatch.setattr(contraction, "is_one_cpu", lambda one=one: one)
+        y, pull = jax.vjp(functools.partial(einsum, "btd,vd->btv", site=site), x, w)
+        kept = [leaf for leaf in jax.tree.leaves(pull) if getattr(leaf, "shape", ()) == w.shape]
+        assert {leaf.dtype for leaf in kept} == {w.dtype if one else site.compute.dtype}
+        found[one] = (y, *pull(g.astype(y.dtype)))
+        nan = pull(jnp.full_like(y, jnp.nan))  # the 1 that orders the cast stays finite
+        assert all(jnp.isnan(leaf).all() for leaf in nan)
+    for kept, cast in zip(found[True], found[False], strict=True):
+        assert kept.dtype == cast.dtype
+        np.testing.assert_array_equal(kept, cast)

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lmjax.precision import contraction
+from lmjax.precision import contraction, matmul
 from lmjax.precision import sites as declared
 from lmjax.precision.grammar import PRESETS, parse_policy
 from lmjax.precision.keys import OPERANDS
@@ -423,8 +423,10 @@ def leaves(equations: Any, jaxpr: Any) -> list[tuple[str, list[str], list[str]]]
 @pytest.mark.parametrize("name", ["f32", "bf16", "f16"])
 def test_asking_for_nothing_costs_nothing(spec: str, name: str, equations, monkeypatch):
     """A plain policy traces to three dots and their casts, and to no other operation."""
-    # Where a single CPU reshapes around a dot is `test_contraction`'s business.
+    # Where a single CPU reshapes around a dot is `test_contraction`'s business, and when it casts
+    # weights is `test_matmul`'s.
     monkeypatch.setattr(contraction, "_on_one_cpu", jnp.einsum)
+    monkeypatch.setattr(matmul, "is_one_cpu", lambda: False)
     inputs, _, y_axes = spec.partition("->")
     x_axes, w_axes = inputs.split(",")
     dtype = linear(name).compute.dtype
