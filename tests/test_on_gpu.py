@@ -121,7 +121,9 @@ def test_fp8_products_are_native_and_sums_are_those_of_f32_but_for_their_last_bi
     assert difference < 2**-9
 
 
-def test_a_watched_step_is_the_same_step(tiny, draw_state, draw_batch):
+def test_a_watched_step_differs_from_a_plain_one_by_roundings_of_attention(
+    tiny, draw_state, draw_batch
+):
     config = tiny("mixed_bf16", model=SIZES | HEADS["gpt2"], context=256, batch_size=4)
     mesh = sharding.make_mesh(config.mesh, [gpu()])
     steps = [
@@ -129,5 +131,5 @@ def test_a_watched_step_is_the_same_step(tiny, draw_state, draw_batch):
         for watched in (False, True)
     ]
     plain, watched = (step(draw_state(config), draw_batch(config))[1] for step in steps)
-    for name in ("loss", "grad_norm"):  # attention that is measured inside is blockwise
+    for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(watched[name], plain[name], rtol=2**-9)

@@ -3,8 +3,8 @@
 Command:   python -m experiments.benchmarks.decoding --hf-python PYTHON
 Hardware:  any
 Time:      4 minutes on 2 CPU cores
-Expected:  tokens per second over those of transformers, on an AMD EPYC with AVX512-BF16: 2.5 in
-           f32, 1.3 in bf16 and 1.7 with int8 weights at 1 prompt, 2.1, 1.1 and 1.0 at 16;
+Expected:  tokens per second over those of transformers, on an AMD EPYC with AVX512-BF16: 2.2 in
+           f32, 1.2 in bf16 and 1.7 with int8 weights at 1 prompt, 2.2, 1.2 and 1.0 at 16;
            docs/inference.md has the intervals
 
 Random weights, prompts of 32 tokens, greedy. Each contestant is a process of its own, stopped while

@@ -224,7 +224,7 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array, site: SitePolicy, context: Context = QUIET) -> jax.Array:
         """`[..., D]` to `[..., D]`."""
         shape = x.shape
-        if context.probe is not None or this_backend().platform != "gpu":
+        if context.probe is not None:  # otherwise it is cast below
             x = take(x, site, context.probe)
         x = _without_ones(x)
         shared = lambda p: self.scales.shared(p[...], x.size // x.shape[-1])

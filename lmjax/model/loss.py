@@ -53,12 +53,12 @@ def token_losses(
     """
     logits = scales.logits(take(logits, site, probe))
     log_partition = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = _at(targets, logits)
+    target_logits = _of_targets(logits, targets)
     losses = log_partition - target_logits, jnp.square(log_partition)
     return TokenLosses(*(scales.losses(x, weight) for x in losses))
 
 
-def _at(targets: jax.Array, logits: jax.Array) -> jax.Array:
+def _of_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """The logits `[..., V]` of the targets `int32[...]`, `[...]`."""
     if this_backend().platform != "gpu":
         return _gathered(logits, targets)

@@ -40,6 +40,14 @@ class _Statistics(NamedTuple):
     root: jax.Array
 
 
+class _Form(NamedTuple):
+    """What of a norm is known before it is traced; see `normalise`."""
+
+    site: SitePolicy
+    layer: bool
+    epsilon: float
+
+
 def normalise(
     x: jax.Array,
     gamma: jax.Array,
@@ -58,20 +66,25 @@ def normalise(
       site: the formats.
       layer: LayerNorm instead of RMSNorm.
       epsilon: what is added to the mean square.
+
+    Returns:
+      `[..., D]`, in the compute format.
     """
-    form = _kept if this_backend().platform == "gpu" else _plain
-    return form(site, layer, epsilon, x, gamma, beta)
+    form = _Form(site, layer, epsilon)
+    normalised = _kept if this_backend().platform == "gpu" else _plain
+    return normalised(form, x, gamma, beta)
 
 
-def _normal(x: jax.Array, layer: bool, epsilon: float) -> tuple[jax.Array, _Statistics]:
+def _normal(form: _Form, x: jax.Array) -> tuple[jax.Array, _Statistics]:
     """Rows without scale and bias, and their statistics."""
-    scale = _scale_of_rows(x, epsilon)
+    x = form.site.to_compute(x)
+    scale = _scale_of_rows(x, form.epsilon)
     x = x * scale
-    mean = _mean(x) if layer else None
+    mean = _mean(x) if form.layer else None
     if mean is not None:
         x = x - mean
     mean_square = _mean(jnp.square(x))
-    total = mean_square + epsilon * scale * scale
+    total = mean_square + form.epsilon * scale * scale
     total = jnp.where(total > 0, total, jnp.ones_like(total))  # a row of equal numbers
     root = jax.lax.rsqrt(total)
     return x * root, _Statistics(scale, mean, root)
@@ -82,41 +95,28 @@ def _scaled(normal: jax.Array, gamma: jax.Array, beta: jax.Array | None) -> jax.
     return y if beta is None else y + beta
 
 
-def _plain(
-    site: SitePolicy,
-    layer: bool,
-    epsilon: float,
-    x: jax.Array,
-    gamma: jax.Array,
-    beta: jax.Array | None,
-) -> jax.Array:
-    return _scaled(_normal(site.to_compute(x), layer, epsilon)[0], gamma, beta)
+def _plain(form: _Form, x: jax.Array, gamma: jax.Array, beta: jax.Array | None) -> jax.Array:
+    return _scaled(_normal(form, x)[0], gamma, beta)
 
 
-_kept = jax.custom_vjp(_plain, nondiff_argnums=(0, 1, 2))
+_kept = jax.custom_vjp(_plain, nondiff_argnums=(0,))
 
 
 def _forward(
-    site: SitePolicy,
-    layer: bool,
-    epsilon: float,
-    x: jax.Array,
-    gamma: jax.Array,
-    beta: jax.Array | None,
+    form: _Form, x: jax.Array, gamma: jax.Array, beta: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    normal, statistics = _normal(site.to_compute(x), layer, epsilon)
+    normal, statistics = _normal(form, x)
     return _scaled(normal, gamma, beta), (x, gamma, beta, statistics)
 
 
 def _backward(
-    site: SitePolicy, layer: bool, epsilon: float, saved: Any, g: jax.Array
+    form: _Form, saved: Any, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """`epsilon` is part of the root."""
     x, gamma, beta, (scale, mean, root) = saved
-    with site.scope:
+    with form.site.scope:
         # Else XLA would find that the normalised rows are known from the forward pass.
         x, scale, mean, root = jax.lax.optimization_barrier((x, scale, mean, root))
-        wide, narrowed = jax.vjp(site.to_compute, x)
+        wide, narrowed = jax.vjp(form.site.to_compute, x)
         centred = wide * scale
         normal = (centred if mean is None else centred - mean) * root
         rows = tuple(range(g.ndim - 1))
@@ -124,7 +124,7 @@ def _backward(
         dbeta = None if beta is None else jnp.sum(g, axis=rows).astype(beta.dtype)
         g = g * gamma
         dx = g - normal * _mean(g * normal)
-        if layer:
+        if form.layer:
             dx = dx - _mean(g)
         (dx,) = narrowed(dx * root * scale)
     return dx, dgamma, dbeta
